@@ -1,0 +1,193 @@
+"""The plan card: the contract between the planner, a person and the scheduler.
+
+A card says what automode wants to do, why, to which data, with which variants, at what cost, and which evidence it will need
+before anything is kept. It is frozen; an edit makes a new revision. States and the moves between them stand in one table,
+read by the fold, the command line and the documentation alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, TypeAdapter, field_validator, model_validator
+
+from automode.planner.recipes import (
+    Acceptance,
+    Asha,
+    Base,
+    Cost,
+    GateRecipe,
+    MergeRecipe,
+    Part,
+    SelectAll,
+    Selection,
+    TrainingRecipe,
+)
+
+SCHEMA_VERSION: Final = 1
+
+Reason = Literal[
+    "instability_spike",
+    "residual_cluster",
+    "high_loss_tail",
+    "loss_plateau",
+    "slice_underperformance",
+    "label_noise",
+    "generalization_gap",
+    "learning_rate_probe",
+    "merge_cadence",
+    "manual",
+]
+Risk = Literal["low", "medium", "high"]
+Number = float | int | bool | str | None
+Diagnostic = Number | tuple[Number, ...]
+
+
+class CardState(StrEnum):
+    """Where a card stands. The last eight are final."""
+
+    PROPOSED = "proposed"
+    REVISE = "revise"
+    APPROVED = "approved"
+    RUNNING = "running"
+    ACCEPTED = "accepted"
+    ADOPTED = "adopted"
+    REFUSED = "refused"
+    EXPIRED = "expired"
+    STALE = "stale"
+    REJECTED = "rejected"
+    INCONCLUSIVE = "inconclusive"
+    FAILED = "failed"
+    ROLLED_BACK = "rolled_back"
+
+
+TRANSITIONS: Final[dict[CardState, frozenset[CardState]]] = {
+    CardState.PROPOSED: frozenset(
+        {
+            CardState.PROPOSED,  # an edit: a new revision of the same proposal
+            CardState.APPROVED,
+            CardState.REFUSED,
+            CardState.REVISE,
+            CardState.EXPIRED,
+            CardState.STALE,
+        }
+    ),
+    CardState.REVISE: frozenset({CardState.PROPOSED, CardState.EXPIRED, CardState.STALE, CardState.REFUSED}),
+    CardState.APPROVED: frozenset(
+        {
+            CardState.PROPOSED,  # an edit after approval asks for approval again
+            CardState.RUNNING,
+            CardState.REFUSED,
+            CardState.EXPIRED,
+            CardState.STALE,
+            CardState.FAILED,
+        }
+    ),
+    CardState.RUNNING: frozenset(
+        {CardState.ACCEPTED, CardState.REJECTED, CardState.INCONCLUSIVE, CardState.FAILED, CardState.REFUSED}
+    ),
+    CardState.ACCEPTED: frozenset({CardState.ADOPTED, CardState.FAILED}),
+    CardState.ADOPTED: frozenset({CardState.ROLLED_BACK}),
+    CardState.REFUSED: frozenset(),
+    CardState.EXPIRED: frozenset(),
+    CardState.STALE: frozenset(),
+    CardState.REJECTED: frozenset(),
+    CardState.INCONCLUSIVE: frozenset(),
+    CardState.FAILED: frozenset(),
+    CardState.ROLLED_BACK: frozenset(),
+}
+"""Which state may follow which. A running card that a person cancels ends as ``refused``."""
+
+WAITING: Final = frozenset({CardState.PROPOSED, CardState.REVISE, CardState.APPROVED})
+
+
+class PlanCard(Part):
+    """One proposed action on a training run, with its data, recipe, budget, evidence and reasons.
+
+    ``id`` is derived from session, reason, step and ordinal, so that a replay gives the same id (:func:`card_id`).
+    ``rev`` grows with every edit and is checked by whoever approves (optimistic locking).
+    """
+
+    schema_: Literal[1] = Field(default=1, alias="schema", description="version of this format")
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
+    rev: int = Field(default=1, ge=1)
+    session: str = Field(min_length=1, max_length=128)
+    step: int = Field(ge=0, description="the trunk's step when the card was made")
+    created_by: str = Field(default="planner", min_length=1, max_length=128)
+    action: Literal["fork", "merge"]
+    reason: Reason
+    because: str = Field(min_length=1, max_length=4000, description="the reason in words, with its numbers")
+    selection: Selection = SelectAll()
+    training_recipe: TrainingRecipe | None = None
+    gate_recipe: GateRecipe | None = None
+    merge_recipe: MergeRecipe | None = None
+    budget_steps: int = Field(ge=0, description="the first rung, in training steps; 0 for a merge")
+    asha: Asha | None = None
+    cost: Cost
+    cooldown_steps: int = Field(ge=0)
+    acceptance: Acceptance = Acceptance()
+    risk: Risk = "low"
+    base: Base
+    diagnostics: dict[str, Diagnostic] = Field(default_factory=dict, max_length=64)
+
+    @field_validator("diagnostics")
+    @classmethod
+    def _small(cls, value: dict[str, Diagnostic]) -> dict[str, Diagnostic]:
+        for name, entry in value.items():
+            if isinstance(entry, tuple) and len(entry) > 64:
+                raise ValueError(f"`{name}` holds {len(entry)} numbers; at most 64 stand on a card")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PlanCard:
+        if self.action == "fork":
+            if self.training_recipe is None or self.asha is None:
+                raise ValueError("a fork needs `training_recipe` and `asha`")
+            if not 1 <= self.budget_steps <= self.asha.max_steps:
+                raise ValueError(
+                    f"`budget_steps` ({self.budget_steps}) must lie between 1 and asha.max_steps ({self.asha.max_steps})"
+                )
+        else:
+            if self.merge_recipe is None:
+                raise ValueError("a merge needs `merge_recipe`")
+            if self.training_recipe is not None or self.gate_recipe is not None or self.asha is not None:
+                raise ValueError("a merge trains nothing: leave `training_recipe`, `gate_recipe` and `asha` out")
+        return self
+
+    def revised(self, **changes: Any) -> PlanCard:
+        """Return the next revision with some fields changed and everything validated again."""
+        data = self.model_dump(by_alias=True) | changes | {"rev": self.rev + 1}
+        return PlanCard.model_validate(data)
+
+    def dump(self) -> dict[str, Any]:
+        """Return plain JSON data by the names that YAML uses; ``None`` and defaults of optional parts included."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def _repr_html_(self) -> str:
+        from automode.planner.card_text import card_html
+
+        return card_html(self)
+
+
+CARD: Final = TypeAdapter(PlanCard)
+
+
+def card_id(session: str, reason: str, step: int, ordinal: int) -> str:
+    """Derive a card's id: eight hex digits, equal on every replay (DECISIONS 18)."""
+    return hashlib.sha256(f"{session}\n{reason}\n{step}\n{ordinal}".encode()).hexdigest()[:8]
+
+
+def difference(before: PlanCard, after: PlanCard) -> dict[str, tuple[Any, Any]]:
+    """Return what changed between two revisions: dotted field name to (before, after), revision left out."""
+    return {k: v for k, v in _differences(before.dump(), after.dump(), "").items() if k != "rev"}
+
+
+def _differences(a: Any, b: Any, path: str) -> dict[str, tuple[Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in [*a, *(k for k in b if k not in a)]:
+            found |= _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return {} if a == b else {path: (a, b)}
