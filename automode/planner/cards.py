@@ -153,7 +153,9 @@ class PlanCard(Part):
             if self.merge_recipe is None:
                 raise ValueError("a merge needs `merge_recipe`")
             if self.training_recipe is not None or self.gate_recipe is not None or self.asha is not None:
-                raise ValueError("a merge trains nothing: leave `training_recipe`, `gate_recipe` and `asha` out")
+                raise ValueError(
+                    "a merge trains nothing: leave `training_recipe`, `gate_recipe` and `asha` out"
+                )
         return self
 
     def revised(self, **changes: Any) -> PlanCard:

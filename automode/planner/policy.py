@@ -30,11 +30,19 @@ ALL_REASONS: Final[tuple[Reason, ...]] = (
 class TrendPolicy(Part):
     """When a flat loss is a plateau and a rising one a regression (SIGNALS.md section 5)."""
 
-    budget: int | None = Field(default=None, ge=40, description="steps that you would still spend; null: 800, at most a fifth of the run")
-    gain: Positive = Field(default=0.01, le=1.0, description="relative gain over the budget that would change your mind")
+    budget: int | None = Field(
+        default=None,
+        ge=40,
+        description="steps that you would still spend; null: 800, at most a fifth of the run",
+    )
+    gain: Positive = Field(
+        default=0.01, le=1.0, description="relative gain over the budget that would change your mind"
+    )
     z_advise: Positive = 1.28
     z_execute: Positive = 1.645
-    regress_rise: Positive = Field(default=0.10, description="smallest plausible relative rise that counts as divergence")
+    regress_rise: Positive = Field(
+        default=0.10, description="smallest plausible relative rise that counts as divergence"
+    )
 
 
 class SpikePolicy(Part):
@@ -53,29 +61,49 @@ class SpikePolicy(Part):
 class ScanPolicy(Part):
     """How often the sample ledger is read, and what makes a tail or a cluster worth a card."""
 
-    every: int | None = Field(default=None, ge=1, description="steps between scans; null: half the planning budget")
-    probe: int = Field(default=1024, ge=32, le=65536, description="fixed samples whose features are clustered")
-    min_visits: Positive = Field(default=2.0, description="mean visits a sample before the ledger is believed")
+    every: int | None = Field(
+        default=None, ge=1, description="steps between scans; null: half the planning budget"
+    )
+    probe: int = Field(
+        default=1024, ge=32, le=65536, description="fixed samples whose features are clustered"
+    )
+    min_visits: Positive = Field(
+        default=2.0, description="mean visits a sample before the ledger is believed"
+    )
     tail_from: Fraction = 0.85
-    tail_ratio: Positive = Field(default=3.0, description="least ratio of the tail's mean loss to the overall mean")
+    tail_ratio: Positive = Field(
+        default=3.0, description="least ratio of the tail's mean loss to the overall mean"
+    )
     cluster_ratio: Positive = Field(default=1.5, description="least ratio of a cluster's loss to the rest's")
-    cluster_z: Positive = Field(default=2.0, description="least distance of a cluster's loss from the rest, standard errors")
+    cluster_z: Positive = Field(
+        default=2.0, description="least distance of a cluster's loss from the rest, standard errors"
+    )
     stable_scans: int = Field(default=2, ge=1)
     stable_ari: Fraction = 0.7
-    max_noise: Fraction = Field(default=0.2, description="label-noise estimate above which samples are not mined")
+    max_noise: Fraction = Field(
+        default=0.2, description="label-noise estimate above which samples are not mined"
+    )
 
 
 class PacingPolicy(Part):
     """Cooldowns and limits."""
 
-    warmup_steps: int | None = Field(default=None, ge=0, description="no card before; null: a tenth of the run, at most 200")
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="no card before; null: a tenth of the run, at most 200"
+    )
     cooldown_steps: int | None = Field(default=None, ge=0, description="null: the planning budget")
-    cooldown_grow: float = Field(default=1.5, ge=1.0, le=10.0, description="factor after a card that was not adopted")
+    cooldown_grow: float = Field(
+        default=1.5, ge=1.0, le=10.0, description="factor after a card that was not adopted"
+    )
     cooldown_shrink: float = Field(default=0.75, gt=0.0, le=1.0, description="factor after an adopted card")
     max_cards: int = Field(default=16, ge=0, description="cards in a session at the most")
     max_running: Literal[1] = 1
-    exploration_share: Fraction = Field(default=0.15, description="share of the remaining compute that one card may take")
-    total_share: Fraction = Field(default=0.30, description="share of the whole run's compute that all cards may take")
+    exploration_share: Fraction = Field(
+        default=0.15, description="share of the remaining compute that one card may take"
+    )
+    total_share: Fraction = Field(
+        default=0.30, description="share of the whole run's compute that all cards may take"
+    )
     variants: int = Field(default=3, ge=1, le=16)
     reduction_factor: int = Field(default=3, ge=2, le=16)
     min_rung: int = Field(default=20, ge=1, description="shortest first rung worth running, in steps")
@@ -85,15 +113,21 @@ class ApprovalPolicy(Part):
     """What runs without asking in act mode, and what happens to a card that nobody answers."""
 
     auto_risk: Risk = Field(default="medium", description="highest risk that act mode may approve by itself")
-    auto_share: Fraction = Field(default=1.0, description="highest share of the remaining compute approved by itself")
-    timeout_seconds: Positive | None = Field(default=None, description="null: a card waits until the run ends")
+    auto_share: Fraction = Field(
+        default=1.0, description="highest share of the remaining compute approved by itself"
+    )
+    timeout_seconds: Positive | None = Field(
+        default=None, description="null: a card waits until the run ends"
+    )
     expire_steps: int | None = Field(default=None, ge=1, description="null: the planning budget")
 
 
 class EvidencePolicy(Part):
     """What acceptance needs (DECISIONS 13, 14)."""
 
-    alpha: Annotated[float, Field(gt=0.0, le=0.5)] = Field(default=0.05, description="whole session's chance of a wrong adoption")
+    alpha: Annotated[float, Field(gt=0.0, le=0.5)] = Field(
+        default=0.05, description="whole session's chance of a wrong adoption"
+    )
     z: float = Field(default=1.64, ge=0.0, le=10.0)
     slices: Literal["no_worse", "ignore"] = "no_worse"
     min_samples: int = Field(default=30, ge=2, description="least samples in each held-out half")
@@ -106,14 +140,18 @@ class SafeguardPolicy(Part):
     """What is done at once, without a card, in act mode (DECISIONS 16)."""
 
     skip_nonfinite: bool = True
-    stop_after_nonfinite: int = Field(default=50, ge=1, description="skipped steps in a row after which the run stops")
+    stop_after_nonfinite: int = Field(
+        default=50, ge=1, description="skipped steps in a row after which the run stops"
+    )
 
 
 class AveragePolicy(Part):
     """Averages of the trunk's weights, kept outside the model in act mode."""
 
     enabled: bool = True
-    finish_at: Fraction = Field(default=0.75, description="share of the run at which the finishing merge is proposed")
+    finish_at: Fraction = Field(
+        default=0.75, description="share of the run at which the finishing merge is proposed"
+    )
 
 
 class Policy(Part):
@@ -126,7 +164,8 @@ class Policy(Part):
         default="within", description="pay for automode out of the run's own steps, or on top of them"
     )
     schedule: Literal["charged", "keep"] = Field(
-        default="charged", description="whether the rate schedule's clock counts the compute that automode spent"
+        default="charged",
+        description="whether the rate schedule's clock counts the compute that automode spent",
     )
     trend: TrendPolicy = TrendPolicy()
     spike: SpikePolicy = SpikePolicy()

@@ -24,7 +24,11 @@ class Part(BaseModel):
     """Base settings of everything that a person may type: frozen, no unknown keys, NaN written as a string."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", ser_json_inf_nan="strings", populate_by_name=True, serialize_by_alias=True
+        frozen=True,
+        extra="forbid",
+        ser_json_inf_nan="strings",
+        populate_by_name=True,
+        serialize_by_alias=True,
     )
 
 
@@ -42,7 +46,8 @@ class SelectQuantile(Part):
     to: Fraction = Field(description="upper quantile, 0 to 1, above `from`")
     metric: Literal["mean_loss", "last_loss", "ema_loss", "margin"] = "ema_loss"
     exclude_suspects: bool = Field(
-        default=True, description="leave out samples that are probably label noise; only a person may say false"
+        default=True,
+        description="leave out samples that are probably label noise; only a person may say false",
     )
 
     @model_validator(mode="after")
@@ -60,13 +65,17 @@ class SelectKMeans(Part):
     k: int = Field(ge=2, le=64)
     clusters: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     window: int = Field(default=4096, ge=16, description="samples that the clusters were fitted on")
-    artifact: Digest | None = Field(default=None, description="centroids of the scan that the clusters refer to")
+    artifact: Digest | None = Field(
+        default=None, description="centroids of the scan that the clusters refer to"
+    )
 
     @model_validator(mode="after")
     def _within_k(self) -> SelectKMeans:
         wrong = [c for c in self.clusters if c >= self.k]
         if wrong:
-            raise ValueError(f"clusters {wrong} do not exist: k is {self.k}, so they run from 0 to {self.k - 1}")
+            raise ValueError(
+                f"clusters {wrong} do not exist: k is {self.k}, so they run from 0 to {self.k - 1}"
+            )
         if len(set(self.clusters)) != len(self.clusters):
             raise ValueError(f"clusters {list(self.clusters)} name one cluster twice")
         return self
@@ -91,9 +100,7 @@ class SelectIndices(Part):
         return self
 
 
-Selection = Annotated[
-    SelectAll | SelectQuantile | SelectKMeans | SelectIndices, Field(discriminator="kind")
-]
+Selection = Annotated[SelectAll | SelectQuantile | SelectKMeans | SelectIndices, Field(discriminator="kind")]
 
 
 class EarlyStopping(Part):
@@ -109,7 +116,9 @@ class Variant(Part):
     name: Name
     lr_mul: Positive = Field(default=1.0, le=1e4, description="factor on every group's learning rate")
     weight_decay_mul: float = Field(default=1.0, ge=0.0, le=1e4, allow_inf_nan=False)
-    weight_decay: float | None = Field(default=None, ge=0.0, le=10.0, description="absolute, in place of the factor")
+    weight_decay: float | None = Field(
+        default=None, ge=0.0, le=10.0, description="absolute, in place of the factor"
+    )
     clip_norm: Positive | None = None
     optimizer: Literal["keep", "sgd", "adam", "adamw", "sam"] = Field(
         default="keep", description="sam wraps the trunk's own optimizer; a step then costs two"
@@ -119,10 +128,13 @@ class Variant(Part):
         default=None, description="decay of the weight average that the variant offers as its candidate"
     )
     precision: Literal["keep", "fp32", "bf16"] = "keep"
-    loss_weight: Positive = Field(default=1.0, le=100.0, description="weight of selected samples against replayed ones")
+    loss_weight: Positive = Field(
+        default=1.0, le=100.0, description="weight of selected samples against replayed ones"
+    )
     batch_mul: Positive = Field(default=1.0, le=64.0)
     schedule: Literal["keep", "constant", "anneal"] = Field(
-        default="keep", description="keep the trunk's schedule, hold the rate, or go linearly to zero by the top rung"
+        default="keep",
+        description="keep the trunk's schedule, hold the rate, or go linearly to zero by the top rung",
     )
 
 
@@ -229,7 +241,13 @@ class MergeAdapterFuse(Part):
 
 
 MergeRecipe = Annotated[
-    MergeSwa | MergeUniform | MergeGreedy | MergeInterpolate | MergeFisherSoup | MergeDistill | MergeAdapterFuse,
+    MergeSwa
+    | MergeUniform
+    | MergeGreedy
+    | MergeInterpolate
+    | MergeFisherSoup
+    | MergeDistill
+    | MergeAdapterFuse,
     Field(discriminator="kind"),
 ]
 
@@ -246,9 +264,12 @@ class Acceptance(Part):
 
     against: Literal["control"] = "control"
     metric: Literal["utility", "accuracy", "nll", "huber", "mse"] = Field(
-        default="utility", description="utility = 0.8 accuracy + 0.2 p(y) for classes, minus Huber loss for values"
+        default="utility",
+        description="utility = 0.8 accuracy + 0.2 p(y) for classes, minus Huber loss for values",
     )
-    z: float = Field(default=1.64, ge=0.0, le=10.0, description="least z; the session's alpha may demand more")
+    z: float = Field(
+        default=1.64, ge=0.0, le=10.0, description="least z; the session's alpha may demand more"
+    )
     slices: Literal["no_worse", "ignore"] = "no_worse"
 
 

@@ -1,0 +1,71 @@
+"""What a rule is: a frozen dataclass with thresholds as fields, that looks at a view and proposes or stays silent.
+
+A rule never logs, mutates, or looks at another rule. Its silence carries a stable code and a sentence with the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from automode.planner.cards import Diagnostic, Reason, Risk
+from automode.planner.events import Clustered, Run, Scanned, Validated
+from automode.planner.policy import Policy
+from automode.planner.recipes import GateRecipe, MergeRecipe, SelectAll, Selection, TrainingRecipe
+
+if TYPE_CHECKING:
+    from automode.planner.signals.suite import SignalSuite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Everything that a rule may look at. Steps are optimizer steps; ``planning_budget`` is B in steps."""
+
+    step: int
+    remaining: int
+    planning_budget: int
+    policy: Policy
+    run: Run
+    signals: SignalSuite
+    validated: Sequence[Validated] = ()
+    scanned: Sequence[Scanned] = ()
+    clustered: Sequence[Clustered] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """How many cards of each reason were made so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What a rule would do. Pacing turns it into a card, or holds it."""
+
+    reason: Reason
+    action: Literal["fork", "merge"]
+    because: str
+    selection: Selection = SelectAll()
+    training_recipe: TrainingRecipe | None = None
+    gate_recipe: GateRecipe | None = None
+    merge_recipe: MergeRecipe | None = None
+    risk: Risk = "low"
+    diagnostics: Mapping[str, Diagnostic] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Silence:
+    """Why a rule said nothing: a stable ``code`` and a sentence."""
+
+    code: str
+    why: str
+
+
+class Rule(Protocol):
+    """One trouble, one remedy."""
+
+    @property
+    def id(self) -> Reason:
+        """The reason that the rule gives."""
+        ...
+
+    def propose(self, view: View) -> Proposal | Silence:
+        """Propose an action, or say why not."""
+        ...
