@@ -1,1 +1,83 @@
-"""automode."""
+"""automode watches a PyTorch training run, decides what would make it better, and proves it before keeping it.
+
+The public door. ``import automode`` costs next to nothing: names that need torch or pydantic load when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from automode.errors import (
+    AutomodeError,
+    CardError,
+    ConflictError,
+    DataError,
+    MergeError,
+    NotExecutableError,
+    PolicyError,
+    ReplayDifferenceError,
+    SchedulerError,
+    SessionBusyError,
+    SessionCorruptError,
+    SessionError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from automode.planner.cards import PlanCard
+    from automode.planner.policy import Policy
+    from automode.session import Session
+    from automode.session.replaying import replay, story
+    from automode.trainer import Trainer, quickstart
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AutomodeError",
+    "CardError",
+    "ConflictError",
+    "DataError",
+    "MergeError",
+    "NotExecutableError",
+    "PlanCard",
+    "Policy",
+    "PolicyError",
+    "ReplayDifferenceError",
+    "SchedulerError",
+    "Session",
+    "SessionBusyError",
+    "SessionCorruptError",
+    "SessionError",
+    "Trainer",
+    "UsageError",
+    "__version__",
+    "quickstart",
+    "replay",
+    "story",
+]
+
+_HOMES = {
+    "PlanCard": "automode.planner.cards",
+    "Policy": "automode.planner.policy",
+    "Session": "automode.session",
+    "Trainer": "automode.trainer",
+    "quickstart": "automode.trainer",
+    "replay": "automode.session.replaying",
+    "story": "automode.session.replaying",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its room when it is first used (PEP 562)."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'automode' has no attribute {name!r}")
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)
