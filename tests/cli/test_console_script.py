@@ -1,0 +1,114 @@
+"""The console script answers at once and turns our errors into messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import automode
+from automode.cli.main import COMMANDS, CommandSource, LazyGroup, main
+from automode.errors import AutomodeError, CardError, UsageError
+
+HEAVY = ("torch", "numpy", "pydantic", "yaml", "sklearn", "scipy", "optuna", "lightning", "sqlite3")
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_version_and_help_load_nothing_heavy(option: str) -> None:
+    code = f"""
+import sys
+from automode.cli.main import main
+try:
+    main([{option!r}])
+except SystemExit as end:
+    assert end.code == 0, end.code
+print(*(name for name in {HEAVY!r} if name in sys.modules), sep=",", file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "\n")
+    assert "automode" in done.stdout
+
+
+def test_version_is_the_one_of_the_package() -> None:
+    done = CliRunner().invoke(main, ["--version"])
+    assert done.output.strip() == f"automode, version {automode.__version__}"
+
+
+def test_every_command_loads_and_its_summary_is_its_own() -> None:
+    context = click.Context(main)
+    own = {
+        name: command.get_short_help_str(limit=1000)
+        for name in COMMANDS
+        if (command := main.get_command(context, name))
+    }
+    assert own == {name: source.summary for name, source in COMMANDS.items()}
+
+
+def test_help_lists_every_command() -> None:
+    listed = CliRunner().invoke(main, ["--help"]).output
+    assert [name for name in COMMANDS if f"\n  {name} " not in listed] == []
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> LazyGroup:
+    """A group with a command that fails as its argument says, and one whose module must never be loaded."""
+    raised = {
+        "usage": UsageError("mend this"),
+        "card": CardError("mend that"),
+        "other": AutomodeError("disk gone"),
+    }
+
+    @click.command()
+    @click.argument("how")
+    def fail(how: str) -> None:
+        raise raised[how]
+
+    module = types.ModuleType("commands_for_this_test")
+    module.fail = fail  # type: ignore[attr-defined]
+    module.wrong = "not a command"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    source = {
+        "fail": CommandSource(module=module.__name__, attribute="fail", summary="Fail as told."),
+        "wrong": CommandSource(module=module.__name__, attribute="wrong", summary="Is no command."),
+        "far": CommandSource(module="no_such_module_anywhere", attribute="x", summary="Cannot load."),
+    }
+    return LazyGroup(name="automode", sources=source)
+
+
+def test_help_does_not_load_the_commands_that_it_lists(group: LazyGroup) -> None:
+    done = CliRunner().invoke(group, ["--help"])
+    assert done.exit_code == 0
+    assert "Cannot load." in done.output
+
+
+@pytest.mark.parametrize(
+    ("how", "message", "code"),
+    [("usage", "mend this", 2), ("card", "mend that", 2), ("other", "disk gone", 1)],
+)
+def test_our_errors_are_messages_with_an_exit_code(
+    group: LazyGroup, how: str, message: str, code: int
+) -> None:
+    done = CliRunner().invoke(group, ["fail", how])
+    assert (done.exit_code, done.output) == (code, f"Error: {message}\n")
+
+
+def test_other_errors_keep_their_traceback(group: LazyGroup) -> None:
+    done = CliRunner().invoke(group, ["fail", "unknown"])
+    assert isinstance(done.exception, KeyError)
+
+
+def test_an_unknown_command_is_refused(group: LazyGroup) -> None:
+    done = CliRunner().invoke(group, ["fial"])
+    assert done.exit_code == 2
+    assert "fial" in done.output
+
+
+def test_a_source_that_is_no_command_is_our_own_mistake(group: LazyGroup) -> None:
+    done = CliRunner().invoke(group, ["wrong"])
+    assert isinstance(done.exception, TypeError)
