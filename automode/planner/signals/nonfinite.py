@@ -36,7 +36,7 @@ class NonFinite:
         stall_after: Consecutive un-applied optimizer steps that count as a stall.
 
     Attributes:
-        state: `NonFiniteState` of the last observation.
+        status: `NonFiniteState` of the last observation.
         stepping: `SteppingState` after the last observation.
         loss_finite: Whether the last loss was finite.
         grad_norm_finite: Whether the last gradient norm was finite (or was not measured).
@@ -50,7 +50,7 @@ class NonFinite:
         "loss_finite",
         "skipped_run",
         "stall_after",
-        "state",
+        "status",
         "stepping",
     )
 
@@ -62,7 +62,7 @@ class NonFinite:
 
     def reset(self) -> None:
         """Forget the runs of bad and of skipped steps."""
-        self.state = NonFiniteState.FINITE
+        self.status = NonFiniteState.FINITE
         self.stepping = SteppingState.STEPPING
         self.loss_finite = True
         self.grad_norm_finite = True
@@ -78,7 +78,7 @@ class NonFinite:
             applied: Whether the optimizer applied its step.
 
         Returns:
-            True when `state` or `stepping` changed.
+            True when `status` or `stepping` changed.
         """
         if (
             applied
@@ -91,21 +91,21 @@ class NonFinite:
         return self._update_unusual(loss, grad_norm, applied)
 
     def _update_unusual(self, loss: float, grad_norm: float | None, applied: bool) -> bool:
-        before = (self.state, self.stepping)
+        before = (self.status, self.stepping)
         self.loss_finite = -FINITE_LIMIT < loss < FINITE_LIMIT
         self.grad_norm_finite = grad_norm is None or -FINITE_LIMIT < grad_norm < FINITE_LIMIT
         if self.loss_finite and self.grad_norm_finite:
             self.bad_run = 0
-            self.state = NonFiniteState.FINITE
+            self.status = NonFiniteState.FINITE
         else:
             self.bad_run += 1
-            self.state = NonFiniteState.NON_FINITE
+            self.status = NonFiniteState.NON_FINITE
         self.skipped_run = 0 if applied else self.skipped_run + 1
         stalled = self.skipped_run >= self.stall_after
         self.stepping = SteppingState.STALLED if stalled else SteppingState.STEPPING
-        return (self.state, self.stepping) != before
+        return (self.status, self.stepping) != before
 
-    def state_dict(self) -> SignalState:
+    def state(self) -> SignalState:
         """Return everything that `from_state` needs to go on from here."""
         return {
             "stall_after": self.stall_after,
@@ -114,3 +114,17 @@ class NonFinite:
             "bad_run": self.bad_run,
             "skipped_run": self.skipped_run,
         }
+
+    @classmethod
+    def from_state(cls, state: SignalState) -> NonFinite:
+        """Rebuild the signal from what `state` returned."""
+        signal = cls(stall_after=state["stall_after"])
+        signal.loss_finite = state["loss_finite"]
+        signal.grad_norm_finite = state["grad_norm_finite"]
+        signal.bad_run = state["bad_run"]
+        signal.skipped_run = state["skipped_run"]
+        finite = signal.loss_finite and signal.grad_norm_finite
+        signal.status = NonFiniteState.FINITE if finite else NonFiniteState.NON_FINITE
+        stalled = signal.skipped_run >= signal.stall_after
+        signal.stepping = SteppingState.STALLED if stalled else SteppingState.STEPPING
+        return signal

@@ -30,7 +30,9 @@ def from_wire(value: WireFloat) -> float:
     """
     if isinstance(value, str):
         if value not in {"nan", "inf", "-inf"}:
-            raise UsageError(f"expected a number or one of 'nan', 'inf', '-inf', but a stored float is {value!r}")
+            raise UsageError(
+                f"expected a number or one of 'nan', 'inf', '-inf', but a stored float is {value!r}"
+            )
         return float(value)
     return value
 

@@ -1,0 +1,308 @@
+"""S3 and S4: is the loss still improving enough to wait for, standing still, or getting worse?
+
+Block means of the *raw* loss (b = B / 40 steps) are compared pair by pair. Kendall's variance bounds the Theil-Sen slope from both
+sides, and the bounds, carried forward as a logarithm of time, answer the question in the user's units: in the best case that the data
+allow, how much would another B steps bring? "No significant trend" is never taken for a plateau: when neither
+bound decides, the answer is UNKNOWN, and UNKNOWN never acts.
+
+    h       = (k - w/2) ln((k + B/b) / k)          blocks ahead, discounted as ln t flattens
+    best    = -lower(z) h / level                  PLATEAU when best <= rho
+    worst   = -upper(z) h / level                  IMPROVING when worst >= rho
+    rise    = lower(z) w / level over the last B   REGRESSING when rise >= 10 %
+
+with k blocks since the reset, w = min(k, 2 B / b) of them in the window, and level the median of the last w / 4.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from math import ceil, hypot, isfinite, log, nan
+
+import numpy as np
+
+from automode.errors import UsageError
+from automode.planner.signals.mann_kendall import MannKendall
+from automode.planner.signals.nonfinite import FINITE_LIMIT
+from automode.planner.signals.slopes import PairSlopes, Vector
+from automode.planner.signals.wire import SignalState, from_wire, require_positive, to_wire
+
+BLOCKS_PER_BUDGET = 40
+MIN_BLOCKS = 10
+LOOK_EVERY_STEPS = 20
+"""With small budgets blocks are short; they are looked at together, so that the cost per step stays bounded."""
+
+_NUMBERS = (
+    "level",
+    "best_advise",
+    "best_execute",
+    "worst_advise",
+    "worst_execute",
+    "slope",
+    "z_against_gain",
+    "rise",
+)
+
+
+class TrendState(StrEnum):
+    """What the evidence says about the next B steps."""
+
+    IMPROVING = "IMPROVING"
+    PLATEAU = "PLATEAU"
+    REGRESSING = "REGRESSING"
+    UNKNOWN = "UNKNOWN"
+
+
+class BlockTrend:
+    """Follow the trend of a raw loss in blocks.
+
+    Args:
+        budget: B, the steps that one would spend to find out, at least 10.
+        gain: rho, the relative gain over B steps that would make waiting worthwhile, in (0, 1).
+        z_advise: One-sided confidence at which `status` decides, in sigmas.
+        z_execute: One-sided confidence at which `firm` decides; at least `z_advise`.
+        regress_rise: Relative rise over B steps, at its smallest plausible, that counts as slow divergence.
+        z_regress: One-sided confidence of that smallest plausible rise.
+
+    Attributes:
+        status: The state at `z_advise`.
+        firm: The state at `z_execute`.
+        looks: Looks taken since the last reset.
+        blocks: Blocks closed since the last reset (k).
+        used: Blocks in the window of the last look (w).
+        level: Median of the last quarter of the window.
+        best_advise, best_execute: Largest plausible relative gain over the next B steps at either confidence; NaN
+            before the first look, as all numbers of a look are.
+        worst_advise, worst_execute: Smallest plausible relative gain.
+        slope: Theil-Sen slope in loss units per step.
+        z_against_gain: Mann-Kendall z of the series with the slope that would just bring `gain` taken out: the plateau is
+            declared at every confidence up to about this.
+        rise: Smallest plausible relative rise over the last B steps.
+        mann_kendall: Streaming Mann-Kendall over the block means of the last B steps.
+    """
+
+    __slots__ = (
+        "_block_sum",
+        "_buffer",
+        "_capacity",
+        "_end",
+        "_in_block",
+        "_look_blocks",
+        "_since_look",
+        "_slopes",
+        "_wide",
+        "best_advise",
+        "best_execute",
+        "block_steps",
+        "blocks",
+        "budget",
+        "firm",
+        "gain",
+        "level",
+        "level_scale",
+        "looks",
+        "mann_kendall",
+        "regress_rise",
+        "rise",
+        "slope",
+        "status",
+        "used",
+        "worst_advise",
+        "worst_execute",
+        "z_advise",
+        "z_against_gain",
+        "z_execute",
+        "z_regress",
+    )
+
+    def __init__(
+        self,
+        *,
+        budget: int = 800,
+        gain: float = 0.01,
+        z_advise: float = 1.28,
+        z_execute: float = 1.645,
+        regress_rise: float = 0.10,
+        z_regress: float = 1.28,
+    ) -> None:
+        if budget < MIN_BLOCKS:
+            raise UsageError(f"the value of `budget` is {budget} steps, but it must be at least {MIN_BLOCKS}")
+        if not 0.0 < gain < 1.0:
+            raise UsageError(f"the value of `gain` is {gain}, but a relative gain lies between 0 and 1")
+        for name, value in (("z_advise", z_advise), ("z_regress", z_regress), ("regress_rise", regress_rise)):
+            require_positive(name, value)
+        if not (isfinite(z_execute) and z_execute >= z_advise):
+            raise UsageError(
+                f"z_execute is {z_execute}, but acting needs at least the confidence of advising, {z_advise}"
+            )
+        self.budget = budget
+        self.gain = gain
+        self.z_advise = z_advise
+        self.z_execute = z_execute
+        self.regress_rise = regress_rise
+        self.z_regress = z_regress
+        self.block_steps = ceil(budget / BLOCKS_PER_BUDGET)
+        self._wide = max(MIN_BLOCKS, round(budget / self.block_steps))
+        self._capacity = 2 * self._wide
+        self._look_blocks = max(1, LOOK_EVERY_STEPS // self.block_steps)
+        self._slopes = PairSlopes(self._capacity)
+        self._buffer: Vector = np.empty(4 * self._capacity)
+        self.level_scale = 0.0
+        self.mann_kendall = MannKendall(window=self._wide)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all blocks; `level_scale` stays, it belongs to the loss."""
+        self._block_sum = 0.0
+        self._in_block = 0
+        self._end = 0
+        self._since_look = 0
+        self.mann_kendall.reset()
+        self.status = TrendState.UNKNOWN
+        self.firm = TrendState.UNKNOWN
+        self.looks = 0
+        self.blocks = 0
+        self.used = 0
+        self.level = self.slope = self.rise = self.z_against_gain = nan
+        self.best_advise = self.best_execute = self.worst_advise = self.worst_execute = nan
+
+    @property
+    def window(self) -> int:
+        """Steps in the window of the last look."""
+        return self.used * self.block_steps
+
+    def update(self, loss: float) -> bool:
+        """Take one raw loss; a non-finite one is passed over.
+
+        Returns:
+            True when `status` or `firm` changed.
+        """
+        if not -FINITE_LIMIT < loss < FINITE_LIMIT:
+            return False
+        self._block_sum += loss
+        self._in_block += 1
+        if self._in_block < self.block_steps:
+            return False
+        return self._close_block()
+
+    def _close_block(self) -> bool:
+        mean = self._block_sum / self.block_steps
+        self._block_sum = 0.0
+        self._in_block = 0
+        buffer = self._buffer
+        if self._end == buffer.size:
+            keep = self._capacity - 1
+            buffer[:keep] = buffer[self._end - keep :]
+            self._end = keep
+        buffer[self._end] = mean
+        self._end += 1
+        self.blocks += 1
+        self.mann_kendall.update(mean)
+        self._since_look += 1
+        if self._since_look < self._look_blocks or self.blocks < MIN_BLOCKS:
+            return False
+        self._since_look = 0
+        return self._look()
+
+    def _look(self) -> bool:
+        before = (self.status, self.firm)
+        self.looks += 1
+        k = self.blocks
+        self.rise = self._smallest_rise(min(k, self._wide))
+        w = min(k, self._capacity)
+        y = self._buffer[self._end - w : self._end]
+        slopes = self._slopes
+        slopes.compute(y)
+        self.used = w
+        self.level, weight = self._level(y)
+        ahead = (k - 0.5 * w) * log((k + self.budget / self.block_steps) / k)
+        self.slope = slopes.median / self.block_steps
+        self.best_advise = -slopes.lower(self.z_advise) * ahead / weight
+        self.best_execute = -slopes.lower(self.z_execute) * ahead / weight
+        self.worst_advise = -slopes.upper(self.z_advise) * ahead / weight
+        self.worst_execute = -slopes.upper(self.z_execute) * ahead / weight
+        self.z_against_gain = slopes.kendall_z(-self.gain * weight / ahead)
+        if self.rise >= self.regress_rise:
+            self.status = self.firm = TrendState.REGRESSING
+        else:
+            self.status = self._decide(self.best_advise, self.worst_advise)
+            self.firm = self._decide(self.best_execute, self.worst_execute)
+        return (self.status, self.firm) != before
+
+    def _smallest_rise(self, w: int) -> float:
+        y = self._buffer[self._end - w : self._end]
+        self._slopes.compute(y)
+        return self._slopes.lower(self.z_regress) * w / self._level(y)[1]
+
+    def _level(self, y: Vector) -> tuple[float, float]:
+        """The level, and what a change is relative to.
+
+        d ln x = dx / x, and d asinh(x / s) = dx / sqrt(x^2 + s^2): with `level_scale` s set, losses at or below 0 have a relative
+        change too.
+        """
+        tail: list[float] = sorted(y[-(y.size // 4) :].tolist())
+        middle = len(tail) // 2
+        level = tail[middle] if len(tail) % 2 else 0.5 * (tail[middle - 1] + tail[middle])
+        return level, hypot(level, self.level_scale) or FINITE_LIMIT
+
+    def _decide(self, best: float, worst: float) -> TrendState:
+        if best <= self.gain:
+            return TrendState.PLATEAU
+        if worst >= self.gain:
+            return TrendState.IMPROVING
+        return TrendState.UNKNOWN
+
+    def describe(self) -> str:
+        """One sentence for a card: the best case at `z_execute`, what was asked for, and what it rests on."""
+        if not self.looks:
+            return f"No look yet: {self.blocks} of {MIN_BLOCKS} blocks of {self.block_steps} steps."
+        return (
+            f"Best case (z {self.z_execute:g}, one-sided) another {100 * self.best_execute:.2g} % in the next "
+            f"{self.budget} steps; you asked for >= {100 * self.gain:g} %. Window {self.window} steps, {self.used} blocks, "
+            f"level {self.level:.4g}."
+        )
+
+    def state(self) -> SignalState:
+        """Return everything that `from_state` needs to go on from here."""
+        kept = min(self._end, self._capacity)
+        return {
+            "budget": self.budget,
+            "gain": self.gain,
+            "z_advise": self.z_advise,
+            "z_execute": self.z_execute,
+            "regress_rise": self.regress_rise,
+            "z_regress": self.z_regress,
+            "level_scale": self.level_scale,
+            "means": self._buffer[self._end - kept : self._end].tolist(),
+            "block_sum": self._block_sum,
+            "in_block": self._in_block,
+            "since_look": self._since_look,
+            "mann_kendall": self.mann_kendall.state(),
+            "status": str(self.status),
+            "firm": str(self.firm),
+            "looks": self.looks,
+            "blocks": self.blocks,
+            "used": self.used,
+            "numbers": {name: to_wire(getattr(self, name)) for name in _NUMBERS},
+        }
+
+    @classmethod
+    def from_state(cls, state: SignalState) -> BlockTrend:
+        """Rebuild the signal from what `state` returned."""
+        parameters = ("budget", "gain", "z_advise", "z_execute", "regress_rise", "z_regress")
+        signal = cls(**{name: state[name] for name in parameters})
+        signal.level_scale = state["level_scale"]
+        means = state["means"]
+        signal._buffer[: len(means)] = means
+        signal._end = len(means)
+        signal._block_sum = state["block_sum"]
+        signal._in_block = state["in_block"]
+        signal._since_look = state["since_look"]
+        signal.mann_kendall = MannKendall.from_state(state["mann_kendall"])
+        signal.status = TrendState(state["status"])
+        signal.firm = TrendState(state["firm"])
+        signal.looks = state["looks"]
+        signal.blocks = state["blocks"]
+        signal.used = state["used"]
+        for name in _NUMBERS:
+            setattr(signal, name, from_wire(state["numbers"][name]))
+        return signal
