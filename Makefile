@@ -57,7 +57,7 @@ bench: setup  ## list the benchmarks, one command each
 
 clean:  ## remove caches and build output (neither .venv/ nor your runs)
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* build dist
-	find automode benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## the same, and .venv/ if `make setup` made it
 	@if [ -f $(STAMP) ]; then rm -rf $(VENV); elif [ -d $(VENV) ]; then echo '$(VENV) was not set up by make: left alone'; fi

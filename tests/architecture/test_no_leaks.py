@@ -30,7 +30,9 @@ def tracked_files() -> list[Path]:
         files = [REPOSITORY / name for name in listed.stdout.split("\0") if name]
     else:
         files = [
-            path for path in REPOSITORY.rglob("*") if not any(part.startswith(".") for part in path.parts)
+            path
+            for path in REPOSITORY.rglob("*")
+            if not any(part.startswith(".") for part in path.relative_to(REPOSITORY).parts)
         ]
     return [path for path in files if path.is_file() and path.suffix != ".pyc"]
 
