@@ -1,0 +1,85 @@
+"""What kind of task a model is trained for, read off one batch, and how right each sample is."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from automode.trainer.trees import rows_in
+
+Task = Literal["classification", "binary", "regression", "sequence", "unknown"]
+
+
+def task_of(outputs: Any, targets: Any) -> Task:
+    """Tell from one batch what kind of task this is.
+
+    Args:
+        outputs: Model outputs, samples along the first dimension.
+        targets: Targets of the same samples.
+
+    Returns:
+        ``classification``: scores [n, C] with integer classes [n]. ``binary``: one score a sample with targets 0 and
+        1. ``sequence``: scores with a class dimension beside others. ``regression``: floating outputs and targets of
+        one shape. Otherwise ``unknown``.
+    """
+    if (
+        not (isinstance(outputs, Tensor) and isinstance(targets, Tensor))
+        or rows_in((outputs, targets)) is None
+    ):
+        return "unknown"
+    if not outputs.is_floating_point() or targets.is_complex():
+        return "unknown"
+    n = outputs.shape[0]
+    whole = not targets.is_floating_point()
+    if whole and targets.ndim == 1 and outputs.ndim == 2 and outputs.shape[1] > 1:
+        return "classification"
+    if whole and outputs.ndim > 2 and targets.ndim == outputs.ndim - 1:
+        class_second, class_last = (outputs.shape[:1] + outputs.shape[2:], outputs.shape[:-1])
+        return "sequence" if targets.shape in (class_second, class_last) else "unknown"
+    if outputs.numel() != targets.numel():
+        return "unknown"
+    if outputs.numel() == n and bool(((targets == 0) | (targets == 1)).all()):
+        return "binary"
+    return "regression" if outputs.shape == targets.shape or outputs.numel() == n else "unknown"
+
+
+def margins(outputs: Tensor, targets: Tensor, *, probabilities: bool = False) -> Tensor:
+    """Give the score of the true class minus the best other score; above 0 the sample is right, a tie is wrong.
+
+    Args:
+        outputs: Scores [n, C] (logits or log probabilities) with classes [n]; or one score a sample with targets 0
+            and 1.
+        targets: Integer classes [n], or 0 and 1.
+        probabilities: Single scores are probabilities, which count from one half; otherwise logits, from 0.
+
+    Returns:
+        Float tensor [n], NaN where the class is outside [0, C) (an ignored target).
+    """
+    with torch.no_grad():
+        if outputs.ndim != 2 or outputs.shape[1] == 1:
+            score = outputs.detach().reshape(-1) - (0.5 if probabilities else 0.0)
+            return torch.where(targets.reshape(-1) > 0.5, score, -score)
+        classes = outputs.shape[1]
+        column = targets.reshape(-1, 1)
+        if classes == 2:
+            gap = outputs[:, 1] - outputs[:, 0]
+            margin = gap * (2 * targets - 1)
+        else:
+            inside = column.clamp(0, classes - 1)
+            true = outputs.gather(1, inside).squeeze(1)
+            margin = true - outputs.scatter(1, inside, float("-inf")).amax(1)
+        return margin.masked_fill((targets < 0) | (targets >= classes), float("nan"))
+
+
+def is_probability_loss(outputs: Tensor, targets: Tensor, loss: float, mode: str) -> bool:
+    """Tell whether a hand-written binary loss takes probabilities: whether it is the cross-entropy of them."""
+    scores, labels = outputs.detach().reshape(-1).double(), targets.detach().reshape(-1).double()
+    if bool(((scores < 0) | (scores > 1)).any()):
+        return False
+    reduction = "sum" if mode == "sum" else "mean"
+    as_probability = float(F.binary_cross_entropy(scores, labels, reduction=reduction))
+    as_logit = float(F.binary_cross_entropy_with_logits(scores, labels, reduction=reduction))
+    return abs(as_probability - loss) < abs(as_logit - loss)
