@@ -1,0 +1,131 @@
+"""The fold's state: one mutable value, singly owned by whoever calls the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from automode.planner.acceptance import AlphaSpending
+from automode.planner.approval import CardRecord
+from automode.planner.events import (
+    Clustered,
+    Command,
+    Evaluated,
+    GateFitted,
+    Merged,
+    Mode,
+    Run,
+    Scanned,
+    Snapshotted,
+    TrialReported,
+    Validated,
+    Weights,
+)
+from automode.planner.pacing import PacingState
+from automode.planner.policy import Policy
+from automode.planner.recipes import Variant
+from automode.planner.rules.base import Rule
+from automode.planner.signals.suite import SignalSuite
+from automode.scheduler import ASHA, ComputeLedger
+
+KEEP_READINGS = 64
+"""Latest validations, scans and clusterings that rules may look back on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """Something that could replace the control, with its utility on val-A."""
+
+    name: str
+    weights: Weights
+    value: float
+    into: Literal["trunk", "export"] = "trunk"
+    variant: Variant | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Execution:
+    """A running card: what was asked of the world, and what has come back."""
+
+    card: str
+    action: Literal["fork", "merge"]
+    started_at: int
+    base: Snapshotted | None = None
+    control: Snapshotted | None = None
+    variants: tuple[Variant, ...] = ()
+    asha: ASHA | None = None
+    per_trunk_step: float = 1.0
+    reports: dict[tuple[int, int], TrialReported] = field(default_factory=dict)
+    """Reports by (trial, resource)."""
+    waiting_for: set[str] = field(default_factory=set)
+    """Ids of the gate and merge commands whose answers are still out."""
+    combining: bool = False
+    gate: GateFitted | None = None
+    merged: Merged | None = None
+    chosen: Candidate | None = None
+    look: int | None = None
+    evaluated: Evaluated | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    """Everything that the machine knows. Serialisable parts keep their own ``state()``; nothing here is a tensor."""
+
+    next_seq: int = 1
+    attempt: int = 1
+    rows: int = 0
+    step: int = 0
+    t_mono: float = 0.0
+    t_wall: float = 0.0
+    session: str = ""
+    seed: int = 0
+    mode: Mode = "observe"
+    policy: Policy = field(default_factory=Policy)
+    run: Run | None = None
+    planning_budget: int = 0
+    look_every: int = 1
+    next_look: int = 0
+    next_scan: int = 0
+    suite: SignalSuite = field(default_factory=SignalSuite)
+    rules: Sequence[Rule] = ()
+    outcomes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    validated: list[Validated] = field(default_factory=list)
+    scanned: list[Scanned] = field(default_factory=list)
+    clustered: list[Clustered] = field(default_factory=list)
+    pacing: PacingState = field(default_factory=PacingState)
+    ledger: ComputeLedger = field(default_factory=ComputeLedger)
+    cards: dict[str, CardRecord] = field(default_factory=dict)
+    executions: dict[str, Execution] = field(default_factory=dict)
+    spending: AlphaSpending = field(default_factory=AlphaSpending)
+    requests: set[str] = field(default_factory=set)
+    pending: dict[str, Command] = field(default_factory=dict)
+    ordinal: int = 0
+    lineage: str = "trunk:0"
+    adoptions: int = 0
+    undo: dict[str, str] = field(default_factory=dict)
+    """Adopted card to the digest of the trunk before it."""
+    ended: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def started(self) -> bool:
+        """Whether the session's first event has been handled."""
+        return self.run is not None
+
+    @property
+    def passes_per_step(self) -> float:
+        """Forward-equivalents of one trunk step."""
+        return 3.0 * (self.run.batch if self.run is not None else 1.0)
+
+    @property
+    def fork(self) -> Execution | None:
+        """The running fork card; there is at most one."""
+        return next((e for e in self.executions.values() if e.action == "fork"), None)
+
+
+def remember(history: list[Any], item: Any) -> None:
+    """Append, and forget what is older than the rules may look back on."""
+    history.append(item)
+    if len(history) > KEEP_READINGS:
+        del history[: len(history) - KEEP_READINGS]

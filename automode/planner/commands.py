@@ -1,0 +1,145 @@
+"""What the machine asks the world to do: imperatives, each answered by an input with the same command id."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from automode.planner.inputs import Weights
+from automode.planner.recipes import Digest, Part, Selection, Variant
+
+
+class AskApproval(Part):
+    """Show the card to a person: a YAML file in the session, a line on the console."""
+
+    kind: Literal["ask_approval"] = "ask_approval"
+    card: str
+    rev: int
+
+
+class Snapshot(Part):
+    """Make the trunk's complete state durable, at once or at an exact later step."""
+
+    kind: Literal["snapshot"] = "snapshot"
+    card: str
+    purpose: Literal["base", "control"]
+    at_step: int | None = None
+
+
+class Scan(Part):
+    """Read the sample ledger (answer Scanned) and cluster the probe samples (answer Clustered)."""
+
+    kind: Literal["scan"] = "scan"
+    tail_from: float
+    probe: int
+    clusters: bool
+
+
+class Resolve(Part):
+    """Turn a selection into sample ids, and a search space into variants."""
+
+    kind: Literal["resolve"] = "resolve"
+    card: str
+    selection: Selection
+
+
+class StartTrial(Part):
+    """Train one trial from one rung to the next; returns at once and reports later."""
+
+    kind: Literal["start_trial"] = "start_trial"
+    card: str
+    trial: int
+    rung_attempt: int
+    variant: Variant
+    base: Digest
+    checkpoint: Digest = Field(description="where this segment starts: the base, or the trial's last rung")
+    from_resource: int
+    to_resource: int
+    top_resource: int
+    per_trunk_step: float = Field(description="arm steps to run for each step of the trunk")
+
+
+class StopTrial(Part):
+    """Give up a running trial."""
+
+    kind: Literal["stop_trial"] = "stop_trial"
+    card: str
+    trial: int
+    rung_attempt: int
+
+
+class FitGate(Part):
+    """Fit the router over the control and the finished specialists on val-A."""
+
+    kind: Literal["fit_gate"] = "fit_gate"
+    card: str
+    control: Weights
+    experts: tuple[Weights, ...]
+
+
+class Merge(Part):
+    """Merge the members; for a trunk merge at ``at_step`` null means at the end of the run."""
+
+    kind: Literal["merge"] = "merge"
+    card: str
+    method: str
+    control: Weights | None = Field(default=None, description="null: the trunk itself, at the end of the run")
+    members: tuple[Weights, ...] = ()
+    at_end: bool = False
+
+
+class Evaluate(Part):
+    """Look once at val-B: this candidate against the control."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    card: str
+    candidate: str
+    weights: Weights
+    control: Weights
+    look: int
+
+
+class Adopt(Part):
+    """Put the accepted candidate into the trunk, or export it."""
+
+    kind: Literal["adopt"] = "adopt"
+    card: str
+    candidate: str
+    weights: Weights
+    variant: Variant | None = Field(
+        default=None, description="of an adopted trial: what the trunk takes over from it"
+    )
+    into: Literal["trunk", "export"]
+
+
+class RollBack(Part):
+    """Put the trunk back to what it was before this card was adopted."""
+
+    kind: Literal["roll_back"] = "roll_back"
+    card: str
+    checkpoint: Digest
+
+
+class StopRun(Part):
+    """End training at the next step boundary."""
+
+    kind: Literal["stop_run"] = "stop_run"
+    why: str
+
+
+Command = Annotated[
+    AskApproval
+    | Snapshot
+    | Scan
+    | Resolve
+    | StartTrial
+    | StopTrial
+    | FitGate
+    | Merge
+    | Evaluate
+    | Adopt
+    | RollBack
+    | StopRun,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,325 @@
+"""Events that come from the world: past participles told by the driver."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from automode.planner.recipes import Digest, Part, Variant
+
+Mode = Literal["off", "observe", "propose", "act"]
+Verb = Literal["approve", "refuse", "edit", "revise", "cancel", "submit", "mode", "rollback"]
+Task = Literal["classification", "regression", "sequence", "unknown"]
+
+
+class Weights(Part):
+    """A state that can be judged: a checkpoint, and which of its raw weights and averages is meant."""
+
+    checkpoint: Digest
+    choice: str = Field(default="raw", description="raw, ema3, ema10, tail, or ema (the variant's own)")
+
+
+class Group(Part):
+    """Paired differences of one group of held-out samples, as sums that a verdict can be recomputed from.
+
+    ``n`` samples, the mean of candidate minus control utility, and their sample variance (ddof 1).
+    """
+
+    n: int = Field(ge=0)
+    mean: float
+    variance: float
+
+
+class Run(Part):
+    """What the fold needs to know of the run before the first step. Lengths in samples and optimizer steps."""
+
+    total_steps: int = Field(ge=0, description="steps that the user asked for")
+    batch: float = Field(gt=0, description="mean samples a step")
+    train_samples: int | None = None
+    val_a: int = Field(default=0, ge=0)
+    val_b: int = Field(default=0, ge=0)
+    task: Task = "unknown"
+    has_ids: bool = False
+    why_no_ids: str | None = None
+    exact_losses: bool = False
+    why_inexact: str | None = None
+    overlap: int = Field(default=0, ge=0, description="validation samples that are training samples too")
+    why_no_evidence: str | None = None
+    why_no_forks: str | None = Field(default=None, description="why no specialist can be trained in this run")
+    slices: dict[str, int] = Field(default_factory=dict, description="held-out samples in each named slice")
+    scheduled: bool = Field(default=False, description="the user drives the rate by a scheduler")
+    known_drops: tuple[int, ...] = Field(default=(), description="steps at which the schedule drops the rate")
+    averages: bool = False
+    slots: int = Field(default=1, ge=1, description="segments that the backend runs at once")
+    seconds: float | None = None
+    bf16: bool = False
+
+
+class SessionStarted(Part):
+    """First event of every log: the mode, the policy and the run."""
+
+    kind: Literal["session_started"] = "session_started"
+    session: str
+    seed: int = Field(ge=0)
+    mode: Mode
+    asked_mode: Mode
+    why_mode: str | None = Field(default=None, description="why the mode is not the one asked for")
+    policy: dict[str, Any]
+    policy_digest: Digest
+    planner_version: int
+    run: Run
+
+
+class Validated(Part):
+    """The trunk was evaluated on the first held-out half (never the second)."""
+
+    kind: Literal["validated"] = "validated"
+    step: int
+    loss: float
+    value: float = Field(description="mean utility, higher is better")
+    n: int
+    slices: dict[str, Group] = Field(
+        default_factory=dict, description="utility of each slice minus the rest's: n, mean, variance"
+    )
+    passes: float = Field(
+        default=0.0, ge=0, description="charged to automode; the user's own validation costs 0"
+    )
+
+
+class Scanned(Part):
+    """The sample ledger was read."""
+
+    kind: Literal["scanned"] = "scanned"
+    step: int
+    n: int = Field(description="samples seen so far")
+    visits: float = Field(description="mean visits a sample")
+    quantiles: dict[str, tuple[float, ...]] = Field(
+        default_factory=dict, description="101-point quantiles by metric"
+    )
+    tail_mean: float | None = Field(default=None, description="mean EMA loss of the tail without suspects")
+    tail_n: int = 0
+    suspects: int = 0
+    noise: float | None = Field(
+        default=None, description="estimated share of wrong labels; null: cannot tell"
+    )
+    artifact: Digest | None = None
+    passes: float = Field(default=0.0, ge=0)
+
+
+class Clustered(Part):
+    """The probe samples were clustered by their features."""
+
+    kind: Literal["clustered"] = "clustered"
+    step: int
+    feature: Literal["embedding", "loss", "margin"]
+    k: int
+    sizes: tuple[int, ...]
+    losses: tuple[float, ...] = Field(description="mean loss of each cluster, suspects left out")
+    errors: tuple[float, ...] = Field(description="standard error of each mean")
+    tops: tuple[str, ...] = Field(default=(), description="in words, what each cluster mostly holds")
+    noise: tuple[float, ...] = Field(default=(), description="share of suspects in each cluster")
+    ari: float | None = Field(default=None, description="agreement with the scan before, on the same samples")
+    artifact: Digest | None = None
+    passes: float = Field(default=0.0, ge=0)
+
+
+class Decided(Part):
+    """A person (or an approver) answered: the content of one inbox request."""
+
+    kind: Literal["decided"] = "decided"
+    request: str = Field(description="id of the request; the same id is handled once")
+    verb: Verb
+    card: str | None = None
+    rev: int | None = None
+    actor: str
+    note: str = ""
+    body: dict[str, Any] | None = Field(default=None, description="an edited or submitted card as plain data")
+    mode: Mode | None = None
+
+
+class Snapshotted(Part):
+    """Answer to Snapshot: the trunk's complete state is durable."""
+
+    kind: Literal["snapshotted"] = "snapshotted"
+    card: str
+    purpose: Literal["base", "control"]
+    checkpoint: Digest
+    step: int
+    value: float | None = Field(
+        default=None, description="utility on val-A of the best of raw weights and averages"
+    )
+    choice: str | None = Field(default=None, description="which of raw, ema3, ema10, tail that was")
+    passes: float = Field(default=0.0, ge=0)
+
+
+class Resolved(Part):
+    """Answer to Resolve: the selection became sample ids."""
+
+    kind: Literal["resolved"] = "resolved"
+    card: str
+    n: int
+    pool: int = Field(description="samples that batches are drawn from in all")
+    artifact: Digest | None = None
+    variants: tuple[Variant, ...] = Field(description="the trials' variants, a search space drawn out")
+
+
+class TrialReported(Part):
+    """A trial reached a rung: its candidate's value on val-A, and its checkpoint."""
+
+    kind: Literal["trial_reported"] = "trial_reported"
+    card: str
+    trial: int
+    rung_attempt: int = Field(ge=1)
+    resource: int
+    value: float = Field(description="mean utility, higher is better; NaN: never promoted")
+    choice: str = "raw"
+    checkpoint: Digest | None = None
+    passes: float = Field(ge=0)
+    stopped_early: bool = False
+    seconds: float = 0.0
+
+
+class TrialFailed(Part):
+    """A segment ended without a report."""
+
+    kind: Literal["trial_failed"] = "trial_failed"
+    card: str
+    trial: int
+    rung_attempt: int = Field(ge=1)
+    error: str
+    retryable: bool = True
+    passes: float = Field(default=0.0, ge=0)
+
+
+class GateFitted(Part):
+    """Answer to FitGate: the router over the experts, judged on val-A by cross-fitting."""
+
+    kind: Literal["gate_fitted"] = "gate_fitted"
+    card: str
+    value: float
+    loads: tuple[float, ...]
+    entropy: float
+    experts: tuple[str, ...]
+    checkpoint: Digest | None = None
+    passes: float = Field(ge=0)
+
+
+class Merged(Part):
+    """Answer to Merge: one state made of several, with its utility on val-A."""
+
+    kind: Literal["merged"] = "merged"
+    card: str
+    method: str
+    members: tuple[str, ...]
+    weights: Weights
+    value: float
+    control: Weights | None = Field(
+        default=None, description="for a merge card: the raw trunk at the same step"
+    )
+    control_value: float | None = None
+    step: int
+    passes: float = Field(ge=0)
+
+
+class Evaluated(Part):
+    """Answer to Evaluate: candidate against control on the second held-out half, as paired sums."""
+
+    kind: Literal["evaluated"] = "evaluated"
+    card: str
+    candidate: str
+    overall: Group
+    slices: dict[str, Group] = Field(default_factory=dict)
+    candidate_metrics: dict[str, float] = Field(default_factory=dict)
+    control_metrics: dict[str, float] = Field(default_factory=dict)
+    passes: float = Field(ge=0)
+
+
+class Adopted(Part):
+    """Answer to Adopt: the accepted weights are in the trunk (or exported), and durable."""
+
+    kind: Literal["adopted"] = "adopted"
+    card: str
+    checkpoint: Digest
+    before: Digest | None = Field(
+        default=None, description="the trunk as it was, for rolling back; null for an export"
+    )
+    step: int
+    into: Literal["trunk", "export"] = Field(description="a mixture of experts is exported beside the trunk")
+
+
+class RolledBack(Part):
+    """Answer to RollBack: the state before an adoption is back in the trunk."""
+
+    kind: Literal["rolled_back"] = "rolled_back"
+    card: str
+    checkpoint: Digest
+    step: int
+
+
+class CommandFailed(Part):
+    """A command could not be carried out; its card fails, the run goes on."""
+
+    kind: Literal["command_failed"] = "command_failed"
+    command: str = Field(description="kind of the command that failed")
+    card: str | None
+    error: str
+    passes: float = Field(default=0.0, ge=0)
+
+
+class Safeguarded(Part):
+    """A safeguard acted in the loop, at once and without a card."""
+
+    kind: Literal["safeguarded"] = "safeguarded"
+    step: int
+    what: Literal["skipped", "stopped", "averages_reset"]
+    why: str
+
+
+class Acknowledged(Part):
+    """Answer to a command with nothing to tell (AskApproval, StopTrial, SetLearningRate, StopRun)."""
+
+    kind: Literal["acknowledged"] = "acknowledged"
+    command: str
+    note: str = ""
+
+
+class TrunkEnded(Part):
+    """The trunk has taken its last training step; what is pending is brought to an end."""
+
+    kind: Literal["trunk_ended"] = "trunk_ended"
+    step: int
+    why: str
+
+
+class RunEnded(Part):
+    """Last event of a log that ended well."""
+
+    kind: Literal["run_ended"] = "run_ended"
+    step: int
+    why: str
+    weights: Digest | None = None
+
+
+Input = Annotated[
+    SessionStarted
+    | Validated
+    | Scanned
+    | Clustered
+    | Decided
+    | Snapshotted
+    | Resolved
+    | TrialReported
+    | TrialFailed
+    | GateFitted
+    | Merged
+    | Evaluated
+    | Adopted
+    | RolledBack
+    | CommandFailed
+    | Safeguarded
+    | Acknowledged
+    | TrunkEnded
+    | RunEnded,
+    Field(discriminator="kind"),
+]

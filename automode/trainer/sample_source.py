@@ -1,0 +1,95 @@
+"""Training samples by id: how a specialist draws its own batches without the user's loader noticing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset, default_collate
+
+from automode.errors import DataError
+from automode.merges.batches import move
+
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class SampleSource:
+    """Fetches batches of the root dataset by sample id.
+
+    Args:
+        dataset: A map-style dataset; ids are its indices.
+        collate: The user's collate function.
+        device: Where tensors go.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], device: torch.device) -> None:
+        if not hasattr(dataset, "__getitem__"):
+            raise DataError(f"{type(dataset).__name__} has no __getitem__, so samples cannot be drawn by id")
+        self._dataset = dataset
+        self._collate = collate
+        self._device = device
+        self._tensors = (
+            dataset.tensors if type(dataset) is TensorDataset and collate is default_collate else None
+        )
+
+    def batch(self, ids: Ids) -> Any:
+        """Return one collated batch on the device; rows in the order of ``ids``."""
+        if self._tensors is not None:
+            index = torch.from_numpy(ids)
+            return [move(tensor.index_select(0, index), self._device) for tensor in self._tensors]
+        return move(self._collate([self._dataset[int(i)] for i in ids]), self._device)
+
+
+class BatchPlan:
+    """Which samples a specialist's k-th batch holds: a pure function of the seed and k, so that a segment can start anywhere.
+
+    Each batch takes ``1 - replay`` of its rows from the selected ids and the rest from the others; both lists are walked in
+    seeded permutations, pass after pass. All trials of a card share the plan, so that their values differ by their
+    recipes and not by their luck.
+
+    Args:
+        selected: Ids to specialise on, at least one.
+        others: Ids to replay from; may be empty.
+        replay: Share of each batch from ``others``, 0 to 1.
+        batch_size: Rows a batch.
+        entropy: Seed material.
+    """
+
+    def __init__(
+        self, selected: Ids, others: Ids, *, replay: float, batch_size: int, entropy: Sequence[int]
+    ) -> None:
+        if selected.size == 0:
+            raise DataError("the selection holds no training sample")
+        from_others = round(replay * batch_size) if others.size else 0
+        from_others = min(from_others, batch_size - 1)
+        self._parts = [(selected, batch_size - from_others, 0)]
+        if from_others:
+            self._parts.append((others, from_others, 1))
+        self._entropy = list(entropy)
+        self._cached: dict[int, tuple[int, Ids]] = {}
+        self.selected_rows = batch_size - from_others
+
+    def ids(self, k: int) -> Ids:
+        """Ids of batch ``k`` (from 0); the first ``selected_rows`` are of the selection."""
+        return np.concatenate([self._take(pool, n, part, k) for pool, n, part in self._parts])
+
+    def _take(self, pool: Ids, n: int, part: int, k: int) -> Ids:
+        start = k * n
+        found: list[Ids] = []
+        while n > 0:
+            turn, offset = divmod(start, pool.size)
+            piece = self._permuted(pool, part, turn)[offset : offset + n]
+            found.append(piece)
+            start += piece.size
+            n -= piece.size
+        return np.concatenate(found)
+
+    def _permuted(self, pool: Ids, part: int, turn: int) -> Ids:
+        cached = self._cached.get(part)
+        if cached is None or cached[0] != turn:
+            rng = np.random.default_rng(np.random.SeedSequence([*self._entropy, part, turn]))
+            cached = (turn, pool[rng.permutation(pool.size)])
+            self._cached[part] = cached
+        return cached[1]

@@ -1,0 +1,363 @@
+"""Specialists: one segment of one trial, trained from a snapshot of the trunk on copies of everything.
+
+Nothing of the trunk's is touched: model, optimizer and scheduler are copied together, batches are drawn by a plan of
+our own, and all of it happens inside a forked random state that is carried from slice to slice and from rung to rung.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from automode.backends.base import SegmentDone, SegmentJob
+from automode.errors import NotExecutableError
+from automode.planner.recipes import EarlyStopping, TrainingRecipe
+from automode.trainer.heldout import forked_rng
+from automode.trainer.optimizers import apply_variant, scale_schedule, sharpness_aware_gradients
+from automode.trainer.per_sample import PerSampleLoss
+from automode.trainer.sample_source import BatchPlan, Ids, SampleSource
+from automode.trainer.trunk import Trunk, autocast, candidates_of, copy_of, trainable
+
+TRAIN_PASSES = 3.0
+"""Forward-equivalents of one trained sample: a forward pass and a backward pass of twice its cost."""
+
+SAM_PASSES = 6.0
+LOOKS_PER_RUNG = 10
+
+
+class Judge(Protocol):
+    """Scores candidates on val-A."""
+
+    def choose(
+        self, model: nn.Module, candidates: Mapping[str, Mapping[str, Tensor]]
+    ) -> tuple[str, float, float]:
+        """Return (name of the best, its mean utility, sample passes spent)."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """Saves and loads states by digest."""
+
+    def save(
+        self, weights: Mapping[str, Tensor], rest: Mapping[str, Any], manifest: Mapping[str, Any]
+    ) -> str:
+        """Make a state durable; returns its digest."""
+        ...
+
+    def load(self, digest: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        """Return (weights, rest, manifest), verified."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardData:
+    """What a card's trials train on.
+
+    Attributes:
+        recipe: The card's training recipe.
+        selected: Ids to specialise on.
+        others: Ids to replay from.
+        entropy: Seed material of the card; every trial of it sees the same batches.
+        step: The trunk's step at the fork.
+    """
+
+    recipe: TrainingRecipe
+    selected: Ids
+    others: Ids
+    entropy: tuple[int, ...]
+    step: int
+
+
+@dataclass(slots=True, kw_only=True)
+class SpecialistRunner:
+    """Opens segments for a backend.
+
+    Attributes:
+        trunk: The run that specialists fork from.
+        source: Training samples by id.
+        judge: Scores candidates on val-A.
+        checkpoints: Durable states.
+        batch_size: Rows a batch, as the trunk trains.
+        steps_per_epoch: For schedules that step once an epoch; None when the schedule steps every step.
+        per_sample: Per-sample losses, for loss weighting; None where they are not exact.
+        cards: Training data of the running cards.
+    """
+
+    trunk: Trunk
+    source: SampleSource
+    judge: Judge
+    checkpoints: Checkpoints
+    batch_size: int
+    steps_per_epoch: int | None
+    per_sample: PerSampleLoss | None
+    cards: dict[str, CardData]
+
+    def open(self, job: SegmentJob) -> SpecialistSegment:
+        """Load the job's checkpoint into fresh copies.
+
+        Raises:
+            NotExecutableError: The model cannot be copied, or the variant asks for what this run does not have.
+        """
+        return SpecialistSegment(self, job, self.cards[job.card])
+
+
+class SpecialistSegment:
+    """One segment in progress: from one rung to the next."""
+
+    def __init__(self, runner: SpecialistRunner, job: SegmentJob, data: CardData) -> None:
+        self._runner = runner
+        self._job = job
+        self._data = data
+        self._started = time.perf_counter()
+        if job.variant.loss_weight != 1.0 and runner.per_sample is None:
+            raise NotExecutableError(
+                f"variant `{job.variant.name}` weights losses, and this run has no exact per-sample losses"
+            )
+        self._plan = BatchPlan(
+            data.selected,
+            data.others,
+            replay=data.recipe.replay,
+            batch_size=runner.batch_size,
+            entropy=data.entropy,
+        )
+        self._ema: dict[str, Tensor] | None = None
+        self._steps = 0
+        with forked_rng():
+            weights, rest, _ = runner.checkpoints.load(job.checkpoint)
+            self._model, optimizer, self._scheduler = copy_of(runner.trunk)
+            self._model.load_state_dict(weights)
+            self._averages = copy.deepcopy(runner.trunk.averages)
+            self._take_over(optimizer, rest)
+            self._model.train()
+            torch.manual_seed(_mixed([*data.entropy, job.from_resource]))
+            self._rng = _random_state()
+        self._resource = float(job.from_resource)
+        self._credit = 0.0
+        self._passes = 0.0
+        self._patience = Patience(data.recipe.early_stopping, job.to_resource - job.from_resource)
+        self._diverged = False
+
+    def _take_over(self, optimizer: torch.optim.Optimizer, rest: Mapping[str, Any]) -> None:
+        """Load optimizer, schedule and averages: from the trunk's snapshot at the fork, later from the specialist's own."""
+        job = self._job
+        if self._averages is not None and "averages" in rest:
+            self._averages.load_state_dict(rest["averages"])
+        if job.from_resource == 0:
+            optimizer.load_state_dict(rest["optimizer"])
+            self._optimizer = apply_variant(optimizer, job.variant)
+            if self._scheduler is not None and "scheduler" in rest:
+                self._scheduler.load_state_dict(rest["scheduler"])
+                scale_schedule(self._scheduler, job.variant.lr_mul)
+                self._scheduler.optimizer = self._optimizer
+            self._base_rates = [float(g["lr"]) for g in self._optimizer.param_groups]
+            return
+        self._optimizer = apply_variant(optimizer, job.variant)
+        self._optimizer.load_state_dict(rest["optimizer"])
+        if self._scheduler is not None and "scheduler" in rest:
+            self._scheduler.load_state_dict(rest["scheduler"])
+            self._scheduler.optimizer = self._optimizer
+        self._base_rates = list(rest["base_rates"])
+        self._steps = int(rest["steps"])
+        self._ema = rest.get("ema")
+
+    @property
+    def passes(self) -> float:
+        """Sample passes spent so far."""
+        return self._passes
+
+    @property
+    def cost(self) -> float:
+        """Resource steps of one optimizer step: sharpness-aware steps count double."""
+        return 2.0 if self._job.variant.optimizer == "sam" else 1.0
+
+    def advance(self, resource: float) -> bool:
+        """Train for at most so many resource steps; True when the rung is reached or nothing is left to gain."""
+        self._credit += resource
+        if self._credit < self.cost:
+            return self._done()
+        with forked_rng():
+            _restore(self._rng)
+            while self._credit >= self.cost and not self._done():
+                self._credit -= self.cost
+                self._step()
+            self._rng = _random_state()
+        return self._done()
+
+    def finish(self) -> SegmentDone:
+        """Choose the best of raw weights and averages on val-A, save the specialist, report.
+
+        The checkpoint holds the raw weights to go on from, and the averages that the choice may name.
+        """
+        job, runner = self._job, self._runner
+        candidates = candidates_of(self._model, self._averages)
+        if self._ema is not None:
+            candidates["ema"] = candidates["raw"] | self._ema
+        choice, value = "raw", math.nan
+        if not self._diverged:
+            choice, value, passes = runner.judge.choose(self._model, candidates)
+            self._passes += passes
+        digest = runner.checkpoints.save(
+            candidates["raw"],
+            self._rest(),
+            {
+                "kind": "trial",
+                "card": job.card,
+                "trial": job.trial,
+                "resource": job.to_resource,
+                "choice": choice,
+            },
+        )
+        return SegmentDone(
+            job=job,
+            value=value,
+            choice=choice,
+            checkpoint=digest,
+            passes=self._passes,
+            stopped_early=self._patience.over,
+            seconds=time.perf_counter() - self._started,
+        )
+
+    def _rest(self) -> dict[str, Any]:
+        rest: dict[str, Any] = {
+            "optimizer": self._optimizer.state_dict(),
+            "base_rates": self._base_rates,
+            "steps": self._steps,
+            "kind": type(self._optimizer).__name__,
+        }
+        if self._scheduler is not None:
+            rest["scheduler"] = self._scheduler.state_dict()
+        if self._averages is not None:
+            rest["averages"] = self._averages.state_dict()
+        if self._ema is not None:
+            rest["ema"] = self._ema
+        return rest
+
+    def _done(self) -> bool:
+        return (
+            self._diverged or self._patience.over or self._resource + self.cost > self._job.to_resource + 1e-9
+        )
+
+    def _step(self) -> None:
+        ids = self._plan.ids(self._steps)
+        batch = self._runner.source.batch(ids)
+        self._set_rate()
+        sam = self._job.variant.optimizer == "sam"
+        if sam:
+            loss = sharpness_aware_gradients(
+                list(self._model.parameters()), lambda: self._loss(batch), self._job.variant.sam_rho
+            )
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
+            tensor = self._loss(batch)
+            tensor.backward()  # type: ignore[no-untyped-call]
+            loss = float(tensor.detach())
+        self._steps += 1
+        self._resource += self.cost
+        self._passes += ids.size * (SAM_PASSES if sam else TRAIN_PASSES)
+        if not math.isfinite(loss):
+            self._diverged = True
+            return
+        limit = self._job.variant.clip_norm or self._runner.trunk.clip_norm
+        if limit is not None:
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit)
+        self._optimizer.step()
+        self._follow()
+        self._patience.see(loss)
+
+    def _loss(self, batch: Any) -> Tensor:
+        """The (weighted) loss of a batch under the variant's precision."""
+        trunk, variant = self._runner.trunk, self._job.variant
+        with autocast(trunk.device, trunk.precision if variant.precision == "keep" else variant.precision):
+            loss, outputs, targets = trunk.step_fn(self._model, batch)
+            per_sample = self._runner.per_sample
+            if variant.loss_weight == 1.0 or per_sample is None:
+                return loss
+            losses = per_sample.losses(outputs, targets)
+            weight = torch.ones_like(losses)
+            weight[: self._plan.selected_rows] = variant.loss_weight
+            return (losses * weight).sum() / weight.sum()
+
+    def _set_rate(self) -> None:
+        """Anneal linearly to zero by the top rung; otherwise the copied schedule, or nothing, sets the rate."""
+        if self._job.variant.schedule == "anneal":
+            left = max(0.0, 1.0 - self._resource / self._job.top_resource)
+            for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"] = rate * left
+
+    def _follow(self) -> None:
+        """Step the copied schedule and the averages after an applied step."""
+        step = self._data.step + self._steps
+        if self._scheduler is not None and self._job.variant.schedule == "keep":
+            every = self._runner.steps_per_epoch
+            if every is None or step % every == 0:
+                self._scheduler.step()
+        if self._averages is not None:
+            self._averages.update(trainable(self._model), step)
+        decay = self._job.variant.ema
+        if decay is not None:
+            self._ema = _moving_average(self._ema, self._model, decay)
+
+
+class Patience:
+    """Early stopping on the mean training loss of tenths of a rung."""
+
+    def __init__(self, rule: EarlyStopping | None, steps: int) -> None:
+        self._rule = rule
+        self._size = max(1, steps // LOOKS_PER_RUNG)
+        self._sum = 0.0
+        self._n = 0
+        self._best = math.inf
+        self._stale = 0
+
+    def see(self, loss: float) -> None:
+        """Take one step's loss."""
+        if self._rule is None:
+            return
+        self._sum += loss
+        self._n += 1
+        if self._n < self._size:
+            return
+        mean, self._sum, self._n = self._sum / self._n, 0.0, 0
+        if mean < self._best - self._rule.min_delta:
+            self._best, self._stale = mean, 0
+        else:
+            self._stale += 1
+
+    @property
+    def over(self) -> bool:
+        """Whether the trial should stop here."""
+        return self._rule is not None and self._stale >= self._rule.patience
+
+
+@torch.no_grad()
+def _moving_average(average: dict[str, Tensor] | None, model: nn.Module, decay: float) -> dict[str, Tensor]:
+    floats = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point()}
+    if average is None:
+        return {n: p.clone() for n, p in floats.items()}
+    for name, p in floats.items():
+        average[name].lerp_(p, 1.0 - decay)
+    return average
+
+
+def _mixed(entropy: list[int]) -> int:
+    import numpy as np
+
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return (torch.get_rng_state(), cuda)
+
+
+def _restore(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

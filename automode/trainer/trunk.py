@@ -1,0 +1,149 @@
+"""The trunk: the user's own model, optimizer and schedule, held together so that they can be snapshotted and put back.
+
+A snapshot is two parts: ``weights`` (the model's state dict) and ``rest`` (optimizer, schedule clock, averages,
+random states), which the checkpoint store writes as safetensors and as plain data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from automode.errors import NotExecutableError
+from automode.merges.trajectory import TrajectoryAverages
+
+Precision = Literal["fp32", "bf16", "fp16"]
+StepFn = Callable[[nn.Module, Any], tuple[Tensor, Any, Any]]
+"""Model and batch to (loss, outputs, targets)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Trunk:
+    """What is being trained, and how.
+
+    Attributes:
+        model: The user's model, never replaced.
+        optimizer: The user's optimizer, never replaced.
+        scheduler: The user's learning-rate scheduler, or None.
+        step_fn: Model and batch to (loss, outputs, targets).
+        loss_fn: The user's loss.
+        device: Where batches go.
+        precision: Arithmetic of the forward pass.
+        clip_norm: Largest gradient norm, or None.
+        averages: EMA and tail averages outside the model (act mode), or None.
+        step: Optimizer steps taken.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    step_fn: StepFn
+    loss_fn: Callable[..., Tensor]
+    device: torch.device
+    precision: Precision = "fp32"
+    clip_norm: float | None = None
+    averages: TrajectoryAverages | None = None
+    step: int = 0
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def autocast(self, precision: Precision | None = None) -> AbstractContextManager[Any]:
+        """The context that a forward pass runs in."""
+        return autocast(self.device, precision or self.precision)
+
+    def rates(self) -> tuple[float, ...]:
+        """Learning rate of every parameter group."""
+        return tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return (weights, rest): references to live tensors, to be saved before the next step."""
+        rest: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "step": self.step}
+        if self.scheduler is not None:
+            rest["scheduler"] = self.scheduler.state_dict()
+        if self.averages is not None:
+            rest["averages"] = self.averages.state_dict()
+        return dict(self.model.state_dict()), rest
+
+    def load(self, weights: Mapping[str, Tensor], rest: Mapping[str, Any], *, schedule: bool) -> None:
+        """Put a snapshot back into the user's own objects. ``schedule`` says whether the schedule's clock goes back too."""
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(rest["optimizer"])
+        if schedule and self.scheduler is not None and "scheduler" in rest:
+            self.scheduler.load_state_dict(rest["scheduler"])
+        if self.averages is not None and "averages" in rest:
+            self.averages.load_state_dict(rest["averages"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the current weights."""
+        return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def candidates(self) -> dict[str, dict[str, Tensor]]:
+        """The raw weights and every average of them, as full state dicts."""
+        return candidates_of(self.model, self.averages)
+
+
+def candidates_of(model: nn.Module, averages: TrajectoryAverages | None) -> dict[str, dict[str, Tensor]]:
+    """The raw weights of a model, and its averages where it has any, as full state dicts."""
+    raw = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    found = {"raw": raw}
+    if averages is not None and averages.updates > 0:
+        found |= averages.candidates(raw)
+    return found
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """The autocast context of a precision; none at all for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Name to parameter of what is trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def copy_of(trunk: Trunk) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    """Copy model, optimizer and scheduler together, so that the copies refer to each other and to nothing of the trunk's.
+
+    One ``deepcopy`` with one memo relinks the optimizer's parameters and the scheduler's optimizer. An optimizer pickles
+    only its defaults, state and groups, so that the schedule's patched ``step`` method stays behind.
+
+    Raises:
+        NotExecutableError: The model cannot be copied.
+    """
+    with without_gradients(trunk.parameters):
+        try:
+            model, optimizer = copy.deepcopy((trunk.model, trunk.optimizer))
+            scheduler = (
+                copy.deepcopy(trunk.scheduler, {id(trunk.optimizer): optimizer})
+                if trunk.scheduler is not None
+                else None
+            )
+        except Exception as error:
+            raise NotExecutableError(
+                f"the model, optimizer or scheduler cannot be copied ({type(error).__name__}: {error}), so no specialist can be "
+                "trained beside the run; remove what cannot be deep-copied (open files, locks, generators) from the model"
+            ) from error
+    return model, optimizer, scheduler
+
+
+@contextmanager
+def without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Hide the gradients for a moment, so that a copy does not carry them."""
+    grads = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in zip(parameters, grads, strict=True):
+            p.grad = grad
