@@ -19,6 +19,7 @@ from typing import Any, Self
 from automode.errors import SessionError
 from automode.session import database
 from automode.session.blocks import Columns, OpenBlocks, PendingRows
+from automode.session.durable_files import sync_folder
 from automode.session.log_rows import ExtraRows, check_target, encode_records, insert_records, supersede
 from automode.session.records import TRUNK, CardRow, CheckpointRow, LineageRow, Record, dump_json, load_json
 from automode.session.writer_lock import WriterLock
@@ -70,7 +71,7 @@ class SessionStore:
             connection, journal = database.connect_writer(file)
             undo.callback(connection.close)
             database.create_tables(connection, text)
-            _sync_folder(folder)
+            sync_folder(folder)
             undo.pop_all()
         return cls(folder, lock, connection, journal)
 
@@ -332,14 +333,3 @@ class SessionStore:
 def _refuse_existing(file: Path) -> None:
     if file.exists():
         raise SessionError(f"{file.parent} holds a session already; resume it or choose another folder")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new file's name durable; Windows has no such call, and needs none."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
