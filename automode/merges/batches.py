@@ -75,21 +75,31 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """Move every tensor in nested tuples, lists and mappings; other values pass through."""
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply ``change`` to every tensor in nested tuples, lists and mappings; other values pass through."""
     match value:
         case Tensor():
-            return value.to(device, non_blocking=True)
+            return change(value)
         case Mapping():
-            return {key: move(item, device) for key, item in value.items()}
+            return {key: map_tensors(change, item) for key, item in value.items()}
         case tuple() if hasattr(value, "_fields"):
-            return type(value)(*(move(item, device) for item in value))
+            return type(value)(*(map_tensors(change, item) for item in value))
         case tuple():
-            return tuple(move(item, device) for item in value)
+            return tuple(map_tensors(change, item) for item in value)
         case list():
-            return [move(item, device) for item in value]
+            return [map_tensors(change, item) for item in value]
         case _:
             return value
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Move every tensor of a batch to a device."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+
+
+def rows(batch: Batch, start: int, stop: int) -> Any:
+    """Return the samples ``start`` to ``stop`` of a batch; tensors without dimensions pass through."""
+    return map_tensors(lambda tensor: tensor[start:stop] if tensor.dim() > 0 else tensor, batch)
 
 
 @contextmanager
