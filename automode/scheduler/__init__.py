@@ -6,6 +6,16 @@ caps what is spent, :func:`worst_case_resource` and :func:`fit_ladder` size a ca
 
 from __future__ import annotations
 
+from automode.scheduler.accounts import (
+    Account,
+    Charge,
+    Purpose,
+    Refusal,
+    Reservation,
+    Work,
+    optimizer_steps,
+    units,
+)
 from automode.scheduler.asha import ASHA
 from automode.scheduler.bounds import LadderFit, NoFit, fit_ladder, worst_case_resource
 from automode.scheduler.bracket import RungView
@@ -31,17 +41,8 @@ from automode.scheduler.decisions import (
     decision_record,
 )
 from automode.scheduler.ladder import Ladder
-from automode.scheduler.ledger import (
-    Account,
-    Charge,
-    Ledger,
-    Purpose,
-    Refusal,
-    Reservation,
-    Work,
-    optimizer_steps,
-    units,
-)
+from automode.scheduler.ledger import Ledger
+from automode.scheduler.lockstep import Lockstep
 from automode.scheduler.settings import Mode, Settings
 from automode.scheduler.trials import Status
 
@@ -61,6 +62,7 @@ __all__ = [
     "Ladder",
     "LadderFit",
     "Ledger",
+    "Lockstep",
     "Lost",
     "Mode",
     "NoFit",

@@ -124,6 +124,23 @@ class ASHA:
         ignored = screen_report(self._board, trial, whole("resource", resource, least=0), number, attempt)
         return ignored if ignored is not None else self._board.record(trial, number)
 
+    def screen(self, trial: int, resource: int, value: object, attempt: int | None = None) -> Ignored | None:
+        """Judge a report as :meth:`report` would, without taking it; ``None`` means that it counts.
+
+        Raises:
+            SchedulerError: As :meth:`report`.
+            UsageError: As :meth:`report`.
+        """
+        return screen_report(self._board, trial, whole("resource", resource, least=0), metric(value), attempt)
+
+    def screen_failure(self, trial: int, attempt: int | None = None) -> Ignored | None:
+        """Judge a failure as :meth:`failed` would, without taking it; ``None`` means that it counts.
+
+        Raises:
+            SchedulerError: As :meth:`failed`.
+        """
+        return screen_failure(self._board, trial, attempt)
+
     def failed(
         self,
         trial: int,
@@ -239,6 +256,15 @@ class ASHA:
     def finished(self) -> bool:
         """Whether nothing is in flight and nothing will ever be issued again."""
         return self._board.cancelled or (self._board.in_flight == 0 and self._board.choose() is None)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether :meth:`cancel` was called."""
+        return self._board.cancelled
+
+    def running(self) -> list[Job]:
+        """List the segments that were issued and have not come back: after a crash, each of them has failed."""
+        return self._board.running()
 
     @property
     def in_flight(self) -> int:

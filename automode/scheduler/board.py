@@ -264,6 +264,12 @@ class Board:
                 return Best(trial, self.ladder.levels[index], value)
         return None
 
+    def running(self) -> list[Job]:
+        """List the segments that were issued and have not come back, by trial."""
+        return [
+            self._job(number) for number, trial in enumerate(self.trials) if trial.status is Status.RUNNING
+        ]
+
     def note(self, kind: str, trial: int, resource: int | None = None, value: Value = None) -> None:
         """Lengthen the chain that the digest is taken from; attempts stay out, so that a retry leaves no trace."""
         link = f"{kind} {trial} {resource} {encode_value(value)!r}".encode()

@@ -1,135 +1,16 @@
-"""The compute ledger: every sample pass of a run, by account, under caps that bind before anything is spent.
-
-The unit is a one-sample forward-equivalent of the trunk's model: a training step's sample costs 3 (forward, and
-backward at twice its price), a SAM step's sample 6, an evaluated sample 1, each times the model's size relative to the
-trunk. Amounts are whole units, rounded up, so that sums are exact and a replay gives the same ones.
-"""
+"""The compute ledger: every sample pass of a run, by account, under caps that bind before anything is spent."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Strict, ValidationError
 
 from automode.errors import SchedulerError, UsageError
+from automode.scheduler.accounts import Account, Charge, Purpose, Refusal, Reservation
 from automode.scheduler.ladder import whole
-
-
-class Work(Enum):
-    """Kinds of sample pass, with their price in forward-equivalents."""
-
-    TRAIN = 3
-    SAM = 6
-    EVALUATE = 1
-
-
-def units(work: Work, samples: int, *, size: float = 1.0) -> int:
-    """Price sample passes.
-
-    Args:
-        work: What is done with each sample.
-        samples: How many samples pass, counted with repetition.
-        size: The model's forward cost relative to the trunk's, > 0.
-
-    Returns:
-        Whole units, rounded up.
-
-    Raises:
-        UsageError: ``samples`` is no whole number >= 0, or ``size`` is not positive and finite.
-    """
-    passes: int = whole("samples", samples, least=0) * work.value
-    if not (math.isfinite(size) and size > 0):
-        raise UsageError(
-            f"size is {size!r}, but must be a positive finite number, 1.0 for the trunk's own model"
-        )
-    return passes if size == 1.0 else math.ceil(passes * size)
-
-
-def optimizer_steps(resource_steps: int, work: Work) -> int:
-    """Give how many optimizer steps a number of resource steps buys: SAM pays two ordinary steps for one of its own.
-
-    Raises:
-        UsageError: ``work`` does not train, or ``resource_steps`` is no whole number >= 0.
-    """
-    if work is Work.EVALUATE:
-        raise UsageError("work is EVALUATE, but only TRAIN and SAM take optimizer steps")
-    return whole("resource_steps", resource_steps, least=0) * Work.TRAIN.value // work.value
-
-
-Purpose = Literal["trial", "scan", "gate", "merge", "evaluate", "average"]
-PURPOSES: tuple[Purpose, ...] = ("trial", "scan", "gate", "merge", "evaluate", "average")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Account:
-    """Whom a charge belongs to.
-
-    Attributes:
-        card: The plan card's id; ``None`` for what automode spends outside any card.
-        purpose: What it was spent on.
-        trial: The trial's number; given exactly when the purpose is ``trial``.
-
-    Raises:
-        UsageError: The fields contradict each other.
-    """
-
-    card: str | None
-    purpose: Purpose
-    trial: int | None = None
-
-    def __post_init__(self) -> None:
-        """Validate."""
-        if self.purpose not in PURPOSES:
-            raise UsageError(f"purpose is {self.purpose!r}, but must be one of {', '.join(PURPOSES)}")
-        if (self.trial is not None) != (self.purpose == "trial"):
-            raise UsageError(
-                f"purpose is {self.purpose!r} and trial is {self.trial!r}: trial accounts name their trial"
-            )
-        if self.purpose == "trial" and self.card is None:
-            raise UsageError("a trial's account needs its card")
-        if self.card == "":
-            raise UsageError("card is an empty string: give the card's id, or None for work outside any card")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
-    """Units set aside for a card, for as long as it runs."""
-
-    card: str
-    amount: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Charge:
-    """Units that were counted.
-
-    Attributes:
-        account: Who pays.
-        amount: How much.
-        left: What the card's reservation, or the policy's cap, still holds.
-    """
-
-    account: Account
-    amount: int
-    left: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """Nothing was reserved or charged, and why.
-
-    Attributes:
-        reason: The sentence for card and log.
-        asked: Units asked for.
-        available: Units that there were.
-    """
-
-    reason: str
-    asked: int
-    available: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -310,6 +191,30 @@ class Ledger:
         self._automode += asked
         self._held -= asked
         return Charge(account=account, amount=asked, left=left - asked)
+
+    def count(self, account: Account, amount: int) -> None:
+        """Count units that were spent already, whatever the caps say: what happened stands in the books.
+
+        A card's own reservation shrinks by it as far as it reaches; a closed card's late costs count for the run alone.
+
+        Raises:
+            SchedulerError: The account's card was never admitted.
+            UsageError: ``amount`` is no whole number >= 0.
+        """
+        spent = whole("amount", amount, least=0)
+        self._automode += spent
+        if account.card is None:
+            self._general[account.purpose] = self._general.get(account.purpose, 0) + spent
+            return
+        entry = self._admitted(account.card)
+        before = self.left(account.card)
+        key = (account.purpose, account.trial)
+        entry.spent[key] = entry.spent.get(key, 0) + spent
+        if entry.is_open:
+            entry.reserved = max(entry.reserved, entry.total)
+            self._held += self.left(account.card) - before
+        else:
+            entry.reserved = max(entry.reserved, entry.total)
 
     def refund(self, account: Account, amount: int) -> None:
         """Take back units that were charged and then not spent, as when a segment broke off.
