@@ -27,7 +27,7 @@ from automode.planner.policy import Policy
 from automode.planner.recipes import Variant
 from automode.planner.rules.base import Rule
 from automode.planner.signals.suite import SignalSuite
-from automode.scheduler import ASHA, ComputeLedger
+from automode.scheduler import ASHA, Ledger
 
 KEEP_READINGS = 64
 """Latest validations, scans and clusterings that rules may look back on."""
@@ -55,6 +55,7 @@ class Execution:
     control: Snapshotted | None = None
     variants: tuple[Variant, ...] = ()
     asha: ASHA | None = None
+    control_at: int = 0
     per_trunk_step: float = 1.0
     reports: dict[tuple[int, int], TrialReported] = field(default_factory=dict)
     """Reports by (trial, resource)."""
@@ -66,6 +67,13 @@ class Execution:
     chosen: Candidate | None = None
     look: int | None = None
     evaluated: Evaluated | None = None
+
+    @property
+    def control_value(self) -> float | None:
+        """Utility of the control on val-A, once it is known."""
+        if self.control is not None:
+            return self.control.value
+        return None if self.merged is None else self.merged.control_value
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,6 +90,7 @@ class State:
     seed: int = 0
     mode: Mode = "observe"
     policy: Policy = field(default_factory=Policy)
+    policy_digest: str = ""
     run: Run | None = None
     planning_budget: int = 0
     look_every: int = 1
@@ -89,12 +98,14 @@ class State:
     next_scan: int = 0
     suite: SignalSuite = field(default_factory=SignalSuite)
     rules: Sequence[Rule] = ()
-    outcomes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    outcomes: dict[str, tuple[str, str, int]] = field(default_factory=dict)
     validated: list[Validated] = field(default_factory=list)
     scanned: list[Scanned] = field(default_factory=list)
     clustered: list[Clustered] = field(default_factory=list)
     pacing: PacingState = field(default_factory=PacingState)
-    ledger: ComputeLedger = field(default_factory=ComputeLedger)
+    ledger: Ledger = field(default_factory=lambda: Ledger(total=1))
+    admitted: set[str] = field(default_factory=set)
+    """Cards that hold or held a reservation."""
     cards: dict[str, CardRecord] = field(default_factory=dict)
     executions: dict[str, Execution] = field(default_factory=dict)
     spending: AlphaSpending = field(default_factory=AlphaSpending)
@@ -105,6 +116,7 @@ class State:
     adoptions: int = 0
     undo: dict[str, str] = field(default_factory=dict)
     """Adopted card to the digest of the trunk before it."""
+    trunk_ended: bool = False
     ended: bool = False
     counts: dict[str, int] = field(default_factory=dict)
 

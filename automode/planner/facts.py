@@ -100,7 +100,9 @@ class TrialDecided(Part):
     card: str
     trial: int
     resource: int
-    decision: Literal["promoted", "paused", "finished", "ignored", "stopped", "failed", "retried"]
+    decision: Literal[
+        "started", "promoted", "retried", "paused", "finished", "diverged", "requeued", "lost", "stopped", "ignored"
+    ]
     rank: int | None = None
     why: str
 

@@ -23,12 +23,14 @@ class Weights(Part):
 class Group(Part):
     """Paired differences of one group of held-out samples, as sums that a verdict can be recomputed from.
 
-    ``n`` samples, the mean of candidate minus control utility, and their sample variance (ddof 1).
+    ``n`` samples, the mean of candidate minus control utility, their sample variance (ddof 1), and how many samples carry the
+    weight (``paired.PairedSummary``).
     """
 
     n: int = Field(ge=0)
     mean: float
     variance: float
+    effective_n: float | None = None
 
 
 class Run(Part):
@@ -162,6 +164,7 @@ class Resolved(Part):
     pool: int = Field(description="samples that batches are drawn from in all")
     artifact: Digest | None = None
     variants: tuple[Variant, ...] = Field(description="the trials' variants, a search space drawn out")
+    passes: float = Field(default=0.0, ge=0)
 
 
 class TrialReported(Part):

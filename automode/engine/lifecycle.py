@@ -1,0 +1,286 @@
+"""A card's life: proposed, answered, started, ended; and what each of these does to the ledger, the pacing and the lineage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Final, Literal, assert_never
+
+from automode.engine.emission import Emission
+from automode.engine.state import Execution, State
+from automode.planner import approval, pacing
+from automode.planner.approval import PLANNER, Lifetime
+from automode.planner.cards import WAITING, CardState, PlanCard
+from automode.planner.events import (
+    AskApproval,
+    BudgetReleased,
+    BudgetReserved,
+    CardMoved,
+    CardProposed,
+    Decided,
+    LineageGrew,
+    Merge,
+    ModeChanged,
+    RequestRefused,
+    RollBack,
+    Snapshot,
+    StopTrial,
+    TrunkEnded,
+)
+from automode.planner.fitting import Funds, quote
+from automode.planner.pricing import worst_case
+from automode.planner.recipes import Base
+from automode.planner.requests import Desk, respond
+from automode.scheduler import Account, Purpose, Refusal
+
+OPEN: Final = WAITING
+"""States in which a card still waits for something other than compute."""
+
+
+def charge(
+    state: State, purpose: Purpose, passes: float, *, card: str | None = None, trial: int | None = None
+) -> None:
+    """Count sample passes that were spent, whatever the caps say: they bind at admission (DECISIONS 10)."""
+    if passes > 0.0:
+        known = card is not None and card in state.admitted
+        account = Account(
+            card=card if known else None,
+            purpose=purpose if known or purpose != "trial" else "evaluate",
+            trial=trial if known and purpose == "trial" else None,
+        )
+        state.ledger.count(account, ceil(passes))
+
+
+def funds_of(state: State) -> Funds:
+    """What there is to spend."""
+    return Funds(
+        remaining=float(state.ledger.remaining - state.ledger.held),
+        total=float(state.ledger.total),
+        spent=float(state.ledger.automode + state.ledger.held),
+    )
+
+
+def steps_left(state: State) -> int:
+    """Trunk steps that are left, after what automode spent is deducted."""
+    return int(state.ledger.remaining // state.passes_per_step)
+
+
+def base_of(state: State) -> Base:
+    """What a card made now is made against; the checkpoint is filled in when it starts."""
+    return Base(step=state.step, policy=state.policy_digest, lineage=state.lineage)
+
+
+def propose_card(state: State, card: PlanCard, out: Emission, *, cause: int | None = None) -> None:
+    """Record a new card and decide who may let it run."""
+    assert state.run is not None
+    state.ordinal += 1
+    state.counts[card.reason] = state.counts.get(card.reason, 0) + 1
+    proposed = out.fact(CardProposed(card=card), cause=cause)
+    state.cards[card.id] = approval.propose(
+        card, step=state.step, time=state.t_mono, lifetime=Lifetime.of(state.policy, state.planning_budget)
+    )
+    if card.created_by == PLANNER:
+        state.pacing.made(card)
+    match approval.decide(card, state.policy, state.mode):
+        case "auto":
+            moved = approval.move(
+                state.cards[card.id],
+                CardState.APPROVED,
+                actor="policy",
+                why=f"risk {card.risk} and {card.cost.share_of_remaining:.1%} of the remaining compute are within the policy",
+            )
+            apply_move(state, moved, out, cause=proposed)
+        case "ask":
+            out.command(AskApproval(card=card.id, rev=card.rev), cause=proposed)
+        case "record":
+            pass
+
+
+def apply_move(state: State, moved: CardMoved, out: Emission, *, cause: int | None = None) -> int:
+    """Log a move, write it into the record, and follow it up: start, ask again, stop."""
+    seq = out.fact(moved, cause=cause)
+    record = state.cards[moved.card]
+    approval.apply(record, moved, step=state.step, time=state.t_mono)
+    match moved.after:
+        case CardState.APPROVED:
+            start_waiting(state, out, cause=seq)
+        case CardState.PROPOSED if moved.edited is not None:
+            out.command(AskApproval(card=moved.card, rev=record.card.rev), cause=seq)
+        case CardState.REFUSED | CardState.EXPIRED | CardState.STALE:
+            end(state, moved.card, out, cause=seq)
+        case _:
+            pass
+    return seq
+
+
+def start_waiting(state: State, out: Emission, *, cause: int | None = None) -> None:
+    """Start approved cards, oldest first: one fork at a time, merges at once."""
+    if state.trunk_ended:
+        return
+    for record in list(state.cards.values()):
+        if record.state is CardState.APPROVED and not (
+            record.card.action == "fork" and state.fork is not None
+        ):
+            start(state, record.card, out, cause=cause)
+
+
+def start(state: State, card: PlanCard, out: Emission, *, cause: int | None = None) -> None:
+    """Reserve the worst case and ask for the first thing that the card needs."""
+    assert state.run is not None
+    record = state.cards[card.id]
+    price = worst_case(card, state.run)
+    granted = state.ledger.reserve(card.id, ceil(price.passes))
+    if isinstance(granted, Refusal):
+        finish(
+            state, card.id, CardState.FAILED, f"no budget is left for it: {granted.reason}", out, cause=cause
+        )
+        return
+    state.admitted.add(card.id)
+    out.fact(
+        BudgetReserved(card=card.id, passes=float(granted.amount), remaining=float(state.ledger.remaining)),
+        cause=cause,
+    )
+    running = approval.move(record, CardState.RUNNING, actor=PLANNER, why="its turn has come")
+    started = out.fact(running, cause=cause)
+    approval.apply(record, running, step=state.step, time=state.t_mono)
+    state.executions[card.id] = Execution(card=card.id, action=card.action, started_at=state.step)
+    if card.action == "fork":
+        out.command(Snapshot(card=card.id, purpose="base"), cause=started)
+        return
+    assert card.merge_recipe is not None
+    execution = state.executions[card.id]
+    execution.combining = True
+    at_end = card.reason == "merge_cadence"
+    execution.waiting_for.add(
+        out.command(Merge(card=card.id, method=card.merge_recipe.kind, at_end=at_end), cause=started)
+    )
+
+
+def finish(
+    state: State, card: str, after: CardState, why: str, out: Emission, *, cause: int | None = None
+) -> None:
+    """Move a running card to its end, give back what it did not need, set the cooldown, and let the next one start."""
+    record = state.cards[card]
+    moved = approval.move(record, after, actor=PLANNER, why=why)
+    seq = out.fact(moved, cause=cause)
+    approval.apply(record, moved, step=state.step, time=state.t_mono)
+    end(state, card, out, cause=seq)
+
+
+def end(state: State, card: str, out: Emission, *, cause: int | None = None) -> None:
+    """Free a card's budget and slots, whatever became of it, and set the cooldown that follows."""
+    record = state.cards[card]
+    execution = state.executions.pop(card, None)
+    if execution is not None:
+        spent = state.ledger.spent(card)
+        released = state.ledger.release(card)
+        out.fact(BudgetReleased(card=card, spent=float(spent), released=float(released)), cause=cause)
+        _stop_trials(state, card, out, cause)
+    for fact in pacing.after_verdict(
+        state.pacing,
+        record.card,
+        record.state,  # type: ignore[arg-type]  # only called with a final state
+        step=state.step,
+        policy=state.policy,
+        planning_budget=state.planning_budget,
+    ):
+        out.fact(fact, cause=cause)
+    if execution is not None:
+        start_waiting(state, out, cause=cause)
+
+
+def _stop_trials(state: State, card: str, out: Emission, cause: int | None) -> None:
+    for command_id, command in list(state.pending.items()):
+        if command.kind == "start_trial" and command.card == card:
+            del state.pending[command_id]
+            out.command(
+                StopTrial(card=card, trial=command.trial, rung_attempt=command.rung_attempt), cause=cause
+            )
+
+
+def answer(state: State, request: Decided, out: Emission) -> None:
+    """Follow a person's request, or say why not. The same request is handled once."""
+    if request.request in state.requests:
+        return
+    state.requests.add(request.request)
+    response = respond(state.cards, request, _desk(state))
+    for fact in response.facts:
+        match fact:
+            case CardMoved():
+                apply_move(state, fact, out)
+            case CardProposed():
+                propose_card(state, fact.card, out)
+            case ModeChanged():
+                state.mode = fact.after
+                out.fact(fact)
+            case RequestRefused():
+                out.fact(fact)
+            case _:
+                assert_never(fact)
+    if response.roll_back is not None:
+        out.command(RollBack(card=response.roll_back, checkpoint=state.undo[response.roll_back]))
+
+
+def _desk(state: State) -> Desk:
+    assert state.run is not None
+    run = state.run
+    return Desk(
+        session=state.session,
+        mode=state.mode,
+        run=run,
+        base=base_of(state),
+        step=state.step,
+        time=state.t_mono,
+        ordinal=state.ordinal,
+        quote=lambda card: quote(
+            card, policy=state.policy, run=run, funds=funds_of(state), remaining_steps=steps_left(state)
+        ),
+    )
+
+
+def trunk_ended(state: State, body: TrunkEnded, out: Emission) -> None:
+    """Nothing more is trained: forks end without a verdict, waiting cards expire, finishing merges go on."""
+    state.trunk_ended = True
+    for record in list(state.cards.values()):
+        if record.state in WAITING:
+            apply_move(
+                state,
+                approval.move(record, CardState.EXPIRED, actor=PLANNER, why=f"the run ended: {body.why}"),
+                out,
+            )
+    for execution in list(state.executions.values()):
+        if execution.action == "fork":
+            finish(
+                state,
+                execution.card,
+                CardState.INCONCLUSIVE,
+                f"the run ended at step {body.step}, before the control and the specialists could be compared",
+                out,
+            )
+
+
+def grow(
+    state: State,
+    out: Emission,
+    *,
+    node: str,
+    parents: Sequence[str],
+    role: Literal["trunk", "specialist", "merge", "mixture", "control"],
+    card: str | None,
+    checkpoint: str | None = None,
+    verdict: str | None = None,
+    cause: int | None = None,
+) -> None:
+    """Add a node to the lineage."""
+    out.fact(
+        LineageGrew(
+            node=node,
+            parents=tuple(parents),
+            role=role,
+            card=card,
+            step=state.step,
+            checkpoint=checkpoint,
+            verdict=verdict,
+        ),
+        cause=cause,
+    )

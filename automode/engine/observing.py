@@ -1,0 +1,171 @@
+"""From rows to readings, from readings to rules, from proposals to cards."""
+
+from __future__ import annotations
+
+from automode.engine import lifecycle
+from automode.engine.emission import Emission
+from automode.engine.state import State
+from automode.errors import ReplayDifferenceError
+from automode.planner.approval import sweep
+from automode.planner.events import ReadingChanged, Rows, RuleEvaluated, Scan
+from automode.planner.pacing import Held, admit, in_order
+from automode.planner.rules.base import Proposal, Silence, View
+from automode.planner.signals.readings import Reading
+
+TRAIN_PASSES = 3
+COLUMNS = ("step", "time", "loss", "grad_norm", "lr_0", "applied", "samples")
+
+
+def take_rows(state: State, rows: Rows, out: Emission) -> None:
+    """Fold a block of the trunk's frame. Rules look when a signal changed, and every ``look_every`` steps."""
+    if rows.first != state.rows:
+        raise ReplayDifferenceError(f"row {rows.first} came where {state.rows} was due")
+    names = list(rows.names)
+    step_, time_, loss_, norm_, lr_, applied_, samples_ = (
+        rows.values[:, names.index(name)].tolist() for name in COLUMNS
+    )
+    if not state.started or state.mode == "off":
+        state.rows += len(step_)
+        state.step = int(step_[-1]) if step_ else state.step
+        return
+    observe = state.suite.observe
+    trained = 0
+    for i, step in enumerate(step_):
+        state.rows += 1
+        state.step = number = int(step)
+        trained += TRAIN_PASSES * int(samples_[i])
+        changed = observe(number, loss_[i], norm_[i], lr_[i], applied_[i] != 0.0)
+        if changed is None and number < state.next_look:
+            continue
+        state.t_mono = time_[i]
+        state.ledger.charge_trunk(trained)
+        trained = 0
+        out.at(None, state.t_wall, state.t_mono)
+        if changed is not None:
+            _tell(changed, out)
+        look(state, out)
+        if number >= state.next_look:
+            state.next_look = number + state.look_every
+            _scan(state, out)
+    state.ledger.charge_trunk(trained)
+
+
+def look(state: State, out: Emission) -> None:
+    """Expire what waited too long, let the rules look, and admit what they propose."""
+    if not state.started or state.mode == "off" or state.ended or state.run is None:
+        return
+    _sweep(state, out)
+    view = view_of(state)
+    proposals: list[Proposal] = []
+    for rule in state.rules:
+        match rule.propose(view):
+            case Silence() as silence:
+                _note(state, out, rule.id, "silent", silence.code, silence.why)
+            case Proposal() as proposal:
+                proposals.append(proposal)
+    made: str | None = None
+    for proposal in in_order(proposals):
+        made = _consider(state, proposal, view, out, made) or made
+
+
+def _consider(
+    state: State, proposal: Proposal, view: View, out: Emission, outranked_by: str | None
+) -> str | None:
+    """Let pacing make a card of a proposal, or hold it. Returns the card's id."""
+    card = admit(
+        proposal,
+        view=view,
+        state=state.pacing,
+        open_cards=list(state.cards.values()),
+        funds=lifecycle.funds_of(state),
+        session=state.session,
+        ordinal=state.ordinal,
+        base=lifecycle.base_of(state),
+        outranked_by=outranked_by,
+    )
+    if isinstance(card, Held):
+        _note(state, out, proposal.reason, "held", card.code, card.why)
+        return None
+    cause = _note(state, out, proposal.reason, "fired", card.id, proposal.because)
+    lifecycle.propose_card(state, card, out, cause=cause)
+    return card.id
+
+
+def view_of(state: State) -> View:
+    """What the rules may look at."""
+    assert state.run is not None
+    remaining = lifecycle.steps_left(state)
+    return View(
+        step=state.step,
+        remaining=remaining,
+        planning_budget=state.planning_budget,
+        policy=state.policy,
+        run=state.run,
+        signals=state.suite,
+        validated=state.validated,
+        scanned=state.scanned,
+        clustered=state.clustered,
+        counts=state.counts,
+    )
+
+
+def _scan(state: State, out: Emission) -> None:
+    """Ask for the ledger to be read, at a cadence, one scan at a time."""
+    assert state.run is not None
+    if state.step < state.next_scan or not (state.run.has_ids and state.run.exact_losses):
+        return
+    state.next_scan = state.step + (state.policy.scan.every or max(1, state.planning_budget // 2))
+    if any(command.kind == "scan" for command in state.pending.values()):
+        return
+    if state.ledger.available < state.policy.scan.probe:
+        return  # the caps leave nothing for reading features
+    wanted = set(state.policy.reasons)
+    if not wanted & {"residual_cluster", "high_loss_tail", "label_noise"}:
+        return
+    out.command(
+        Scan(
+            tail_from=state.policy.scan.tail_from,
+            probe=state.policy.scan.probe,
+            clusters="residual_cluster" in wanted,
+        )
+    )
+
+
+def _sweep(state: State, out: Emission) -> None:
+    waiting = [r for r in state.cards.values() if r.state in lifecycle.OPEN]
+    for moved in sweep(
+        waiting,
+        policy_digest=state.policy_digest,
+        lineage=state.lineage,
+        step=state.step,
+        time=state.t_mono,
+    ):
+        lifecycle.apply_move(state, moved, out)
+
+
+def _tell(changed: tuple[Reading, ...], out: Emission) -> None:
+    for reading in changed:
+        out.fact(
+            ReadingChanged(
+                step=reading.step,
+                name=reading.name,
+                state=reading.state,
+                value=reading.value,
+                threshold=reading.threshold,
+                window=reading.window,
+            )
+        )
+
+
+def _note(state: State, out: Emission, rule: str, outcome: str, code: str, why: str) -> int:
+    """Log a rule's outcome when it changed (DECISIONS 3); returns the seq that the outcome stands at."""
+    known = state.outcomes.get(rule)
+    if known is not None and known[:2] == (outcome, code):
+        return known[2]
+    seq = out.fact(
+        RuleEvaluated.model_validate(
+            {"step": state.step, "rule": rule, "outcome": outcome, "code": code, "why": why}
+        )
+    )
+    state.outcomes[rule] = (outcome, code, seq)
+    return seq

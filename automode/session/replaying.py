@@ -1,0 +1,168 @@
+"""The bridge between the log on disk and the engine: records to envelopes and back, replay and story of a session."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from automode.engine import Difference, fold
+from automode.engine import story as tell
+from automode.errors import ReplayDifferenceError, SessionCorruptError, UsageError
+from automode.planner.events import COMMAND, EVENT_VERSION, FACT, INPUT, Envelope, Rows
+from automode.session.records import Record
+from automode.session.session import Session
+
+_ADAPTERS: dict[str, Any] = {"input": INPUT, "fact": FACT, "command": COMMAND}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayReport:
+    """What a replay found.
+
+    Attributes:
+        observations: Trunk rows folded.
+        decisions: Facts and commands compared.
+        seconds: CPU seconds that folding took, reading included.
+        differences: How many decisions differ; 0 for a faithful replay.
+        first: The first difference with the story of its card, or None.
+        shown: The first differences, at most 20.
+    """
+
+    observations: int
+    decisions: int
+    seconds: float
+    differences: int
+    first: str | None
+    shown: tuple[Difference, ...]
+
+    @property
+    def rate(self) -> float:
+        """Observations folded a CPU second."""
+        return self.observations / self.seconds if self.seconds > 0 else 0.0
+
+    def check(self) -> None:
+        """Raise if anything differs.
+
+        Raises:
+            ReplayDifferenceError: With the first difference.
+        """
+        if self.differences:
+            raise ReplayDifferenceError(f"{self.differences} differences; the first: {self.first}")
+
+
+def to_record(envelope: Envelope) -> Record:
+    """Write an envelope as the log stores it."""
+    return Record(
+        seq=envelope.seq,
+        role=envelope.role,
+        kind=envelope.body.kind,
+        v=EVENT_VERSION,
+        body=envelope.body.model_dump(mode="json", by_alias=True),
+        t_wall=envelope.t_wall,
+        t_mono=envelope.t_mono,
+        cause=envelope.cause,
+        command_id=envelope.command_id,
+        effective_at=envelope.effective_at,
+        stream=envelope.stream,
+        attempt=envelope.attempt,
+        frame_cursor=envelope.frame_cursor,
+    )
+
+
+def to_envelope(record: Record) -> Envelope:
+    """Read an envelope from the log.
+
+    Raises:
+        SessionCorruptError: The body is not what its kind says.
+    """
+    try:
+        body = _ADAPTERS[record.role].validate_python(record.body)
+    except ValidationError as error:
+        raise SessionCorruptError(
+            f"event {record.seq} ({record.kind}) cannot be read: {error.errors(include_url=False)[0]['msg']}"
+        ) from error
+    return Envelope(
+        seq=record.seq,
+        role=record.role,
+        body=body,
+        cause=record.cause,
+        command_id=record.command_id,
+        frame_cursor=record.frame_cursor,
+        effective_at=record.effective_at,
+        t_wall=record.t_wall,
+        t_mono=record.t_mono,
+        stream=record.stream,
+        attempt=record.attempt,
+    )
+
+
+def replay(session: Session | str | os.PathLike[str]) -> ReplayReport:
+    """Feed a session's inputs to a fresh machine, recompute every fact and command, and compare with the record.
+
+    Needs no torch, and writes nothing.
+
+    Args:
+        session: An open session, or its folder.
+
+    Returns:
+        The report; ``differences`` is 0 when the machine decides today exactly as it did then.
+    """
+    if not isinstance(session, Session):
+        with Session.open(session) as opened:
+            return replay(opened)
+    began = time.process_time()
+    outcome = fold(_items(session))
+    seconds = time.process_time() - began
+    first = None
+    if outcome.shown:
+        difference = outcome.shown[0]
+        first = str(difference)
+        card = _card_at(session, difference.seq)
+        if card is not None:
+            first += "\n" + story(session, card)
+    return ReplayReport(
+        observations=outcome.observations,
+        decisions=outcome.decisions,
+        seconds=seconds,
+        differences=outcome.differences,
+        first=first,
+        shown=tuple(outcome.shown),
+    )
+
+
+def story(session: Session | str | os.PathLike[str], card: str) -> str:
+    """Tell what led to a card and what became of it, from the causes in the log.
+
+    Raises:
+        UsageError: The session knows no such card.
+    """
+    if not isinstance(session, Session):
+        with Session.open(session) as opened:
+            return story(opened, card)
+    told = tell(card, (to_envelope(record) for record in session.events()))
+    if not told:
+        known = ", ".join(row.card_id for row in session.cards()) or "none"
+        raise UsageError(f"there is no card {card} in this session; its cards: {known}")
+    return told
+
+
+def _items(session: Session) -> Iterator[Rows | Envelope]:
+    for item in session.iter_replay():
+        if item[0] == "rows":
+            yield Rows(first=item[1], names=item[2], values=item[3])
+        else:
+            yield to_envelope(item[1])
+
+
+def _card_at(session: Session, seq: int) -> str | None:
+    for record in session.events(after=seq - 1):
+        card = record.body.get("card")
+        if isinstance(card, dict):
+            card = card.get("id")
+        return card if isinstance(card, str) else None
+    return None
