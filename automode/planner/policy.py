@@ -85,6 +85,51 @@ class ScanPolicy(Part):
     )
 
 
+class SlicePolicy(Part):
+    """When a named slice is worse than the rest for long enough to be worth a card."""
+
+    persist: int = Field(default=3, ge=1, description="validations in a row")
+    z: Positive = Field(default=2.0, description="least distance below the rest, standard errors, at each")
+    gap: Positive = Field(default=0.02, le=1.0, description="least shortfall in mean utility, at each")
+
+
+class GapPolicy(Part):
+    """When a held-out loss that rises under a falling training loss is worth a card."""
+
+    persist: int = Field(default=3, ge=1, description="validations in a row above the best one")
+    rise: Positive = Field(
+        default=0.05, description="least relative rise of the held-out loss above its best"
+    )
+
+
+class ProbePolicy(Part):
+    """When the learning rate is probed, as shares of the run."""
+
+    from_: Fraction = Field(default=0.05, alias="from")
+    until: Fraction = 0.15
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ProbePolicy:
+        if self.until <= self.from_:
+            raise ValueError(f"`until` ({self.until}) must be above `from` ({self.from_})")
+        return self
+
+
+class NoisePolicy(Part):
+    """When wrong labels are left out of the training data."""
+
+    min_noise: Fraction = Field(
+        default=0.10, description="label-noise estimate from which a card is worth it"
+    )
+    least_found: Fraction = Field(
+        default=0.5, description="suspects must be at least this share of the estimate; else export only"
+    )
+    most_found: Positive = Field(
+        default=1.25,
+        description="and at most this multiple: pruning too much costs twice what too little does",
+    )
+
+
 class PacingPolicy(Part):
     """Cooldowns and limits."""
 
@@ -170,6 +215,10 @@ class Policy(Part):
     trend: TrendPolicy = TrendPolicy()
     spike: SpikePolicy = SpikePolicy()
     scan: ScanPolicy = ScanPolicy()
+    slices: SlicePolicy = SlicePolicy()
+    gap: GapPolicy = GapPolicy()
+    probe: ProbePolicy = ProbePolicy()
+    noise: NoisePolicy = NoisePolicy()
     pacing: PacingPolicy = PacingPolicy()
     approval: ApprovalPolicy = ApprovalPolicy()
     evidence: EvidencePolicy = EvidencePolicy()

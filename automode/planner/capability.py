@@ -1,0 +1,230 @@
+"""What this version, and this run, can carry out: the schema lists everything, this table says what has an executor.
+
+Rules propose only what passes here, approval of anything else is refused with the reason, and the documentation prints
+:data:`TABLE`. A value of the schema that is missing from the table is a failing test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from pydantic import ValidationError
+
+from automode.planner.events import Run
+from automode.planner.recipes import (
+    MergeRecipe,
+    SearchSpace,
+    SelectAll,
+    SelectIndices,
+    Selection,
+    SelectKMeans,
+    SelectQuantile,
+    TrainingRecipe,
+    Variant,
+)
+
+if TYPE_CHECKING:
+    from automode.planner.cards import PlanCard
+    from automode.planner.rules.base import Proposal
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """One value that a card may hold, and whether this version runs it.
+
+    Attributes:
+        part: Dotted name of the field.
+        value: The value, or ``*`` for any.
+        runs: Whether there is an executor.
+        why: What is missing, where there is none.
+    """
+
+    part: str
+    value: str
+    runs: bool = True
+    why: str = ""
+
+
+TABLE: Final[tuple[Ability, ...]] = (
+    Ability("selection", "all"),
+    Ability("selection", "quantile"),
+    Ability("selection", "kmeans"),
+    Ability("selection", "indices"),
+    Ability("variant.lr_mul", "*"),
+    Ability("variant.weight_decay_mul", "*"),
+    Ability("variant.weight_decay", "*"),
+    Ability("variant.clip_norm", "*"),
+    Ability("variant.optimizer", "keep"),
+    Ability("variant.optimizer", "sgd"),
+    Ability("variant.optimizer", "adam"),
+    Ability("variant.optimizer", "adamw"),
+    Ability("variant.optimizer", "sam"),
+    Ability("variant.sam_rho", "*"),
+    Ability("variant.ema", "*"),
+    Ability("variant.precision", "keep"),
+    Ability("variant.precision", "fp32"),
+    Ability("variant.precision", "bf16"),
+    Ability("variant.loss_weight", "*"),
+    Ability("variant.batch_mul", "1"),
+    Ability("variant.batch_mul", "*", False, "trials draw batches of the trunk's size: leave it at 1"),
+    Ability("variant.schedule", "keep"),
+    Ability("variant.schedule", "constant"),
+    Ability("variant.schedule", "anneal"),
+    Ability("training_recipe.replay", "*"),
+    Ability("training_recipe.variants", "*"),
+    Ability("training_recipe.search", "*"),
+    Ability("training_recipe.early_stopping", "*"),
+    Ability("training_recipe.exclude", "*"),
+    Ability("training_recipe.relabel", "*", False, "no executor replaces labels yet: exclude the samples"),
+    Ability("gate_recipe", "switch_softmax"),
+    Ability("merge_recipe", "swa"),
+    Ability("merge_recipe", "uniform"),
+    Ability("merge_recipe", "greedy"),
+    Ability("merge_recipe", "interpolate"),
+    Ability("merge_recipe", "fisher_soup"),
+    Ability("merge_recipe", "distill", False, "no executor distils yet: use interpolate, or a gate"),
+    Ability("merge_recipe", "adapter_fuse", False, "no executor fuses adapters yet: use interpolate"),
+)
+"""Every part of a card that asks for work. The first entry that matches part and value counts."""
+
+
+Planned: TypeAlias = "PlanCard | Proposal"
+"""Whatever asks for work: a card, or a rule's proposal."""
+
+
+def refusals(planned: Planned, run: Run, *, min_held_out: int = 2) -> list[str]:
+    """Name everything in a card or proposal that this version or this run cannot carry out.
+
+    Args:
+        planned: A proposal or a card.
+        run: What the run offers.
+        min_held_out: Least samples in each held-out half (``policy.evidence.min_samples``).
+
+    Returns:
+        One sentence for each obstacle, in the order of the card's fields; empty when everything can run.
+    """
+    found = [*_evidence(planned, run, min_held_out), *_selection("selection", planned.selection, run)]
+    if planned.training_recipe is not None:
+        found += _training(planned.training_recipe, planned.selection, run)
+    if planned.gate_recipe is not None:
+        found += _unable("gate_recipe", planned.gate_recipe.kind)
+        if run.task not in ("classification", "sequence"):
+            found.append(
+                f"gate_recipe: a router mixes class probabilities, and this run's task is {run.task}"
+            )
+    if planned.merge_recipe is not None:
+        found += _merge(planned.merge_recipe, planned.action)
+    return found
+
+
+def _unable(part: str, value: str) -> Iterator[str]:
+    """Look a value up in the table."""
+    for ability in TABLE:
+        if ability.part == part and ability.value in ("*", value):
+            if not ability.runs:
+                yield f"{part}: {value} cannot run in this version: {ability.why}"
+            return
+    yield f"{part}: {value} is not known to this version"
+
+
+def _evidence(planned: Planned, run: Run, least: int) -> Iterator[str]:
+    if planned.action == "fork" and run.why_no_forks is not None:
+        yield f"action: no specialist can be trained in this run: {run.why_no_forks}"
+    if run.why_no_evidence is not None:
+        yield f"acceptance: there is no held-out evidence in this run: {run.why_no_evidence}"
+    elif min(run.val_a, run.val_b) < least:
+        yield (
+            f"acceptance: the held-out halves hold {run.val_a} and {run.val_b} samples, and each needs at least {least}: "
+            "give a larger validation loader"
+        )
+
+
+def _selection(part: str, selection: Selection, run: Run) -> Iterator[str]:
+    yield from _unable("selection", selection.kind)
+    if isinstance(selection, SelectAll):
+        return
+    if not run.has_ids:
+        yield f"{part}: {selection.kind} needs sample ids: {run.why_no_ids or 'this loader gives none'}"
+    by_loss = isinstance(selection, SelectQuantile) or (
+        isinstance(selection, SelectKMeans) and selection.feature != "embedding"
+    )
+    if by_loss and not run.exact_losses:
+        why = run.why_inexact or "this run has none"
+        yield f"{part}: {selection.kind} needs exact per-sample losses: {why}"
+    margins = (isinstance(selection, SelectQuantile) and selection.metric == "margin") or (
+        isinstance(selection, SelectKMeans) and selection.feature == "margin"
+    )
+    if margins and run.task != "classification":
+        yield f"{part}: margins exist for classification only, and this run's task is {run.task}"
+    if isinstance(selection, SelectIndices) and selection.slice is not None:
+        named_only = selection.ids is None and selection.artifact is None
+        if named_only and selection.slice not in run.slices:
+            known = ", ".join(sorted(run.slices)) or "none"
+            yield f"{part}: there is no slice {selection.slice!r}; this run has {known}"
+
+
+def _training(recipe: TrainingRecipe, selection: Selection, run: Run) -> Iterator[str]:
+    if recipe.relabel is not None:
+        yield from _unable("training_recipe.relabel", recipe.relabel)
+    if recipe.exclude is not None:
+        if isinstance(recipe.exclude, SelectAll):
+            yield "training_recipe.exclude: all samples excluded leave nothing to train on"
+        yield from _selection("training_recipe.exclude", recipe.exclude, run)
+    for variant in recipe.variants:
+        yield from _variant(variant, selection, run)
+    if recipe.search is not None:
+        yield from _search(recipe.search, selection, run)
+
+
+def _variant(variant: Variant, selection: Selection, run: Run) -> Iterator[str]:
+    where = f"variant {variant.name!r}"
+    for name in ("optimizer", "precision", "schedule"):
+        yield from (f"{where}: {why}" for why in _unable(f"variant.{name}", getattr(variant, name)))
+    yield from (f"{where}: {why}" for why in _unable("variant.batch_mul", f"{variant.batch_mul:g}"))
+    if variant.precision == "bf16" and not run.bf16:
+        yield f"{where}: this device does not train in bf16"
+    if variant.loss_weight != 1.0:
+        if isinstance(selection, SelectAll):
+            yield f"{where}: loss_weight weighs the selected samples against the rest, and all are selected"
+        if not run.exact_losses:
+            why = run.why_inexact or "this run has none"
+            yield f"{where}: loss_weight needs exact per-sample losses: {why}"
+
+
+def _search(search: SearchSpace, selection: Selection, run: Run) -> Iterator[str]:
+    """Check each corner of a search space as the variant that it would become."""
+    for name, spec in search.parameters.items():
+        where = f"training_recipe.search.{name}"
+        choices = spec.get("choices")
+        if choices is None and search.sampler == "grid":
+            yield f"{where}: a grid needs `choices`, and this has a range"
+            continue
+        if choices is not None and not (isinstance(choices, list | tuple) and choices):
+            yield f"{where}: `choices` must be a list with at least one value"
+            continue
+        if choices is None and not _is_range(spec):
+            yield f"{where}: `low` and `high` must be numbers with low < high, and are {spec['low']!r} and {spec['high']!r}"
+            continue
+        for value in choices if choices is not None else (spec["low"], spec["high"]):
+            try:
+                corner = Variant.model_validate({"name": "corner", name: value})
+            except ValidationError as error:
+                yield f"{where}: {value!r} cannot be taken: {error.errors()[0]['msg']}"
+                continue
+            yield from (why.replace("variant 'corner'", where, 1) for why in _variant(corner, selection, run))
+
+
+def _is_range(spec: dict[str, Any]) -> bool:
+    low, high = spec["low"], spec["high"]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (low, high))
+    return numbers and low < high
+
+
+def _merge(merge: MergeRecipe, action: str) -> Iterator[str]:
+    yield from _unable("merge_recipe", merge.kind)
+    if action == "fork" and merge.kind == "swa":
+        yield "merge_recipe: swa averages the trunk's own trajectory: use it with action merge, or merge by interpolate"
+    if action == "merge" and merge.kind != "swa":
+        yield f"merge_recipe: {merge.kind} merges specialists, and a merge card has none: use swa, or action fork"

@@ -1,0 +1,227 @@
+"""What a card takes at the most, in sample passes and in trunk steps: one arithmetic for admission and for the reserve.
+
+Unit: one sample pass is one forward pass of one sample (DECISIONS 7). A training step of batch b costs 3 b, an evaluation of n samples
+n. Rungs are measured in ordinary training steps, so a sharpness-aware step, which costs two, advances a trial by two and needs
+no price of its own. The control costs nothing: it is the trunk itself.
+
+The worst case counts every rung at its quota (``max(1, n // eta)`` go on), the drain included, one repeat of the longest segment,
+every evaluation on val-A, the router, the merge and the one look at val-B. Whoever runs the ladder gives the scheduler the
+same limits, ``quota=True`` and ``budget=WorstCase.resource_steps``: then it is a bound and not an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Final, assert_never
+
+from automode.planner.cards import PlanCard
+from automode.planner.events import Run
+from automode.planner.recipes import (
+    GateRecipe,
+    MergeAdapterFuse,
+    MergeDistill,
+    MergeFisherSoup,
+    MergeGreedy,
+    MergeInterpolate,
+    MergeRecipe,
+    MergeSwa,
+    MergeUniform,
+    SelectAll,
+    Selection,
+    SelectKMeans,
+    TrainingRecipe,
+)
+
+TRAIN_PASSES: Final = 3.0
+"""Forward-equivalents of training on one sample: a forward pass, and a backward pass of twice its price."""
+
+TRUNK_AVERAGES: Final = 3
+"""EMA at two horizons and the tail average, each judged beside the raw weights."""
+
+GATE_SIZE: Final = 0.5
+"""A router's size relative to the trunk, at the most; 32 hidden units are far less on any network worth routing."""
+
+GATE_READS: Final = 2.0
+"""How often an epoch reads val-A: once over both halves of the cross-fit, once for the router that is kept."""
+
+REFRESH_SAMPLES: Final = 2048
+"""Training samples, at the most, that pass through a merged network to recompute its norm statistics."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstCase:
+    """The most that a card can take, by part, in sample passes unless said otherwise.
+
+    Attributes:
+        train: Every rung at its quota.
+        retry: One repeat of the longest segment.
+        evaluate: Reports, snapshots and the look at val-B.
+        resolve: Features of the training samples, where a selection needs them.
+        gate: Experts' outputs on val-A and the router's own training.
+        merge: Making and judging the merged states.
+        resource_steps: Training steps of all segments, the repeat included; the scheduler's own budget.
+        control_steps: Trunk steps until the control has had the compute of the candidate that it is compared with.
+    """
+
+    train: float = 0.0
+    retry: float = 0.0
+    evaluate: float = 0.0
+    resolve: float = 0.0
+    gate: float = 0.0
+    merge: float = 0.0
+    resource_steps: int = 0
+    control_steps: int = 0
+
+    @property
+    def passes(self) -> float:
+        """The sum, in sample passes."""
+        return self.train + self.retry + self.evaluate + self.resolve + self.gate + self.merge
+
+
+def step_passes(run: Run) -> float:
+    """Sample passes of one ordinary trunk step."""
+    return TRAIN_PASSES * run.batch
+
+
+def rungs(first: int, reduction_factor: int, top: int) -> tuple[int, ...]:
+    """Return the resources at which trials are compared: first, first * eta, ... and the top itself, in steps."""
+    levels = []
+    level = first
+    while level < top:
+        levels.append(level)
+        level *= reduction_factor
+    return (*levels, top)
+
+
+def climbers(candidates: int, levels: int, reduction_factor: int) -> tuple[int, ...]:
+    """Return how many trials train to each rung: all to the first, then ``max(1, n // eta)``."""
+    counts = [candidates]
+    while len(counts) < levels:
+        counts.append(max(1, counts[-1] // reduction_factor))
+    return tuple(counts)
+
+
+def price_fork(
+    *,
+    recipe: TrainingRecipe,
+    levels: Sequence[int],
+    reduction_factor: int,
+    run: Run,
+    selection: Selection | None = None,
+    gate: GateRecipe | None = None,
+    merge: MergeRecipe | None = None,
+) -> WorstCase:
+    """Price a fork card.
+
+    Args:
+        recipe: Which trials there are.
+        levels: The rungs, in steps, rising (:func:`rungs`).
+        reduction_factor: One trial in this many goes on.
+        run: Sizes of batch, training set and held-out halves, in samples.
+        selection: What the trials specialise on.
+        gate: The router, if any.
+        merge: The merge, if any.
+
+    Returns:
+        The worst case by part.
+    """
+    counts = climbers(recipe.candidates, len(levels), reduction_factor)
+    segments = [high - low for low, high in zip((0, *levels[:-1]), levels, strict=True)]
+    train_steps = sum(n * segment for n, segment in zip(counts, segments, strict=True))
+    retry_steps = max(segments)
+    states = 1 + (TRUNK_AVERAGES if run.averages else 0)
+    own = 1 if any(v.ema is not None for v in recipe.variants) or recipe.search is not None else 0
+    reports = sum(counts) + 1
+    experts = counts[-1]
+    per_step = step_passes(run)
+    gate_passes = _gate(gate, experts, run)
+    top = levels[-1]
+    several = gate is not None or isinstance(merge, MergeUniform | MergeGreedy | MergeFisherSoup)
+    together = experts * top if several else top
+    return WorstCase(
+        train=train_steps * per_step,
+        retry=retry_steps * per_step,
+        evaluate=float(reports * (states + own) * run.val_a + 2 * states * run.val_a + 2 * run.val_b),
+        resolve=_resolve(recipe, selection, run),
+        gate=gate_passes,
+        merge=_merge(merge, experts, run),
+        resource_steps=train_steps + retry_steps,
+        control_steps=together + ceil(gate_passes / per_step),
+    )
+
+
+def price_merge(merge: MergeRecipe, run: Run) -> WorstCase:
+    """Price a card that merges what the trunk carries: evaluations only."""
+    states = 1 + (TRUNK_AVERAGES if run.averages else 0)
+    return WorstCase(
+        evaluate=float(states * run.val_a + 2 * run.val_b),
+        merge=_merge(merge, 0, run),
+    )
+
+
+def worst_case(card: PlanCard, run: Run) -> WorstCase:
+    """Price a card: the amount that is reserved when it starts, and stated on its face as ``cost``."""
+    if card.action == "merge":
+        assert card.merge_recipe is not None
+        return price_merge(card.merge_recipe, run)
+    assert card.training_recipe is not None
+    assert card.asha is not None
+    return price_fork(
+        recipe=card.training_recipe,
+        levels=rungs(card.budget_steps, card.asha.reduction_factor, card.asha.max_steps),
+        reduction_factor=card.asha.reduction_factor,
+        run=run,
+        selection=card.selection,
+        gate=card.gate_recipe,
+        merge=card.merge_recipe,
+    )
+
+
+def worst_case_passes(card: PlanCard, run: Run) -> float:
+    """Sample passes that a card can take at the most."""
+    return worst_case(card, run).passes
+
+
+def _resolve(recipe: TrainingRecipe, selection: Selection | None, run: Run) -> float:
+    """Cluster membership by embedding needs one forward pass of every training sample; the rest is in the ledger."""
+    needing = sum(
+        isinstance(part, SelectKMeans) and part.feature == "embedding"
+        for part in (selection or SelectAll(), recipe.exclude)
+    )
+    return float(needing * (run.train_samples or 0))
+
+
+def _gate(gate: GateRecipe | None, experts: int, run: Run) -> float:
+    if gate is None:
+        return 0.0
+    outputs = (experts + 2) * run.val_a  # the experts, the control, and the parent's features
+    training = TRAIN_PASSES * GATE_SIZE * GATE_READS * gate.epochs * run.val_a
+    return float(outputs + training)
+
+
+def _refresh(run: Run) -> float:
+    return float(min(REFRESH_SAMPLES, run.train_samples or REFRESH_SAMPLES))
+
+
+def _merge(merge: MergeRecipe | None, experts: int, run: Run) -> float:
+    judged = run.val_a + _refresh(run)
+    members = experts + 1  # the control is one
+    match merge:
+        case None:
+            return 0.0
+        case MergeSwa():
+            return TRUNK_AVERAGES * _refresh(run)
+        case MergeUniform() | MergeAdapterFuse():
+            return judged
+        case MergeGreedy():
+            return (2 * members - 1) * judged
+        case MergeInterpolate():
+            return len(merge.weights) * judged
+        case MergeFisherSoup():
+            return judged + TRAIN_PASSES * members * merge.samples
+        case MergeDistill():
+            return judged + merge.steps * run.batch * (TRAIN_PASSES + experts + 1)
+        case _:
+            assert_never(merge)

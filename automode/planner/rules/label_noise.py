@@ -1,0 +1,104 @@
+"""Some labels are wrong: train on without them, or abstain and leave the list to a person."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from automode.planner.cards import Reason
+from automode.planner.events import Scanned
+from automode.planner.recipes import SelectIndices, TrainingRecipe, Variant
+from automode.planner.rules.base import Proposal, Silence, View
+from automode.planner.rules.execution import if_executable
+
+VARIANTS = (
+    Variant(name="constant", schedule="constant"),
+    Variant(name="gentle", lr_mul=0.5),
+    Variant(name="anneal", schedule="anneal"),
+    Variant(name="averaged", schedule="constant", ema=0.99),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelNoise:
+    """Propose to leave the suspects out, where noise estimate and suspects agree.
+
+    The scan's artifact lists the suspects. Where their number does not fit the estimate the two detectors disagree, and
+    then nobody can tell hard from wrong: the rule abstains, and the list is there for a person to review. Thresholds are
+    ``policy.noise`` and ``policy.scan.min_visits``.
+    """
+
+    id: Reason = "label_noise"
+
+    def propose(self, view: View) -> Proposal | Silence:
+        """Propose pruned training, or say why not."""
+        if not view.scanned:
+            why = view.run.why_no_ids if not view.run.has_ids else None
+            return Silence(code="no_scan", why=f"no scan yet: {why or 'the first one is still to come'}")
+        last = view.scanned[-1]
+        quiet = _unready(last, view)
+        if quiet is not None:
+            return quiet
+        assert last.noise is not None
+        share = last.suspects / last.n
+        return if_executable(
+            Proposal(
+                reason=self.id,
+                action="fork",
+                because=(
+                    f"Estimated label noise {last.noise:.1%} (a card at {view.policy.noise.min_noise:.0%}); {last.suspects} of "
+                    f"{last.n} samples ({share:.1%}) are suspects and are left out of the trials."
+                ),
+                training_recipe=TrainingRecipe(
+                    replay=0.0,
+                    variants=VARIANTS[: view.policy.pacing.variants],
+                    exclude=SelectIndices(artifact=last.artifact),
+                ),
+                risk="medium",
+                diagnostics={
+                    "noise": last.noise,
+                    "suspects": last.suspects,
+                    "n": last.n,
+                    "visits": last.visits,
+                    "scan_step": last.step,
+                },
+            ),
+            view,
+        )
+
+
+def _unready(last: Scanned, view: View) -> Silence | None:
+    policy = view.policy.noise
+    age = view.step - last.step
+    if age > view.planning_budget:
+        return Silence(
+            code="old_scan",
+            why=f"the last scan is {age} steps old, and after {view.planning_budget} it counts no more",
+        )
+    visits = view.policy.scan.min_visits
+    if last.visits < visits:
+        return Silence(
+            code="few_visits",
+            why=f"{last.visits:.1f} visits a sample so far, and {visits:g} are needed to believe the ledger",
+        )
+    if last.noise is None:
+        return Silence(code="noise_unknown", why="the label noise cannot be told")
+    if last.noise < policy.min_noise:
+        return Silence(
+            code="little_noise",
+            why=f"the estimated label noise is {last.noise:.1%} (a card at {policy.min_noise:.0%})",
+        )
+    found = last.suspects / (last.noise * last.n) if last.n else 0.0
+    if not policy.least_found <= found <= policy.most_found:
+        return Silence(
+            code="abstain",
+            why=(
+                f"the estimate is {last.noise:.1%} of {last.n} samples, but {last.suspects} are suspects, {found:.2f} times as many "
+                f"({policy.least_found:g} to {policy.most_found:g} needed): the detectors disagree, so the suspects are left for "
+                "a person to review"
+            ),
+        )
+    if last.artifact is None:
+        return Silence(
+            code="no_artifact", why="the scan kept no list of suspects, so they cannot be left out"
+        )
+    return None
