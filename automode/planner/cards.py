@@ -8,6 +8,7 @@ read by the fold, the command line and the documentation alike.
 from __future__ import annotations
 
 import hashlib
+import math
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal
 
@@ -132,6 +133,17 @@ class PlanCard(Part):
     base: Base
     diagnostics: dict[str, Diagnostic] = Field(default_factory=dict, max_length=64)
 
+    @field_validator("diagnostics", mode="before")
+    @classmethod
+    def _not_finite(cls, value: Any) -> Any:
+        # JSON has no NaN: it is written as a word, and a field that may hold text would keep the word.
+        if not isinstance(value, dict):
+            return value
+        return {
+            k: tuple(_number(x) for x in v) if isinstance(v, list | tuple) else _number(v)
+            for k, v in value.items()
+        }
+
     @field_validator("diagnostics")
     @classmethod
     def _small(cls, value: dict[str, Diagnostic]) -> dict[str, Diagnostic]:
@@ -173,6 +185,11 @@ class PlanCard(Part):
         return card_html(self)
 
 
+def _number(value: Any) -> Any:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+_NOT_FINITE: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 CARD: Final = TypeAdapter(PlanCard)
 
 

@@ -24,7 +24,7 @@ VIOLATIONS = {
         "def f():\n    import torch",
         "automode.engine.planted -> torch",
     ),
-    "yaml outside card_text": ("planner/planted.py", "import yaml", "automode.planner.planted -> yaml"),
+    "yaml outside yaml_text": ("planner/planted.py", "import yaml", "automode.planner.planted -> yaml"),
     "a lower room using an upper one": (
         "session/planted.py",
         "import automode.trainer",

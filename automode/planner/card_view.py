@@ -1,0 +1,118 @@
+"""A card as a person skims it: a dozen plain lines for the console, one small table for a notebook.
+
+Everything that a card holds may have been typed by somebody: text is escaped for the place where it is shown.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Iterator
+
+from automode.planner.cards import PlanCard
+from automode.planner.recipes import (
+    MergeRecipe,
+    SelectAll,
+    SelectIndices,
+    Selection,
+    SelectKMeans,
+    SelectQuantile,
+    TrainingRecipe,
+    Variant,
+)
+from automode.planner.yaml_text import shown
+from automode.planner.yaml_writer import flow
+
+_WIDTH = 100
+
+
+def selection_text(selection: Selection) -> str:
+    """Say in a few words which samples a selection means."""
+    match selection:
+        case SelectAll():
+            return "every training sample"
+        case SelectQuantile(from_=low, to=high, metric=metric, exclude_suspects=careful):
+            suspects = "likely mislabelled left out" if careful else "likely mislabelled included"
+            return f"{metric} from quantile {low:g} to {high:g}, {suspects}"
+        case SelectKMeans(clusters=clusters, k=k, feature=feature):
+            which = ", ".join(map(str, clusters))
+            return f"cluster{'s' if len(clusters) > 1 else ''} {which} of {k} by {feature}"
+        case SelectIndices(ids=ids, slice=name):
+            count = f"{len(ids)} given samples" if ids is not None else "given samples (artifact)"
+            return count if name is None else f"slice {name}" if ids is None else f"{count} of slice {name}"
+
+
+def variant_text(variant: Variant) -> str:
+    """Name a variant and what it does differently from the trunk."""
+    changes = variant.model_dump(exclude_defaults=True, exclude={"name"})
+    told = ", ".join(f"{key} {flow(value)}" for key, value in changes.items())
+    return f"{variant.name} ({told})" if told else variant.name
+
+
+def _recipe_text(recipe: TrainingRecipe) -> str:
+    if recipe.search is not None:
+        return (
+            f"{recipe.search.n} drawn by {recipe.search.sampler} over {', '.join(recipe.search.parameters)}"
+        )
+    return "; ".join(variant_text(v) for v in recipe.variants)
+
+
+def _merge_text(merge: MergeRecipe) -> str:
+    values = merge.model_dump(exclude={"kind"})
+    told = ", ".join(f"{key} {flow(value)}" for key, value in values.items())
+    return f"{merge.kind} ({told})" if told else merge.kind
+
+
+def _facts(card: PlanCard) -> Iterator[tuple[str, str]]:
+    """Yield what a person decides on, most important first: a label and a line."""
+    yield "data", selection_text(card.selection)
+    if card.training_recipe is not None:
+        yield "variants", _recipe_text(card.training_recipe)
+    if card.gate_recipe is not None:
+        yield "gate", f"{card.gate_recipe.kind}, temperature {card.gate_recipe.temperature:g}"
+    if card.merge_recipe is not None:
+        yield "merge", _merge_text(card.merge_recipe)
+    ladder = f"; first rung {card.budget_steps} steps, top rung {card.asha.max_steps}" if card.asha else ""
+    share = f"{card.cost.share_of_remaining:.1%} of what remains"
+    yield "cost", f"{card.cost.sample_passes:,.0f} sample passes, {share}{ladder}"
+    slices = "no slice worse" if card.acceptance.slices == "no_worse" else "slices ignored"
+    yield "needs", f"{card.acceptance.metric} above the control's, z at least {card.acceptance.z:g}, {slices}"
+    if card.diagnostics:
+        yield "readings", ", ".join(f"{k} {flow(v)}" for k, v in card.diagnostics.items())
+
+
+def card_summary(card: PlanCard) -> str:
+    """Return a card as at most twelve lines of plain text, none wider than a hundred characters."""
+    head = f"card {card.id}, revision {card.rev}: {card.action} for {card.reason} at step {card.step} (risk {card.risk})"
+    because = textwrap.wrap(
+        shown(" ".join(card.because.split()), limit=4000),
+        width=_WIDTH - 2,
+        max_lines=3,
+        placeholder=" …",
+    )
+    facts = [f"{label:<9} {shown(text, limit=_WIDTH - 12)}" for label, text in _facts(card)]
+    return "\n".join([head, *(f"  {line}" for line in [*because, *facts])])
+
+
+def card_html(card: PlanCard, yaml: str) -> str:
+    """Return a card as self-contained HTML for a notebook: no script, no outside reference, everything escaped.
+
+    Args:
+        card: The card.
+        yaml: Its full text, shown on demand.
+    """
+    cell = "padding:2px 12px 2px 0;text-align:left;vertical-align:top"
+    rows = "".join(
+        f'<tr><th style="{cell};opacity:.7;font-weight:normal">{html.escape(label)}</th>'
+        f'<td style="{cell}">{html.escape(text)}</td></tr>'
+        for label, text in _facts(card)
+    )
+    head = f"{card.action} · {card.reason} · step {card.step} · risk {card.risk}"
+    return (
+        '<div style="border:1px solid currentColor;border-radius:6px;padding:8px 12px;max-width:60em;font-family:sans-serif">'
+        f"<div><strong>plan card <code>{html.escape(card.id)}</code>, revision {card.rev}</strong> · {html.escape(head)}</div>"
+        f'<p style="margin:6px 0">{html.escape(card.because)}</p>'
+        f'<table style="border-collapse:collapse">{rows}</table>'
+        f'<details><summary>YAML</summary><pre style="white-space:pre-wrap">{html.escape(yaml)}</pre></details>'
+        "</div>"
+    )
