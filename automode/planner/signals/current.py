@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from automode.planner.signals.gap import GeneralizationGap
 from automode.planner.signals.readings import Detail, Reading
 from automode.planner.signals.robust_z import RobustZ
+from automode.planner.signals.slices import SliceWatch
 from automode.planner.signals.trend import MIN_BLOCKS, TrendState
 
 if TYPE_CHECKING:
@@ -142,7 +144,7 @@ def _slow_divergence(suite: SignalSuite) -> Reading:
         value=signal.rise,
         state="REGRESSING" if regressing else STEADY,
         threshold=signal.regress_rise,
-        window=min(signal.window, signal.budget),
+        window=signal.rise_window,
         details={"level": signal.level, "z": signal.z_regress},
     )
 
@@ -159,3 +161,44 @@ READERS: dict[str, Callable[[SignalSuite], Reading]] = {
     "slow_divergence": _slow_divergence,
 }
 """By name of the reading, in the order in which readings of one step are told."""
+
+
+def gap_reading(step: int, signal: GeneralizationGap) -> Reading:
+    """Return what the generalisation gap says at the validation at `step`; windows count validations."""
+    return Reading(
+        name="generalization_gap",
+        step=step,
+        value=signal.rise,
+        state=str(signal.status),
+        threshold=signal.min_rise,
+        window=signal.since_best,
+        details={
+            "gap": signal.gap,
+            "best": signal.best,
+            "best_step": signal.best_step,
+            "held_out_z": signal.held_out_z,
+            "training_z": signal.training_z,
+        },
+    )
+
+
+def slice_reading(step: int, signal: SliceWatch, name: str) -> Reading:
+    """Return what is known of the slice `name` at the validation at `step`; windows count validations."""
+    track = signal.tracks[name]
+    return Reading(
+        name="slice_underperformance",
+        step=step,
+        value=track.last.z,
+        state=str(track.status),
+        threshold=-signal.threshold,
+        window=signal.persistence,
+        details={
+            "slice": name,
+            "mean": track.last.mean,
+            "rest": track.last.rest,
+            "se": track.last.se,
+            "n": track.last.n,
+            "run": track.run,
+            "gap_z": track.gap_z,
+        },
+    )

@@ -8,7 +8,7 @@ used. The threshold follows the run's own tail, because at small batch sizes an 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from math import asinh, exp, inf, log
+from math import asinh, exp, inf, log, nan, sinh
 
 from automode.errors import UsageError
 from automode.planner.signals.nonfinite import FINITE_LIMIT
@@ -111,6 +111,26 @@ class RobustZ:
     def ready(self) -> bool:
         """Whether the warm-up is over."""
         return bool(self._ring)
+
+    @property
+    def ceiling(self) -> float | None:
+        """The largest ordinary value in its own unit: median + 3 sigma, as in the push; None during the warm-up."""
+        ordered = self._sorted
+        if not self._ring:
+            return None
+        sigma = max((ordered[self._i_q3] - ordered[self._i_q1]) * SIGMA_PER_IQR, SIGMA_FLOOR)
+        v = ordered[self._i_mid] + PUSH_CAP_SIGMA * sigma
+        return self._original(v)
+
+    @property
+    def median(self) -> float:
+        """Median of the reference window in the unit of the values; NaN during warm-up."""
+        if not self._ring:
+            return nan
+        return self._original(self._sorted[self._i_mid])
+
+    def _original(self, v: float) -> float:
+        return sinh(v) * self.scale if self.scale else exp(v)
 
     def update(self, x: float) -> bool:
         """Score `x` and push it.

@@ -8,12 +8,14 @@ from math import isfinite
 from typing import Any
 
 from automode.errors import UsageError
-from automode.planner.signals.current import READERS
+from automode.planner.signals.current import READERS, gap_reading, slice_reading
+from automode.planner.signals.gap import GeneralizationGap
 from automode.planner.signals.level_shift import LevelShift
 from automode.planner.signals.nonfinite import NonFinite
 from automode.planner.signals.page_hinkley import PageHinkley
 from automode.planner.signals.readings import Reading
 from automode.planner.signals.robust_z import RobustZ
+from automode.planner.signals.slices import SliceMeasure, SliceWatch
 from automode.planner.signals.spike_burst import SpikeBurst
 from automode.planner.signals.trend import BlockTrend
 from automode.planner.signals.wire import SignalState
@@ -45,6 +47,8 @@ class SignalSuite:
         shift: S2.
         drift: Page-Hinkley on the loss's standardised residuals.
         trend: S3 and S4; holds the streaming Mann-Kendall.
+        gap: Held-out loss against training loss, from one validation to the next.
+        slices: Every slice against the rest, from one validation to the next.
         step: Step number of the last observation; -1 before the first.
         observations: Observations taken in all.
         reset_by: What last started the trend anew; empty before the first reset.
@@ -55,12 +59,14 @@ class SignalSuite:
         "_told",
         "burst",
         "drift",
+        "gap",
         "grad_norm_z",
         "loss_z",
         "non_finite",
         "observations",
         "reset_by",
         "shift",
+        "slices",
         "step",
         "trend",
     )
@@ -83,6 +89,8 @@ class SignalSuite:
         self.shift = LevelShift()
         self.drift = PageHinkley()
         self.trend = BlockTrend(budget=budget, gain=gain, z_advise=z_advise, z_execute=z_execute)
+        self.gap = GeneralizationGap()
+        self.slices = SliceWatch()
         self._lr: float | None = None
         self.step = -1
         self.observations = 0
@@ -125,11 +133,14 @@ class SignalSuite:
         if self.burst.update(fired):
             changed = True
         z = loss_z.z
+        trend = self.trend
         if self.shift.update(z):
             changed = True
+            if self.shift.active:
+                trend.excursion()
+                self.reset_by = "level shift"
         if self.drift.update(z):
             changed = True
-        trend = self.trend
         if trend.level_scale != loss_z.scale:
             trend.level_scale = loss_z.scale
         if trend.update(loss):
@@ -169,6 +180,29 @@ class SignalSuite:
                 readings.extend(new)
         return readings
 
+    def observe_validation(
+        self, step: int, loss: float, slices: Mapping[str, SliceMeasure] | None = None
+    ) -> tuple[Reading, ...] | None:
+        """Take one validation of the run on held-out data.
+
+        Its loss is set against the median training loss of the last 101 steps.
+
+        Args:
+            step: When it took place.
+            loss: Mean held-out loss, in the unit of the training loss.
+            slices: By name, each slice against the rest.
+
+        Returns:
+            None when no state changed, else a reading for each that did.
+        """
+        self.gap.scale = self.loss_z.scale
+        news: list[Reading] = []
+        if self.gap.update(step, loss, self.loss_z.median):
+            news.append(gap_reading(step, self.gap))
+        if slices:
+            news.extend(slice_reading(step, self.slices, name) for name in self.slices.update(slices))
+        return tuple(news) or None
+
     def reset(self, reason: str) -> tuple[Reading, ...] | None:
         """Start every window anew: after a fork, a resume, an adoption, a change of data or batch size, an executed plan.
 
@@ -180,6 +214,8 @@ class SignalSuite:
         """
         for signal in (self.non_finite, self.loss_z, self.grad_norm_z, self.burst, self.shift, self.drift):
             signal.reset()
+        self.gap.reset()
+        self.slices.reset()
         return self.reset_trend(reason)
 
     def reset_trend(self, reason: str) -> tuple[Reading, ...] | None:
@@ -244,6 +280,8 @@ class SignalSuite:
             "shift": self.shift.state(),
             "drift": self.drift.state(),
             "trend": self.trend.state(),
+            "gap": self.gap.state(),
+            "slices": self.slices.state(),
             "lr": self._lr,
             "step": self.step,
             "observations": self.observations,
@@ -271,6 +309,8 @@ class SignalSuite:
         suite.shift = LevelShift.from_state(state["shift"])
         suite.drift = PageHinkley.from_state(state["drift"])
         suite.trend = BlockTrend.from_state(state["trend"])
+        suite.gap = GeneralizationGap.from_state(state["gap"])
+        suite.slices = SliceWatch.from_state(state["slices"])
         suite._lr = state["lr"]
         suite.step = state["step"]
         suite.observations = state["observations"]

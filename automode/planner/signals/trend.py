@@ -10,7 +10,9 @@ bound decides, the answer is UNKNOWN, and UNKNOWN never acts.
     worst   = -upper(z) h / level                  IMPROVING when worst >= rho
     rise    = lower(z) w / level over the last B   REGRESSING when rise >= 10 %
 
-with k blocks since the reset, w = min(k, 2 B / b) of them in the window, and level the median of the last w / 4.
+with k blocks since the reset, w = min(k, 2 B / b) of them in the window, and level the median of the last w / 4. A loss that has
+jumped up and is coming down again is not standing still: an excursion starts the plateau's window anew, while the window of
+the rise goes on.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class BlockTrend:
         status: The state at `z_advise`.
         firm: The state at `z_execute`.
         looks: Looks taken since the last reset.
-        blocks: Blocks closed since the last reset (k).
+        blocks: Blocks closed since the last reset or excursion (k).
         used: Blocks in the window of the last look (w).
         level: Median of the last quarter of the window.
         best_advise, best_execute: Largest plausible relative gain over the next B steps at either confidence; NaN
@@ -76,7 +78,8 @@ class BlockTrend:
         slope: Theil-Sen slope in loss units per step.
         z_against_gain: Mann-Kendall z of the series with the slope that would just bring `gain` taken out: the plateau is
             declared at every confidence up to about this.
-        rise: Smallest plausible relative rise over the last B steps.
+        rise: Smallest plausible relative rise over the last B steps; NaN until B / 2 steps since the reset, because
+            the first steps after a change of rate often rise.
         mann_kendall: Streaming Mann-Kendall over the block means of the last B steps.
     """
 
@@ -85,6 +88,7 @@ class BlockTrend:
         "_buffer",
         "_capacity",
         "_end",
+        "_held",
         "_in_block",
         "_look_blocks",
         "_since_look",
@@ -155,20 +159,43 @@ class BlockTrend:
         self._block_sum = 0.0
         self._in_block = 0
         self._end = 0
+        self._held = 0
         self._since_look = 0
         self.mann_kendall.reset()
         self.status = TrendState.UNKNOWN
         self.firm = TrendState.UNKNOWN
         self.looks = 0
+        self.rise = nan
+        self._forget_window()
+
+    def excursion(self) -> bool:
+        """Start the window of the plateau anew, because the level has jumped; the window of the rise goes on.
+
+        Returns:
+            True when `status` or `firm` changed.
+        """
+        self._forget_window()
+        if self.status is TrendState.REGRESSING:
+            return False
+        before = (self.status, self.firm)
+        self.status = self.firm = TrendState.UNKNOWN
+        return (self.status, self.firm) != before
+
+    def _forget_window(self) -> None:
         self.blocks = 0
         self.used = 0
-        self.level = self.slope = self.rise = self.z_against_gain = nan
+        self.level = self.slope = self.z_against_gain = nan
         self.best_advise = self.best_execute = self.worst_advise = self.worst_execute = nan
 
     @property
     def window(self) -> int:
         """Steps in the window of the last look."""
         return self.used * self.block_steps
+
+    @property
+    def rise_window(self) -> int:
+        """Steps over which the rise is judged, B at the most."""
+        return min(self._held, self._wide) * self.block_steps
 
     def update(self, loss: float) -> bool:
         """Take one raw loss; a non-finite one is passed over.
@@ -196,9 +223,10 @@ class BlockTrend:
         buffer[self._end] = mean
         self._end += 1
         self.blocks += 1
+        self._held += 1
         self.mann_kendall.update(mean)
         self._since_look += 1
-        if self._since_look < self._look_blocks or self.blocks < MIN_BLOCKS:
+        if self._since_look < self._look_blocks or self._held < MIN_BLOCKS:
             return False
         self._since_look = 0
         return self._look()
@@ -206,8 +234,18 @@ class BlockTrend:
     def _look(self) -> bool:
         before = (self.status, self.firm)
         self.looks += 1
+        self.rise = self._smallest_rise(min(self._held, self._wide)) if 2 * self._held >= self._wide else nan
+        if self.blocks >= MIN_BLOCKS:
+            self._bound_gain()
+        if self.rise >= self.regress_rise:
+            self.status = self.firm = TrendState.REGRESSING
+        else:
+            self.status = self._decide(self.best_advise, self.worst_advise)
+            self.firm = self._decide(self.best_execute, self.worst_execute)
+        return (self.status, self.firm) != before
+
+    def _bound_gain(self) -> None:
         k = self.blocks
-        self.rise = self._smallest_rise(min(k, self._wide))
         w = min(k, self._capacity)
         y = self._buffer[self._end - w : self._end]
         slopes = self._slopes
@@ -221,12 +259,6 @@ class BlockTrend:
         self.worst_advise = -slopes.upper(self.z_advise) * ahead / weight
         self.worst_execute = -slopes.upper(self.z_execute) * ahead / weight
         self.z_against_gain = slopes.kendall_z(-self.gain * weight / ahead)
-        if self.rise >= self.regress_rise:
-            self.status = self.firm = TrendState.REGRESSING
-        else:
-            self.status = self._decide(self.best_advise, self.worst_advise)
-            self.firm = self._decide(self.best_execute, self.worst_execute)
-        return (self.status, self.firm) != before
 
     def _smallest_rise(self, w: int) -> float:
         y = self._buffer[self._end - w : self._end]
@@ -253,7 +285,7 @@ class BlockTrend:
 
     def describe(self) -> str:
         """One sentence for a card: the best case at `z_execute`, what was asked for, and what it rests on."""
-        if not self.looks:
+        if not self.used:
             return f"No look yet: {self.blocks} of {MIN_BLOCKS} blocks of {self.block_steps} steps."
         return (
             f"Best case (z {self.z_execute:g}, one-sided) another {100 * self.best_execute:.2g} % in the next "
@@ -281,6 +313,7 @@ class BlockTrend:
             "firm": str(self.firm),
             "looks": self.looks,
             "blocks": self.blocks,
+            "held": self._held,
             "used": self.used,
             "numbers": {name: to_wire(getattr(self, name)) for name in _NUMBERS},
         }
@@ -302,6 +335,7 @@ class BlockTrend:
         signal.firm = TrendState(state["firm"])
         signal.looks = state["looks"]
         signal.blocks = state["blocks"]
+        signal._held = state["held"]
         signal.used = state["used"]
         for name in _NUMBERS:
             setattr(signal, name, from_wire(state["numbers"][name]))
