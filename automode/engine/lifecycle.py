@@ -235,6 +235,7 @@ def _desk(state: State) -> Desk:
         quote=lambda card: quote(
             card, policy=state.policy, run=run, funds=funds_of(state), remaining_steps=steps_left(state)
         ),
+        restorable=state.undo,
     )
 
 

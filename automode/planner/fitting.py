@@ -6,7 +6,7 @@ A person's card is priced by :func:`quote` as it stands; a proposal gets its lad
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor
 from typing import Final
 
 from automode.planner.capability import refusals
@@ -99,7 +99,7 @@ def spending_cap(policy: Policy, funds: Funds) -> float | Held:
 
 def unaffordable(priced: WorstCase, cap: float, funds: Funds, policy: Policy) -> Held | None:
     """Hold what costs more sample passes than the cap."""
-    if priced.passes <= cap:
+    if ceil(priced.passes) <= floor(cap):  # the ledger counts whole passes
         return None
     return Held(
         code="over_cap",

@@ -48,6 +48,8 @@ EVERY: Final = "*"
 """Key of the cooldown that holds for every reason but ``instability_spike``."""
 
 FACTOR_BOUNDS: Final = (0.25, 16.0)
+_AT_WORK: Final = (CardState.RUNNING, CardState.ACCEPTED)
+
 Ended = Literal[
     CardState.ADOPTED,
     CardState.REJECTED,
@@ -115,7 +117,7 @@ def admit(
         proposal: What a rule would do.
         view: What the rule looked at: step, remaining steps, B, policy and run.
         state: Cooldowns and counts.
-        open_cards: Records of cards that wait, run or are about to be adopted; finished ones are passed over.
+        open_cards: Records of the session's cards, those of this very moment among them; finished ones are passed over.
         funds: What there is to spend, in sample passes.
         session: Name of the session, for the card's id.
         ordinal: Tells cards of one reason and step apart.
@@ -261,16 +263,19 @@ def _cooldown(proposal: Proposal, view: View, state: PacingState) -> Held | None
 
 
 def _conflict(proposal: Proposal, open_cards: Sequence[CardRecord], outranked_by: str | None) -> Held | None:
+    """One fork at a time; merges of the trunk's averages train nothing and stand in nobody's way."""
     for record in open_cards:
         card = record.card
-        if record.state in (CardState.APPROVED, CardState.RUNNING, CardState.ACCEPTED):
-            return Held(code="busy", why=f"card {card.id} ({card.reason}) is {record.state}")
-        if record.state in WAITING and card.reason == proposal.reason:
+        if card.reason == proposal.reason and (record.state in WAITING or record.state in _AT_WORK):
             return Held(code="waiting", why=f"card {card.id} of the same reason is {record.state} already")
-    if outranked_by is not None:
-        return Held(
-            code="outranked", why=f"card {outranked_by} of a more urgent reason was made at this step"
-        )
+        if not card.action == proposal.action == "fork":
+            continue
+        if record.state is CardState.APPROVED or record.state in _AT_WORK:
+            return Held(code="busy", why=f"card {card.id} ({card.reason}) is {record.state}")
+        if card.id == outranked_by:
+            return Held(
+                code="outranked", why=f"card {card.id} ({card.reason}) is more urgent and was made just now"
+            )
     return None
 
 

@@ -89,7 +89,9 @@ class SlicePolicy(Part):
     """When a named slice is worse than the rest for long enough to be worth a card."""
 
     persist: int = Field(default=3, ge=1, description="validations in a row")
-    z: Positive = Field(default=2.0, description="least distance below the rest, standard errors, at each")
+    alpha: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
+        default=0.05, description="chance that one validation calls any slice worse although none is"
+    )
     gap: Positive = Field(default=0.02, le=1.0, description="least shortfall in mean utility, at each")
 
 

@@ -6,7 +6,7 @@ optimistic locks: whoever answers names the revision that they have read, and he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -42,6 +42,7 @@ class Desk:
         time: Seconds of the log's clock.
         ordinal: Tells cards of one reason and step apart.
         quote: Prices a card and checks that it can run.
+        restorable: Ids of adopted cards whose trunk before the adoption is kept; what was exported has none.
     """
 
     session: str
@@ -52,6 +53,7 @@ class Desk:
     time: float
     ordinal: int
     quote: Quote
+    restorable: Container[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +133,7 @@ def _about(record: CardRecord, cards: Mapping[str, CardRecord], request: Decided
             _fresh(record, desk)
             return _moved(move(record, CardState.REVISE, actor=request.actor, why=request.note))
         case "rollback":
-            return _roll_back(record, cards.values())
+            return _roll_back(record, cards.values(), desk)
         case _:
             raise _RefusedError(f"{request.verb} is no request about a card")
 
@@ -221,7 +223,7 @@ def _give_up(record: CardRecord, request: Decided) -> Response:
     return _moved(move(record, CardState.REFUSED, actor=request.actor, why=why))
 
 
-def _roll_back(record: CardRecord, cards: Sequence[CardRecord] | Any) -> Response:
+def _roll_back(record: CardRecord, cards: Iterable[CardRecord], desk: Desk) -> Response:
     card = record.card
     if record.state is CardState.ROLLED_BACK:
         return Response()
@@ -233,8 +235,16 @@ def _roll_back(record: CardRecord, cards: Sequence[CardRecord] | Any) -> Respons
         raise _RefusedError(
             f"card {running.card.id} is {running.state} on top of what card {card.id} brought: cancel it first, or wait"
         )
+    if card.id not in desk.restorable:
+        raise _RefusedError(
+            f"card {card.id} was exported beside the trunk, which it never changed: there is nothing to roll back"
+        )
     later = [
-        r.card.id for r in everything if r.state is CardState.ADOPTED and _adopted_at(r) > _adopted_at(record)
+        r.card.id
+        for r in everything
+        if r.state is CardState.ADOPTED
+        and r.card.id in desk.restorable
+        and _adopted_at(r) > _adopted_at(record)
     ]
     if later:
         raise _RefusedError(
