@@ -256,7 +256,8 @@ def _write_rest(path: Path, rest: dict[str, Any]) -> FileDigest:
 def _gist(error: Exception) -> str:
     """What torch found, without its advice to load unsafely."""
     text = str(error)
-    return text.partition("WeightsUnpickler error: ")[2].partition("\n")[0].strip() or text.partition("\n")[0]
+    found = text.partition("WeightsUnpickler error: ")[2].partition("\n")[0].partition(" Please use")[0]
+    return found.strip() or text.partition("\n")[0]
 
 
 def _put(file: BinaryIO, data: bytes) -> None:

@@ -162,7 +162,7 @@ def _tagged(value: Any, path: str) -> Any:
             plain[key] = _tagged(item, f"{path}.{key}")
         return {_DICT_TAG: plain} if _looks_tagged(plain) else plain
     raise UsageError(
-        f"{path}: a {type(value).__name__} cannot be stored as JSON; "
+        f"{path}: a value of type {type(value).__name__} cannot be stored as JSON; "
         "pass None, bool, int, float, str, list or dict (numpy: .tolist(), tensors: .item())"
     )
 
@@ -175,7 +175,7 @@ def _untagged(value: Any) -> Any:
     if _looks_tagged(value):
         ((tag, inner),) = value.items()
         if tag == _FLOAT_TAG:
-            if inner not in _SPECIAL:
+            if not isinstance(inner, str) or inner not in _SPECIAL:
                 raise ValueError(f"unknown special float {inner!r}")
             return _SPECIAL[inner]
         if not isinstance(inner, dict):

@@ -41,6 +41,11 @@ def replay_items(snapshot: Snapshot) -> Iterator[ReplayItem]:
         live = frames.live_spans(frames.dead_spans(connection, TRUNK), end)
         feed = _Feed(snapshot, frames.schemas(connection), live)
     for record in _records(snapshot, last_seq, rewinds):
+        if record.frame_cursor > end:
+            raise SessionCorruptError(
+                f"record {record.seq} follows {record.frame_cursor} trunk rows, but only {end} are there; "
+                "restore the session from a copy"
+            )
         yield from feed.until(record.frame_cursor)
         yield "record", record
     yield from feed.until(end)
