@@ -27,6 +27,7 @@ __all__ = [
     "policy_from_yaml",
     "policy_to_yaml",
     "problems_in",
+    "submission_from_yaml",
     "to_yaml",
 ]
 
@@ -36,6 +37,18 @@ _REMARKS: Final = {
     "budget_steps": "the first rung",
     "risk": "what the policy may approve by itself",
 }
+_FILLED_IN: Final = {
+    "id": "00000000",
+    "session": "this",
+    "step": 0,
+    "reason": "manual",
+    "because": "submitted",
+    "cost": {"sample_passes": 0, "share_of_remaining": 0},
+    "cooldown_steps": 0,
+    "base": {"step": 0, "policy": "sha256:" + "0" * 64},
+}
+"""What a submitted card may leave out, with values that pass; :mod:`automode.planner.requests` puts in the real ones."""
+
 card_summary = card_view.card_summary
 
 
@@ -68,14 +81,37 @@ def from_yaml(text: str) -> PlanCard:
     return load_model(text, PlanCard, "plan card", error=CardError)
 
 
+def submission_from_yaml(text: str) -> dict[str, Any]:
+    """Read a card of a person's own, which may leave out what automode fills in when it takes it.
+
+    Returns:
+        Plain data of what the text gives, for the request; the rest is validated as if it were there.
+
+    Raises:
+        CardError: As :func:`from_yaml`.
+    """
+    root, problems = read(text)
+    if root is not None:
+        data = root.data()
+        is_merge = isinstance(data, dict) and data.get("action") == "merge"
+        made, problems = validate(
+            PlanCard, root, given=_FILLED_IN | ({"budget_steps": 0} if is_merge else {})
+        )
+        if made is not None:
+            return dict(data)
+    raise CardError(_message("plan card", problems or [_nothing(PlanCard)]))
+
+
 def policy_to_yaml(policy: Policy) -> str:
     """Return the policy as YAML with every value written out and explained."""
     lines = ["# automode policy: what automode may do, and when; every value and what it means"]
     for name, field in Policy.model_fields.items():
         key, value = field.alias or name, getattr(policy, name)
         if isinstance(value, BaseModel):
-            remarks = {n: f.description for n, f in type(value).model_fields.items() if f.description}
-            lines += ["", f"{key}:", *block(value.model_dump(), indent=2, comments=remarks)]
+            remarks = {
+                f.alias or n: f.description for n, f in type(value).model_fields.items() if f.description
+            }
+            lines += ["", f"{key}:", *block(value.model_dump(by_alias=True), indent=2, comments=remarks)]
         else:
             remarks = {key: field.description} if field.description else {}
             lines += block({key: value}, comments=remarks)
@@ -129,11 +165,13 @@ def _load(text: str, model: type[M]) -> tuple[M | None, list[Problem]]:
     root, problems = read(text)
     if problems:
         return None, problems
-    if root is None:
-        schema = schema_of(model)
-        wanted = describe(schema, schema.get("$defs", {}))
-        return None, [Problem(line=0, column=0, path="", text=f"the text is empty; expected {wanted}")]
-    return validate(model, root)
+    return (None, [_nothing(model)]) if root is None else validate(model, root)
+
+
+def _nothing(model: type[BaseModel]) -> Problem:
+    schema = schema_of(model)
+    wanted = describe(schema, schema.get("$defs", {}))
+    return Problem(line=0, column=0, path="", text=f"the text is empty; expected {wanted}")
 
 
 def _message(what: str, problems: list[Problem]) -> str:
@@ -165,7 +203,8 @@ def _spare_value(value: Any) -> Any:
     match value:
         case Cost():
             return {
-                k: int(v) if v.is_integer() and v < 1e15 else v for k, v in value.model_dump(exclude_none=True).items()
+                k: int(v) if v.is_integer() and v < 1e15 else v
+                for k, v in value.model_dump(exclude_none=True).items()
             }
         case BaseModel():
             return _spare(value)

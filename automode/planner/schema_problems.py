@@ -28,13 +28,21 @@ def schema_of(model: type[BaseModel]) -> dict[str, Any]:
     return model.model_json_schema(by_alias=True, mode="validation")
 
 
-def validate(model: type[M], root: Node) -> tuple[M | None, list[Problem]]:
+def validate(
+    model: type[M], root: Node, *, given: Mapping[str, Any] | None = None
+) -> tuple[M | None, list[Problem]]:
     """Make a model of a text's nodes, strictly: no number in quotes, no ``yes`` for true.
+
+    Args:
+        model: The model to make.
+        root: The text.
+        given: Plain data for keys that the text may leave out.
 
     Returns:
         The model, or None, and every problem, in the text's order.
     """
-    text = json.dumps(root.data())
+    data = root.data()
+    text = json.dumps({**(given or {}), **data} if isinstance(data, dict) else data)
     try:
         return model.model_validate_json(text, strict=True, by_alias=True, by_name=False), []
     except ValidationError as error:

@@ -22,6 +22,8 @@ MAX_DIGITS: Final = 1_000
 
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)", re.ASCII)
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", re.ASCII)
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+_HALF = re.compile("[\ud800-\udfff]")
 _WORDS: Final[dict[str, bool | float | None]] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -176,10 +178,11 @@ class _Builder:
             self._note(line, column, f"the tag {shown(event.tag)} is not taken: only plain values are")
         match event:
             case yaml.ScalarEvent():
-                if any("\ud800" <= c <= "\udfff" for c in event.value):
+                # JSON writes an emoji as two escapes; YAML includes JSON, and PyYAML leaves the halves apart.
+                text = _PAIR.sub(_joined, event.value)
+                if _HALF.search(text):
                     self._note(line, column, "holds half of a surrogate pair: write the character itself")
-                plain = event.style is None
-                self._add(Node(kind="scalar", line=line, column=column, text=event.value, plain=plain))
+                self._add(Node(kind="scalar", line=line, column=column, text=text, plain=event.style is None))
             case yaml.SequenceStartEvent():
                 self._start(Node(kind="list", line=line, column=column))
             case _:
@@ -249,6 +252,10 @@ class _Builder:
 
     def _note(self, line: int, column: int, text: str) -> None:
         self.problems.append(self._problem(line, column, text))
+
+
+def _joined(pair: re.Match[str]) -> str:
+    return pair.group().encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def dotted(steps: Iterable[str | int]) -> str:

@@ -21,6 +21,7 @@ from automode.planner.card_text import (
     policy_from_yaml,
     policy_to_yaml,
     problems_in,
+    submission_from_yaml,
     to_yaml,
 )
 from automode.planner.cards import PlanCard
@@ -523,6 +524,56 @@ def test_a_message_shows_no_control_characters_and_no_endless_words() -> None:
     assert not any("\x1b" in p for p in found)
     assert any("\\u{1b}[31mxxx" in p and "…" in p for p in found)
     assert max(map(len, found)) < 600
+
+
+def test_json_is_read_too_emojis_included() -> None:
+    card = EXAMPLE.model_copy(update={"because": "😀 é", "diagnostics": {"a": math.nan, "b": (1, -math.inf)}})
+    assert same(from_yaml(json.dumps(card.dump())).model_dump(), card.model_dump())
+    assert same(from_yaml(card.model_dump_json(indent=2)).model_dump(), card.model_dump())
+
+
+# ---------------------------------------------------------------------------------------------------------- submissions
+
+SUBMISSION = """\
+action: fork
+selection: {kind: indices, ids: [3, 5, 8]}
+training_recipe: {variants: [{name: plain}]}
+budget_steps: 50
+asha: {max_steps: 450}
+"""
+
+
+def test_a_submission_may_leave_out_what_automode_fills_in() -> None:
+    data = submission_from_yaml(SUBMISSION)
+    assert list(data) == ["action", "selection", "training_recipe", "budget_steps", "asha"]
+    assert data["selection"] == {"kind": "indices", "ids": [3, 5, 8]}
+    assert submission_from_yaml("{action: merge, merge_recipe: {kind: swa}}")["action"] == "merge"
+    assert submission_from_yaml(GOLDEN)["id"] == "c7f3a1e0"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "the text is empty; expected a mapping"),
+        ("[]", "expected a mapping"),
+        ("action: fork\naction: fork", "`action` is given twice"),
+        (
+            SUBMISSION.replace("budget_steps: 50\n", ""),
+            "budget_steps: is missing; expected a whole number at least 0",
+        ),
+        (SUBMISSION.replace("action: fork\n", ""), "action: is missing; expected one of fork, merge"),
+        (
+            SUBMISSION.replace("ids", "idx"),
+            "line 2, column 28: selection.idx: unknown key, did you mean `ids`?",
+        ),
+        (SUBMISSION + "id: 7", "line 6, column 5: id: expected text like"),
+        (SUBMISSION + "base: {step: 1}", "base.policy: is missing"),
+    ],
+)
+def test_what_a_submission_gives_must_be_right(text: str, told: str) -> None:
+    with pytest.raises(CardError) as caught:
+        submission_from_yaml(text)
+    assert told in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------ scalars as people mean
