@@ -23,6 +23,7 @@ import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -107,7 +108,7 @@ def segments(lr: Array) -> list[tuple[int, int]]:
     with np.errstate(divide="ignore", invalid="ignore"):
         jumps = np.flatnonzero(np.abs(np.diff(lr)) > 0.10 * np.abs(lr[:-1])) + 1
     cuts = [0, *jumps.tolist(), len(lr)]
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b - a > BUDGET + 200]
+    return [(a, b) for a, b in pairwise(cuts) if b - a > BUDGET + 200]
 
 
 def truth(trace: Trace, start: int, stop: int) -> dict[int, float]:
@@ -142,6 +143,7 @@ class Plateaus:
     wrong: list[str] = field(default_factory=list)
 
     def add(self, trace: Trace, start: int, stop: int, states: list[str], best: list[float]) -> None:
+        """Score the first alarm of one segment."""
         drop = truth(trace, start, stop)
         if not drop:
             return
@@ -165,6 +167,7 @@ class Plateaus:
                 self.delays.append(math.inf)
 
     def line(self, name: str) -> str:
+        """Return the figures as a line of the table."""
         claims = self.false + self.true
         return (
             f"{name:<24} segments {self.segments:>4}  FA {self.false / self.segments:.3f}  "

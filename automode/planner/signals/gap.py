@@ -72,7 +72,7 @@ class GeneralizationGap:
         min_rise: float = 0.02,
         z_rise: float = 2.33,
         z_fall: float = 1.645,
-        persistence: int = 2,
+        persistence: int = 3,
     ) -> None:
         if window < 6:
             raise UsageError(

@@ -20,6 +20,9 @@ SIGMA_PER_IQR = 1.0 / 1.349
 SIGMA_FLOOR = 0.02
 """Smallest sigma, in log units: a window of nearly equal values must not turn rounding into an alarm."""
 
+LARGEST_LOG = 700.0
+"""Just below the largest argument that exp and sinh take."""
+
 PUSH_CAP_SIGMA = 3.0
 TAIL_FACTOR = 1.3
 TAIL_HALF_LIFE = 3000.0
@@ -130,6 +133,7 @@ class RobustZ:
         return self._original(self._sorted[self._i_mid])
 
     def _original(self, v: float) -> float:
+        v = min(v, LARGEST_LOG)
         return sinh(v) * self.scale if self.scale else exp(v)
 
     def update(self, x: float) -> bool:

@@ -148,7 +148,7 @@ class BlockTrend:
         self._wide = max(MIN_BLOCKS, round(budget / self.block_steps))
         self._capacity = 2 * self._wide
         self._look_blocks = max(1, LOOK_EVERY_STEPS // self.block_steps)
-        self._slopes = PairSlopes(self._capacity)
+        self._slopes = PairSlopes(self._capacity, (z_advise, z_execute, z_regress))
         self._buffer: Vector = np.empty(4 * self._capacity)
         self.level_scale = 0.0
         self.mann_kendall = MannKendall(window=self._wide)
