@@ -36,26 +36,43 @@ class TrendPolicy(Part):
         description="steps that you would still spend; null: 800, at most a fifth of the run",
     )
     gain: Positive = Field(
-        default=0.01, le=1.0, description="relative gain over the budget that would change your mind"
+        default=0.01, lt=1.0, description="relative gain over the budget that would change your mind"
     )
-    z_advise: Positive = 1.28
-    z_execute: Positive = 1.645
+    z_advise: Positive = Field(default=1.28, description="confidence for saying so, one-sided z")
+    z_execute: Positive = Field(default=1.645, description="confidence for making a card, one-sided z")
     regress_rise: Positive = Field(
         default=0.10, description="smallest plausible relative rise that counts as divergence"
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TrendPolicy:
+        if self.z_execute < self.z_advise:
+            raise ValueError(
+                f"z_execute ({self.z_execute}) is below z_advise ({self.z_advise}), but acting needs at least the "
+                "confidence of advising"
+            )
+        return self
 
 
 class SpikePolicy(Part):
     """When a step stands out (robust z in log space)."""
 
-    window: int = Field(default=101, ge=21, le=1001)
-    warmup: int = Field(default=25, ge=10)
-    loss_z: Positive = 5.5
-    grad_norm_z: Positive = 8.0
-    shift_z: Positive = 7.0
+    window: int = Field(default=101, ge=21, le=1001, description="steps that a step is compared with")
+    warmup: int = Field(default=25, ge=10, description="steps before the first comparison")
+    loss_z: Positive = Field(default=5.5, description="robust z of a loss that is a spike")
+    grad_norm_z: Positive = Field(default=8.0, description="robust z of a gradient norm that is a spike")
+    shift_z: Positive = Field(default=7.0, description="rise of the loss's level that makes a card, sigmas")
     count: int = Field(default=3, ge=1, description="spikes within `within` steps that make a card")
-    within: int = Field(default=100, ge=1)
+    within: int = Field(default=100, ge=1, description="steps over which spikes are counted")
     unapplied: int = Field(default=5, ge=1, description="optimizer steps in a row that were not applied")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SpikePolicy:
+        if self.warmup > self.window:
+            raise ValueError(f"warmup ({self.warmup}) exceeds window ({self.window})")
+        if self.count > self.within:
+            raise ValueError(f"{self.count} spikes cannot fit within {self.within} steps")
+        return self
 
 
 class ScanPolicy(Part):
@@ -70,7 +87,7 @@ class ScanPolicy(Part):
     min_visits: Positive = Field(
         default=2.0, description="mean visits a sample before the ledger is believed"
     )
-    tail_from: Fraction = 0.85
+    tail_from: Fraction = Field(default=0.85, description="quantile of the loss at which the tail begins")
     tail_ratio: Positive = Field(
         default=3.0, description="least ratio of the tail's mean loss to the overall mean"
     )
@@ -78,8 +95,8 @@ class ScanPolicy(Part):
     cluster_z: Positive = Field(
         default=2.0, description="least distance of a cluster's loss from the rest, standard errors"
     )
-    stable_scans: int = Field(default=2, ge=1)
-    stable_ari: Fraction = 0.7
+    stable_scans: int = Field(default=2, ge=1, description="scans in a row whose clusters must agree")
+    stable_ari: Fraction = Field(default=0.7, description="least agreement of two scans, adjusted Rand index")
     max_noise: Fraction = Field(
         default=0.2, description="label-noise estimate above which samples are not mined"
     )
@@ -98,7 +115,7 @@ class SlicePolicy(Part):
 class GapPolicy(Part):
     """When a held-out loss that rises under a falling training loss is worth a card."""
 
-    persist: int = Field(default=3, ge=1, description="validations in a row above the best one")
+    persist: int = Field(default=2, ge=1, description="validations in a row at which the test holds")
     rise: Positive = Field(
         default=0.05, description="least relative rise of the held-out loss above its best"
     )
@@ -107,8 +124,8 @@ class GapPolicy(Part):
 class ProbePolicy(Part):
     """When the learning rate is probed, as shares of the run."""
 
-    from_: Fraction = Field(default=0.05, alias="from")
-    until: Fraction = 0.15
+    from_: Fraction = Field(default=0.05, alias="from", description="no probe before this share of the run")
+    until: Fraction = Field(default=0.15, description="no probe after this share of the run")
 
     @model_validator(mode="after")
     def _ordered(self) -> ProbePolicy:
@@ -144,15 +161,17 @@ class PacingPolicy(Part):
     )
     cooldown_shrink: float = Field(default=0.75, gt=0.0, le=1.0, description="factor after an adopted card")
     max_cards: int = Field(default=16, ge=0, description="cards in a session at the most")
-    max_running: Literal[1] = 1
+    max_running: Literal[1] = Field(default=1, description="fork cards that run at once")
     exploration_share: Fraction = Field(
         default=0.15, description="share of the remaining compute that one card may take"
     )
     total_share: Fraction = Field(
         default=0.30, description="share of the whole run's compute that all cards may take"
     )
-    variants: int = Field(default=3, ge=1, le=16)
-    reduction_factor: int = Field(default=3, ge=2, le=16)
+    variants: int = Field(default=3, ge=1, le=16, description="variants that a rule may put on a card")
+    reduction_factor: int = Field(
+        default=3, ge=2, le=16, description="one of so many trials goes on to the next rung"
+    )
     min_rung: int = Field(default=20, ge=1, description="shortest first rung worth running, in steps")
 
 
@@ -175,8 +194,10 @@ class EvidencePolicy(Part):
     alpha: Annotated[float, Field(gt=0.0, le=0.5)] = Field(
         default=0.05, description="whole session's chance of a wrong adoption"
     )
-    z: float = Field(default=1.64, ge=0.0, le=10.0)
-    slices: Literal["no_worse", "ignore"] = "no_worse"
+    z: float = Field(default=1.64, ge=0.0, le=10.0, description="least z of the paired difference")
+    slices: Literal["no_worse", "ignore"] = Field(
+        default="no_worse", description="whether a slice that got worse forbids adoption"
+    )
     min_samples: int = Field(default=30, ge=2, description="least samples in each held-out half")
     holdout_share: Annotated[float, Field(gt=0.0, lt=0.5)] | None = Field(
         default=None, description="share of the training data held out when there is no validation loader"
@@ -186,7 +207,7 @@ class EvidencePolicy(Part):
 class SafeguardPolicy(Part):
     """What is done at once, without a card, in act mode (DECISIONS 16)."""
 
-    skip_nonfinite: bool = True
+    skip_nonfinite: bool = Field(default=True, description="leave out a step whose gradients are not finite")
     stop_after_nonfinite: int = Field(
         default=50, ge=1, description="skipped steps in a row after which the run stops"
     )
@@ -195,7 +216,7 @@ class SafeguardPolicy(Part):
 class AveragePolicy(Part):
     """Averages of the trunk's weights, kept outside the model in act mode."""
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="keep moving averages of the weights")
     finish_at: Fraction = Field(
         default=0.75, description="share of the run at which the finishing merge is proposed"
     )
@@ -204,8 +225,8 @@ class AveragePolicy(Part):
 class Policy(Part):
     """Everything that a person allows automode to do. The defaults are the ``default`` preset."""
 
-    schema_: Literal[1] = Field(default=1, alias="schema")
-    name: str = Field(default="default", min_length=1, max_length=64)
+    schema_: Literal[1] = Field(default=1, alias="schema", description="version of this format")
+    name: str = Field(default="default", min_length=1, max_length=64, description="what you call it")
     reasons: tuple[Reason, ...] = Field(default=ALL_REASONS, description="rules that may propose")
     budget: Literal["within", "on_top"] = Field(
         default="within", description="pay for automode out of the run's own steps, or on top of them"
@@ -229,8 +250,6 @@ class Policy(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Policy:
-        if self.spike.warmup > self.spike.window:
-            raise ValueError(f"spike.warmup ({self.spike.warmup}) exceeds spike.window ({self.spike.window})")
         if len(set(self.reasons)) != len(self.reasons):
             raise ValueError("`reasons` names a reason twice")
         return self
