@@ -1,6 +1,6 @@
 """The rules: one trouble, one remedy, one file each. What is built in stands in :data:`BUILT_IN`, in order of priority.
 
-Rules of third parties come as arguments (:func:`automode.plugins.rules` finds installed ones); one that gives a
+Rules of third parties come as arguments (:func:`automode.plugins.plugins` finds installed ones); one that gives a
 built-in's reason takes its place.
 """
 
