@@ -195,6 +195,43 @@ def fit_gate(
     return gate.to(features.device), report
 
 
+def cross_fit(
+    features: Tensor, expert_log_lik: Tensor, *, folds: int = 2, seed: int = 0, **settings: Any
+) -> Tensor:
+    """Return each sample's log-weights from a gate that was not fitted on it.
+
+    This is how a gate is judged on the same held-out half that fits it (for the number of clusters, or a rung's value).
+
+    Args:
+        features: as for :func:`fit_gate`.
+        expert_log_lik: likewise.
+        folds: parts, at least 2; each is predicted by a gate fitted on the others.
+        seed: the folds and the gates derive from it.
+        settings: passed on to :func:`fit_gate`.
+
+    Returns:
+        ``[n, k]`` log-weights on the features' device, in the order of the samples.
+
+    Raises:
+        MergeError: as :func:`fit_gate`, or there are fewer than two samples to fit on in a fold.
+    """
+    samples = len(features)
+    if folds < 2 or samples - math.ceil(samples / max(folds, 1)) < 2:
+        raise MergeError(
+            f"{samples} samples cannot be cross-fitted in {folds} folds: at least 2 folds and 4 samples"
+        )
+    part = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).to(features.device) % folds
+    log_weights = torch.empty(samples, expert_log_lik.shape[1], device=features.device)
+    for fold in range(folds):
+        held, rest = part == fold, part != fold
+        gate, _ = fit_gate(
+            features[rest], expert_log_lik[rest.to(expert_log_lik.device)], seed=seed, **settings
+        )
+        with torch.no_grad():
+            log_weights[held] = gate(features[held])
+    return log_weights
+
+
 def gaussian_log_likelihood(squared_errors: Tensor, *, dimensions: int = 1) -> Tensor:
     """Turn the experts' squared errors into log-likelihoods under one shared noise variance.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from automode.errors import MergeError
-from automode.merges.batches import Batch, Forward, batch_size, forward_inputs, training_flags_kept
+from automode.merges.batches import Batch, Forward, batch_size, forward_inputs, rows, training_flags_kept
 
 
 def norm_layers(model: nn.Module) -> list[_NormBase]:
@@ -29,7 +29,13 @@ def norm_layers(model: nn.Module) -> list[_NormBase]:
     ]
 
 
-def recompute(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = forward_inputs) -> int:
+def recompute(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    max_samples: int | None = None,
+    forward: Forward = forward_inputs,
+) -> int:
     """Recompute running means and variances as the average over the given batches, weighted by their size.
 
     Only the norm layers run in training mode, everything else in evaluation mode: the statistics are then those of the
@@ -40,14 +46,17 @@ def recompute(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = 
         model: its running statistics are replaced; nothing else changes.
         batches: shuffled training batches, at least one with two samples or more. A batch of one sample has no
             variance and is left out. Not touched when the model has no norm layer.
+        max_samples: stop after that many samples, at least 2; all batches unless given.
         forward: how the model reads a batch.
 
     Returns:
         The number of samples that passed through the model, for the ledger; 0 without norm layers.
 
     Raises:
-        MergeError: the model has norm layers and no batch of at least two samples came.
+        MergeError: the model has norm layers and no batch of at least two samples came, or the limit is below 2.
     """
+    if max_samples is not None and max_samples < 2:
+        raise MergeError(f"max_samples is {max_samples}, but a variance needs at least 2")
     layers = norm_layers(model)
     if not layers:
         return 0
@@ -55,7 +64,7 @@ def recompute(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = 
     samples = 0
     try:
         with training_flags_kept(model), torch.no_grad():
-            samples = _pass_through(model, layers, batches, forward)
+            samples = _pass_through(model, layers, batches, max_samples, forward)
     finally:
         for kept in before:
             kept.restore_settings()
@@ -70,20 +79,21 @@ def recompute(model: nn.Module, batches: Iterable[Batch], *, forward: Forward = 
 
 
 def _pass_through(
-    model: nn.Module, layers: list[_NormBase], batches: Iterable[Batch], forward: Forward
+    model: nn.Module, layers: list[_NormBase], batches: Iterable[Batch], limit: int | None, forward: Forward
 ) -> int:
     model.eval()
     for layer in layers:
         layer.train()
     samples = 0
     for batch in batches:
-        size = batch_size(batch)
-        if size < 2:
-            continue
-        samples += size
-        for layer in layers:
-            layer.momentum = size / samples  # the first batch replaces, later ones average cumulatively
-        forward(model, batch)
+        size = batch_size(batch) if limit is None else min(batch_size(batch), limit - samples)
+        if size >= 2:
+            samples += size
+            for layer in layers:
+                layer.momentum = size / samples  # the first batch replaces, later ones average cumulatively
+            forward(model, rows(batch, 0, size))
+        if limit is not None and samples >= limit - 1:
+            break
     return samples
 
 

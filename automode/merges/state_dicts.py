@@ -69,6 +69,16 @@ def alias_groups(state: StateDict) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(keys) for keys in views.values() if len(keys) > 1)
 
 
+def cloned(state: StateDict) -> dict[str, Tensor]:
+    """Copy every tensor, detached; keys that are tied stay one tensor."""
+    first_of = {key: group[0] for group in alias_groups(state) for key in group}
+    fresh: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        first = first_of.get(key, key)
+        fresh[key] = tensor.detach().clone() if first == key else fresh[first]
+    return fresh
+
+
 def overlapping_keys(state: StateDict) -> tuple[str, str] | None:
     """Return two keys that share memory without being the same view (a transposed tie, say), or None.
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from automode.errors import MergeError
-from automode.merges.gate import Gate, fit_gate, gaussian_log_likelihood, switch_load_balance, whiten
+from automode.merges.gate import (
+    Gate,
+    cross_fit,
+    fit_gate,
+    gaussian_log_likelihood,
+    switch_load_balance,
+    whiten,
+)
 
 
 def two_regimes(samples: int = 600, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,6 +99,26 @@ def test_the_switch_term_is_one_when_balanced_and_k_when_collapsed() -> None:
     collapsed = torch.log_softmax(torch.eye(4)[[0, 0, 0, 0]] * 50, dim=1)
     assert switch_load_balance(balanced).item() == pytest.approx(1.0)
     assert switch_load_balance(collapsed).item() == pytest.approx(4.0)
+
+
+def test_cross_fitting_judges_each_sample_by_a_gate_that_did_not_see_it() -> None:
+    features, log_lik, regime = two_regimes()
+    honest = cross_fit(features, log_lik, epochs=5)
+    torch.testing.assert_close(honest.exp().sum(1), torch.ones(600))
+    assert (honest.argmax(dim=1) == regime).float().mean().item() > 0.95
+    # with experts that are right at random there is nothing to learn,
+    # but a gate judged on its own samples looks far better
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(600, 40, generator=generator)
+    right = torch.randint(0, 2, (600,), generator=generator)
+    noise = torch.full((600, 2), math.log(0.1))
+    noise[torch.arange(600), right] = math.log(0.9)
+    fooled, _ = fit_gate(features, noise, epochs=40)
+    assert (fooled(features).argmax(dim=1) == right).float().mean().item() > 0.8
+    # 600 judged samples: standard error 0.02, so 0.6 is beyond five of them
+    assert (cross_fit(features, noise, epochs=40).argmax(dim=1) == right).float().mean().item() < 0.6
+    with pytest.raises(MergeError, match="cross-fitted in 2 folds"):
+        cross_fit(features[:3], noise[:3])
 
 
 def test_temperature_softens_the_weights() -> None:

@@ -51,6 +51,12 @@ def test_equal_batches_agree_with_torchs_update_bn_where_there_is_no_dropout() -
         torch.testing.assert_close(net[layer].running_var, twin[layer].running_var)
 
 
+@pytest.mark.parametrize(("limit", "read"), [(2, 2), (16, 16), (20, 20), (33, 32), (999, 64), (None, 64)])
+def test_the_limit_on_samples_is_kept(limit: int | None, read: int) -> None:
+    # 33 would leave a batch of one sample, which has no variance
+    assert recompute(small_net(), batches(4, 16), max_samples=limit) == read
+
+
 def test_settings_flags_weights_and_random_state_are_as_before() -> None:
     net = small_net()
     net.train()
@@ -97,6 +103,11 @@ def test_batches_that_give_no_variance_are_refused(data: list[Tensor]) -> None:
     with pytest.raises(MergeError, match="1 norm layers and no batch of at least 2 samples"):
         recompute(net, data)
     assert torch.equal(net[1].running_var, torch.ones(8))
+
+
+def test_a_limit_below_two_is_refused() -> None:
+    with pytest.raises(MergeError, match="max_samples is 1"):
+        recompute(small_net(), batches(), max_samples=1)
 
 
 def test_instance_norm_that_tracks_is_recomputed_too() -> None:
