@@ -51,10 +51,11 @@ def charge(
         state.ledger.count(account, ceil(passes))
 
 
-def funds_of(state: State) -> Funds:
-    """What there is to spend."""
+def funds_of(state: State, *, waits: int = 0) -> Funds:
+    """What there is to spend; with ``waits``, what there will be after so many more trunk steps."""
+    later = state.ledger.remaining - state.ledger.held - waits * state.passes_per_step
     return Funds(
-        remaining=float(state.ledger.remaining - state.ledger.held),
+        remaining=max(0.0, float(later)),
         total=float(state.ledger.total),
         spent=float(state.ledger.automode + state.ledger.held),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import assert_never
 
-from automode.engine import lifecycle, observing, running
+from automode.engine import deciding, lifecycle, observing, running
 from automode.engine.emission import Emission
 from automode.engine.state import State, remember
 from automode.errors import ReplayDifferenceError
@@ -45,7 +45,7 @@ from automode.planner.events import (
 from automode.planner.policy import Policy
 from automode.planner.rules import BUILT_IN
 from automode.planner.rules.base import Rule
-from automode.planner.signals.suite import SignalSuite
+from automode.planner.watching import signals_for, watch_validation
 from automode.scheduler import Ledger
 
 
@@ -93,6 +93,7 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case Validated():
             remember(state.validated, body)
             lifecycle.charge(state, "evaluate", body.passes)
+            observing.tell(watch_validation(state.suite, body), out)
             observing.look(state, out)
         case Scanned():
             remember(state.scanned, body)
@@ -117,11 +118,11 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case Merged():
             running.combined(state, body, event.command_id, out)
         case Evaluated():
-            running.evaluated(state, body, out)
+            deciding.evaluated(state, body, out)
         case Adopted():
-            running.adopted(state, body, out)
+            deciding.adopted(state, body, out)
         case RolledBack():
-            running.rolled_back(state, body, out)
+            deciding.rolled_back(state, body, out)
         case CommandFailed():
             running.command_failed(state, body, event.command_id, out)
         case Safeguarded():
@@ -129,7 +130,7 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
                 return
             observing.look(state, out)
         case Acknowledged():
-            return
+            lifecycle.charge(state, "evaluate", body.passes, card=body.card)
         case TrunkEnded():
             lifecycle.trunk_ended(state, body, out)
         case RunEnded():
@@ -147,15 +148,7 @@ def _start(state: State, body: SessionStarted, out: Emission) -> None:
     state.session, state.seed, state.mode = body.session, body.seed, body.mode
     state.policy, state.run, state.planning_budget = policy, run, budget
     state.policy_digest = body.policy_digest
-    state.suite = SignalSuite(
-        budget=budget,
-        gain=policy.trend.gain,
-        z_advise=policy.trend.z_advise,
-        z_execute=policy.trend.z_execute,
-        loss_threshold=policy.spike.loss_z,
-        grad_norm_threshold=policy.spike.grad_norm_z,
-        stall_after=policy.spike.unapplied,
-    )
+    state.suite = signals_for(policy, budget)
     state.rules = tuple(rule for rule in state.rules if rule.id in policy.reasons)
     state.spending = AlphaSpending(policy.evidence.alpha)
     total = max(1, round(run.total_steps * state.passes_per_step))

@@ -6,14 +6,13 @@ from automode.engine import lifecycle
 from automode.engine.emission import Emission
 from automode.engine.state import State
 from automode.errors import ReplayDifferenceError
-from automode.planner.approval import sweep
+from automode.planner.approval import Lifetime, sweep
 from automode.planner.events import ReadingChanged, Rows, RuleEvaluated, Scan
 from automode.planner.pacing import Held, admit, in_order
 from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.signals.readings import Reading
 
-TRAIN_PASSES = 3
-COLUMNS = ("step", "time", "loss", "grad_norm", "lr_0", "applied", "samples")
+COLUMNS = ("step", "time", "loss", "grad_norm", "lr_0", "applied")
 
 
 def take_rows(state: State, rows: Rows, out: Emission) -> None:
@@ -21,7 +20,7 @@ def take_rows(state: State, rows: Rows, out: Emission) -> None:
     if rows.first != state.rows:
         raise ReplayDifferenceError(f"row {rows.first} came where {state.rows} was due")
     names = list(rows.names)
-    step_, time_, loss_, norm_, lr_, applied_, samples_ = (
+    step_, time_, loss_, norm_, lr_, applied_ = (
         rows.values[:, names.index(name)].tolist() for name in COLUMNS
     )
     if not state.started or state.mode == "off":
@@ -29,25 +28,27 @@ def take_rows(state: State, rows: Rows, out: Emission) -> None:
         state.step = int(step_[-1]) if step_ else state.step
         return
     observe = state.suite.observe
-    trained = 0
     for i, step in enumerate(step_):
         state.rows += 1
         state.step = number = int(step)
-        trained += TRAIN_PASSES * int(samples_[i])
         changed = observe(number, loss_[i], norm_[i], lr_[i], applied_[i] != 0.0)
         if changed is None and number < state.next_look:
             continue
         state.t_mono = time_[i]
-        state.ledger.charge_trunk(trained)
-        trained = 0
+        _charge_trunk(state)
         out.at(None, state.t_wall, state.t_mono)
         if changed is not None:
-            _tell(changed, out)
+            tell(changed, out)
         look(state, out)
         if number >= state.next_look:
             state.next_look = number + state.look_every
             _scan(state, out)
-    state.ledger.charge_trunk(trained)
+    _charge_trunk(state)
+
+
+def _charge_trunk(state: State) -> None:
+    """Bring the trunk's account up to the rows seen; a function of their number, so that blocks of any size agree."""
+    state.ledger.charge_trunk(int(state.rows * state.passes_per_step) - state.ledger.trunk)
 
 
 def look(state: State, out: Emission) -> None:
@@ -77,7 +78,7 @@ def _consider(
         view=view,
         state=state.pacing,
         open_cards=list(state.cards.values()),
-        funds=lifecycle.funds_of(state),
+        funds=lifecycle.funds_of(state, waits=_waits(state)),
         session=state.session,
         ordinal=state.ordinal,
         base=lifecycle.base_of(state),
@@ -89,6 +90,12 @@ def _consider(
     cause = _note(state, out, proposal.reason, "fired", card.id, proposal.because)
     lifecycle.propose_card(state, card, out, cause=cause)
     return card.id
+
+
+def _waits(state: State) -> int:
+    """Steps that a card may wait for an answer: it has to fit on the last of them too."""
+    lifetime = Lifetime.of(state.policy, state.planning_budget)
+    return lifetime.steps or 0 if state.mode == "propose" else 0
 
 
 def view_of(state: State) -> View:
@@ -143,8 +150,9 @@ def _sweep(state: State, out: Emission) -> None:
         lifecycle.apply_move(state, moved, out)
 
 
-def _tell(changed: tuple[Reading, ...], out: Emission) -> None:
-    for reading in changed:
+def tell(changed: tuple[Reading, ...] | None, out: Emission) -> None:
+    """Log the readings of signals that changed their state."""
+    for reading in changed or ():
         out.fact(
             ReadingChanged(
                 step=reading.step,

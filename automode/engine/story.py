@@ -65,7 +65,7 @@ def _about(body: Any) -> str | None:
 
 
 def _ancestors(event: Envelope, by_seq: dict[int, Envelope]) -> list[Envelope]:
-    found = []
+    found: list[Envelope] = []
     cause = event.cause
     while cause is not None and cause in by_seq and len(found) < 64:
         found.append(by_seq[cause])

@@ -284,7 +284,9 @@ class Acknowledged(Part):
 
     kind: Literal["acknowledged"] = "acknowledged"
     command: str
+    card: str | None = None
     note: str = ""
+    passes: float = Field(default=0.0, ge=0, description="spent by what was given up")
 
 
 class TrunkEnded(Part):

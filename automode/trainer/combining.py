@@ -1,0 +1,299 @@
+"""Candidates that are made of others: the fitted gate, the merges, and the one look at val-B."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from automode.errors import NotExecutableError
+from automode.merges.averages import interpolate, uniform
+from automode.merges.fisher import Categorical, Gaussian, Likelihood, diagonal_fisher
+from automode.merges.gate import fit_gate
+from automode.merges.gate_evidence import GateEvidence, gather_evidence
+from automode.merges.moe import MixtureOfExperts, last_layer
+from automode.merges.soups import fisher_average, greedy
+from automode.planner.cards import PlanCard
+from automode.planner.events import Evaluate, Evaluated, FitGate, GateFitted, Merge, Merged, Task, Weights
+from automode.planner.recipes import GateRecipe, MergeFisherSoup, MergeInterpolate
+from automode.trainer.evaluation import PerSampleScores
+from automode.trainer.evidence import Evidence, metrics_of
+from automode.trainer.specialists import Checkpoints
+from automode.trainer.states import States
+
+Batches = Callable[[], Iterable[Any]]
+
+
+class Combiner:
+    """Fits gates, merges, and compares on the second held-out half.
+
+    Args:
+        evidence: Held-out scores.
+        states: Loads candidates.
+        checkpoints: Durable states.
+        val_a: A fresh pass over val-A's batches.
+        training: A fresh pass over some training batches, for Fisher information.
+        task: What the targets are.
+        seed: The session's seed.
+    """
+
+    def __init__(
+        self,
+        *,
+        evidence: Evidence,
+        states: States,
+        checkpoints: Checkpoints,
+        val_a: Batches,
+        training: Batches,
+        task: Task,
+        seed: int,
+    ) -> None:
+        self._evidence = evidence
+        self._states = states
+        self._checkpoints = checkpoints
+        self._val_a = val_a
+        self._training = training
+        self._task = task
+        self._seed = seed
+
+    # The gate.
+
+    def fit_gate(self, card: PlanCard, command: FitGate) -> GateFitted:
+        """Fit a router over the control and the specialists on val-A; its value is cross-fitted over two halves of it.
+
+        Raises:
+            NotExecutableError: The task is none that a mixture can answer.
+        """
+        recipe = card.gate_recipe
+        assert recipe is not None
+        if self._task not in ("classification", "regression"):
+            raise NotExecutableError(f"a gate mixes classes or values, and this run's task is {self._task}")
+        references = (command.control, *command.experts)
+        models, passes = [], 0.0
+        for reference in references:
+            model, _, spent = self._states.model(reference)
+            models.append(model)
+            passes += spent
+        layer = last_layer(models[0])
+        seen = gather_evidence(models, self._val_a(), feature_layer=layer, task=self._task)
+        seed = (self._seed ^ int(card.id, 16)) & 0x7FFFFFFF
+        value = self._cross_fitted(models, seen, recipe, layer, seed)
+        gate, report = fit_gate(
+            seen.features,
+            seen.log_lik,
+            temperature=recipe.temperature,
+            load_balance=recipe.load_balance,
+            epochs=recipe.epochs,
+            seed=seed,
+        )
+        digest = self._checkpoints.save(
+            gate.state_dict(),
+            {},
+            {
+                "kind": "mixture",
+                "card": card.id,
+                "gate": gate.config(),
+                "layer": layer,
+                "task": self._task,
+                "top1": recipe.top1,
+                "experts": [reference.model_dump(mode="json") for reference in references],
+            },
+        )
+        share = sum(p.numel() for p in gate.parameters()) / max(
+            1, sum(p.numel() for p in models[0].parameters())
+        )
+        training = 3.0 * 2.0 * recipe.epochs * seen.samples * share
+        return GateFitted(
+            card=card.id,
+            value=value,
+            loads=report.loads,
+            entropy=report.entropy,
+            experts=("control", *(f"expert {i}" for i in range(1, len(references)))),
+            checkpoint=digest,
+            passes=passes + seen.passes + seen.samples + math.ceil(training),
+        )
+
+    def _cross_fitted(
+        self, models: list[nn.Module], seen: GateEvidence, recipe: GateRecipe, layer: str, seed: int
+    ) -> float:
+        """Mean utility on val-A where each half is answered by the router fitted on the other.
+
+        The experts' outputs are mixed again for each half by the mixture itself, so that value and candidate are the same thing.
+        """
+        order = np.random.default_rng(np.random.SeedSequence([seed, 2])).permutation(seen.features.shape[0])
+        halves = (order[: order.size // 2], order[order.size // 2 :])
+        utility: Tensor | None = None
+        for fit_on, judge_on in (halves, halves[::-1]):
+            index = torch.from_numpy(fit_on.copy())
+            gate, _ = fit_gate(
+                seen.features[index],
+                seen.log_lik[index],
+                temperature=recipe.temperature,
+                load_balance=recipe.load_balance,
+                epochs=recipe.epochs,
+                seed=seed,
+            )
+            mixture = MixtureOfExperts(
+                models, gate, feature_layer=layer, task=self._mixture_task, top1=recipe.top1
+            )
+            scores = self._evidence.scores(mixture, "A")
+            values = torch.from_numpy(np.asarray(scores.utility, dtype=np.float64))
+            utility = torch.zeros_like(values) if utility is None else utility
+            utility[torch.from_numpy(judge_on.copy())] = values[torch.from_numpy(judge_on.copy())]
+        assert utility is not None
+        return float(utility.mean())
+
+    @property
+    def _mixture_task(self) -> Any:
+        return self._task
+
+    def mixture(self, digest: str) -> MixtureOfExperts:
+        """Rebuild a fitted mixture from its checkpoint."""
+        from automode.merges.gate import Gate
+
+        weights, _, manifest = self._checkpoints.load(digest)
+        about = manifest.get("manifest", manifest)
+        gate = Gate(**about["gate"])
+        gate.load_state_dict(weights)
+        models = [self._states.model(Weights.model_validate(reference))[0] for reference in about["experts"]]
+        return MixtureOfExperts(
+            models, gate, feature_layer=about["layer"], task=about["task"], top1=about["top1"]
+        )
+
+    # Merges.
+
+    def merge(self, card: PlanCard, command: Merge, step: int) -> Merged:
+        """Merge the control and the specialists as the card says, score the result on val-A, and make it durable."""
+        assert command.control is not None
+        recipe = card.merge_recipe
+        references = (command.control, *command.members)
+        states = [self._states.load(reference)[0] for reference in references]
+        model = self._states.shell()
+        passes = 0.0
+
+        def score(state: Mapping[str, Tensor]) -> float:
+            nonlocal passes
+            passes += self._states.put(model, state, averaged=True)
+            value, spent = self._evidence.value(model)
+            passes += spent
+            return value
+
+        match recipe.kind if recipe is not None else None:
+            case "uniform":
+                merged = uniform(states)
+                value = score(merged)
+            case "greedy":
+                soup = greedy(states, score)
+                merged, value = soup.state, soup.score
+            case "interpolate":
+                assert isinstance(recipe, MergeInterpolate)
+                tried = [
+                    (score(state), state)
+                    for t in recipe.weights
+                    for state in [interpolate(states[0], states[1], t)]
+                ]
+                value, merged = max(tried, key=lambda pair: pair[0])
+            case "fisher_soup":
+                assert isinstance(recipe, MergeFisherSoup)
+                merged, spent = self._fisher(states, recipe)
+                passes += spent
+                value = score(merged)
+            case method:
+                raise NotExecutableError(f"this version cannot merge specialists by {method!r}")
+        self._states.put(model, merged, averaged=True)
+        digest = self._checkpoints.save(
+            model.state_dict(), {}, {"kind": "merge", "card": card.id, "method": command.method, "step": step}
+        )
+        return Merged(
+            card=card.id,
+            method=command.method,
+            members=("control", *(f"expert {i}" for i in range(1, len(references)))),
+            weights=Weights(checkpoint=digest),
+            value=value,
+            step=step,
+            passes=passes,
+        )
+
+    def _fisher(
+        self, states: list[dict[str, Tensor]], recipe: MergeFisherSoup
+    ) -> tuple[dict[str, Tensor], float]:
+        likelihood: Likelihood = Categorical() if self._task == "classification" else Gaussian()
+        fishers, passes = [], 0.0
+        model = self._states.shell()
+        for state in states:
+            model.load_state_dict(state)
+            estimate = diagonal_fisher(
+                model,
+                self._training(),
+                likelihood=likelihood,
+                max_samples=recipe.samples,
+                seed=self._seed & 0x7FFFFFFF,
+            )
+            fishers.append(estimate.diagonal)
+            passes += estimate.passes
+        return fisher_average(states, fishers, floor=recipe.floor), passes
+
+    def merge_trunk(
+        self, card: PlanCard, digest: str, candidates: Mapping[str, Mapping[str, Tensor]], step: int
+    ) -> Merged:
+        """Choose among the trunk's raw weights and its averages on val-A; the raw weights are the control."""
+        model = self._states.shell()
+        raw, spent = self._value_of(model, candidates["raw"], averaged=False)
+        best, value, passes = "raw", raw, spent
+        for name, state in candidates.items():
+            if name == "raw":
+                continue
+            scored, cost = self._value_of(model, state, averaged=True)
+            passes += cost
+            if scored > value:
+                best, value = name, scored
+        return Merged(
+            card=card.id,
+            method="swa",
+            members=tuple(candidates),
+            weights=Weights(checkpoint=digest, choice=best),
+            value=value,
+            control=Weights(checkpoint=digest),
+            control_value=raw,
+            step=step,
+            passes=passes,
+        )
+
+    def _value_of(
+        self, model: nn.Module, state: Mapping[str, Tensor], *, averaged: bool
+    ) -> tuple[float, float]:
+        refreshed = self._states.put(model, state, averaged=averaged)
+        value, passes = self._evidence.value(model)
+        return value, passes + refreshed
+
+    # The evidence.
+
+    def evaluate(self, card: PlanCard, command: Evaluate) -> Evaluated:
+        """Compare candidate and control on val-B."""
+        control, passes = self._scored(command.control)
+        if command.candidate == "mixture":
+            model: nn.Module = self.mixture(command.weights.checkpoint)
+            candidate = self._evidence.scores(model, "B")
+            passes += candidate.n * (len(model.experts) if isinstance(model, MixtureOfExperts) else 1)
+        else:
+            candidate, spent = self._scored(command.weights)
+            passes += spent
+        overall, slices = self._evidence.paired(candidate, control)
+        return Evaluated(
+            card=card.id,
+            candidate=command.candidate,
+            overall=overall,
+            slices=slices,
+            candidate_metrics=metrics_of(candidate),
+            control_metrics=metrics_of(control),
+            passes=passes,
+        )
+
+    def _scored(self, reference: Weights) -> tuple[PerSampleScores, float]:
+        model, _, passes = self._states.model(reference)
+        scores = self._evidence.scores(model, "B")
+        return scores, float(passes + scores.n)

@@ -1,0 +1,414 @@
+"""The driver: the thin shell between the training loop and the fold.
+
+Observations and answers go in as events, commands come out, and each result is an event again. Everything happens in the training
+thread at step boundaries; a command is carried out only after the log that holds it is durable. Nothing here decides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from math import ceil
+from typing import Any, Protocol, assert_never
+
+from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentJob
+from automode.engine import State, handle
+from automode.errors import AutomodeError
+from automode.planner.events import (
+    Acknowledged,
+    Adopt,
+    AskApproval,
+    CommandFailed,
+    Decided,
+    Envelope,
+    Evaluate,
+    FitGate,
+    Input,
+    Merge,
+    Resolve,
+    RollBack,
+    Rows,
+    RunEnded,
+    Safeguarded,
+    Scan,
+    Snapshot,
+    StartTrial,
+    StopRun,
+    StopTrial,
+    TrialFailed,
+    TrialReported,
+    TrunkEnded,
+)
+from automode.session import SessionStore
+from automode.session.inbox import Inbox
+from automode.trainer.narrator import Narrator
+from automode.trainer.performer import Performer
+from automode.trainer.probe import Block
+from automode.trainer.recorder import Recorder
+
+TRUNK = "trunk"
+
+
+class Clock(Protocol):
+    """Where the driver's times come from; the fold sees them only on events."""
+
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+        ...
+
+    def mono(self) -> float:
+        """Seconds on the clock that the probe stamps rows with."""
+        ...
+
+
+class SystemClock:
+    """The machine's clocks."""
+
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+    def mono(self) -> float:
+        """Seconds of ``perf_counter``."""
+        return time.perf_counter()
+
+
+class Driver:
+    """Carries events to the machine and its commands to the world.
+
+    Args:
+        state: The fold's state, not started yet.
+        store: The session's single writer.
+        log: The session's logger.
+        performer: Carries out commands that touch models and data; None where nothing but recording is wanted.
+        backend: Runs trials; None where forks are refused.
+        narrator: Tells people what happens.
+        total_steps: Steps that the user asked for.
+        samples: Mean samples a step, for rows of loaders that do not tell.
+        guard: Whether non-finite steps are skipped in act mode.
+        within: Whether automode's spending shortens the trunk.
+        clock: For tests.
+
+    Attributes:
+        limit: Step that the trunk may train up to; shrinks as automode spends.
+        stop_requested: Why training should end at the next boundary, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        state: State,
+        store: SessionStore,
+        log: Any,
+        performer: Performer | None,
+        backend: Backend | None,
+        narrator: Narrator,
+        total_steps: int,
+        guard: bool,
+        within: bool,
+        clock: Clock | None = None,
+    ) -> None:
+        self.state = state
+        self.limit = total_steps
+        self.stop_requested: str | None = None
+        self._guard = guard
+        self._within = within
+        self._total = total_steps
+        self._store = store
+        self._log = log
+        self._performer = performer
+        self._backend = backend
+        self._narrator = narrator
+        self._clock: Clock = clock or SystemClock()
+        self._recorder = Recorder(store, log)
+        self._inbox = Inbox(store.path)
+        self._queue: deque[Envelope] = deque()
+        self._scheduled: list[Envelope] = []
+        self._at_end: list[Envelope] = []
+        self._trials: dict[tuple[str, int, int], str] = {}
+        self._requests: list[str] = []
+        self._pumped_at = 0
+        self._skipped = 0
+
+    # What the loop reads.
+
+    @property
+    def guard(self) -> bool:
+        """Whether a non-finite loss or gradient norm must not reach the optimizer."""
+        return self._guard and self.state.mode == "act"
+
+    @property
+    def busy(self) -> bool:
+        """Whether something needs every step boundary: trials in time slices, or a snapshot at an exact step."""
+        return bool(self._scheduled) or (self._backend is not None and self._backend.busy)
+
+    @property
+    def charged_steps(self) -> float:
+        """Trunk steps' worth of compute that automode has spent."""
+        if not self._spends:
+            return 0.0
+        return self.state.ledger.automode / self.state.passes_per_step
+
+    @property
+    def _spends(self) -> bool:
+        return self._within and self.state.mode in ("propose", "act")
+
+    # What the loop tells.
+
+    def start(self, body: Input) -> None:
+        """Begin the log."""
+        self._feed(body)
+        self._settle(0)
+
+    def block(self, block: Block) -> None:
+        """Record a block of rows, and let the machine see it."""
+        self._store.add_rows(TRUNK, self.state.attempt, block.names, block.rows)
+        _, facts, commands = handle(
+            self.state, [Rows(first=block.first_row, names=block.names, values=block.rows)]
+        )
+        if facts or commands:
+            self._take(facts, commands)
+
+    def boundary(self, step: int) -> None:
+        """Do everything that may happen between two steps."""
+        now = self._clock.mono()
+        for request, body in self._inbox.poll(now):
+            self._requested(request, body)
+        self._settle(step)
+        if self._scheduled:
+            self._perform_due(step)
+        if self._backend is not None and self._backend.busy:
+            self._pump(step)
+        self._pumped_at = step
+        self._settle(step)
+        self._recorder.flush_if_due(now)
+
+    def skipped(self, step: int, why: str) -> None:
+        """The guard kept a non-finite step from the optimizer."""
+        self._skipped += 1
+        self._feed(Safeguarded(step=step, what="skipped", why=why))
+        if self._skipped >= self.state.policy.safeguards.stop_after_nonfinite:
+            self.stop_requested = f"{self._skipped} steps in a row were not finite ({why})"
+            self._feed(Safeguarded(step=step, what="stopped", why=self.stop_requested))
+
+    def stepped(self) -> None:
+        """An optimizer step was applied: the row of skipped ones is broken."""
+        self._skipped = 0
+
+    def validated(self, step: int, body: Input) -> None:
+        """The trunk was evaluated on val-A."""
+        self._feed(body)
+        self._settle(step)
+
+    def finish(self, step: int, why: str) -> None:
+        """The trunk took its last step: end what is pending, finish merges, close the log.
+
+        Raises:
+            SessionError: The end of the log could not be written; the model is complete all the same.
+        """
+        self._scheduled.clear()
+        self._feed(TrunkEnded(step=step, why=why))
+        self._settle(step)
+        for command in self._at_end:
+            self._perform(command, step)
+            self._settle(step)
+        self._at_end.clear()
+        if self._backend is not None:
+            self._backend.close()
+        weights = self._performer.save_final(step) if self._performer is not None else None
+        self._feed(RunEnded(step=step, why=why, weights=weights))
+        self._settle(step)
+        self._recorder.close()
+
+    def abort(self, step: int, error: BaseException) -> None:
+        """Close the log after an error, without ever hiding it."""
+        try:
+            if self._backend is not None:
+                self._backend.close()
+            self._log.error("run_failed", step=step, error=f"{type(error).__name__}: {error}")
+            if not self.state.ended:
+                self._feed(RunEnded(step=step, why=f"failed: {type(error).__name__}: {str(error)[:500]}"))
+                self._recorder.write()
+            self._recorder.close()
+        except Exception as second:
+            self._log.error("session_not_closed", error=f"{type(second).__name__}: {second}")
+
+    # Events in, commands out.
+
+    def _feed(self, body: Input, command_id: str | None = None, effective_at: int | None = None) -> None:
+        envelope = Envelope(
+            seq=self.state.next_seq,
+            role="input",
+            body=body,
+            command_id=command_id,
+            frame_cursor=self.state.rows,
+            effective_at=effective_at,
+            t_wall=self._clock.wall(),
+            t_mono=self._clock.mono(),
+            attempt=self.state.attempt,
+        )
+        _, facts, commands = handle(self.state, [envelope])
+        self._take([envelope, *facts], commands)
+
+    def _take(self, told: list[Envelope], commands: list[Envelope]) -> None:
+        envelopes = sorted((*told, *commands), key=lambda e: e.seq)
+        self._recorder.add(self.state, envelopes)
+        for envelope in envelopes:
+            self._narrator.tell(envelope, self.state)
+        if self._spends:
+            spent = ceil(self.state.ledger.automode / self.state.passes_per_step)
+            self.limit = max(0, self._total - spent)
+
+    def _settle(self, step: int) -> None:
+        """Write, perform, and go on until nothing is left to do."""
+        while True:
+            self._queue.extend(self._recorder.write())
+            for request in self._requests:
+                if not self._recorder.waiting:
+                    self._inbox.done(request)
+            if not self._recorder.waiting:
+                self._requests.clear()
+            if not self._queue:
+                return
+            self._perform(self._queue.popleft(), step)
+
+    def _perform(self, command: Envelope, step: int) -> None:
+        """Carry out one command; an error is an answer too, and never the run's end."""
+        body = command.body
+        try:
+            for answer, last in self._carry_out(command, step):
+                self._feed(answer, command.command_id if last else None, effective_at=step)
+        except Exception as error:
+            self._log.warning("command_failed", command=body.kind, error=f"{type(error).__name__}: {error}")
+            self._feed(
+                CommandFailed(
+                    command=body.kind,
+                    card=getattr(body, "card", None),
+                    error=str(error)[:2000]
+                    if isinstance(error, AutomodeError)
+                    else f"{type(error).__name__}: {error}"[:2000],
+                ),
+                command.command_id,
+                effective_at=step,
+            )
+
+    def _carry_out(self, command: Envelope, step: int) -> list[tuple[Input, bool]]:
+        body, performer = command.body, self._performer
+        match body:
+            case AskApproval():
+                path = self._narrator.ask(self.state.cards[body.card].card, self._store.path)
+                return [(Acknowledged(command=body.kind, card=body.card, note=path), True)]
+            case StopRun():
+                self.stop_requested = body.why
+                return [(Acknowledged(command=body.kind), True)]
+            case StopTrial():
+                spent = 0.0
+                if self._backend is not None:
+                    spent = self._backend.cancel(body.card, body.trial, body.rung_attempt)
+                self._trials.pop((body.card, body.trial, body.rung_attempt), None)
+                return [(Acknowledged(command=body.kind, card=body.card, passes=spent), True)]
+            case _ if performer is None:
+                raise AutomodeError(f"this run only records, so it cannot {body.kind.replace('_', ' ')}")
+            case Snapshot() if body.at_step is not None and body.at_step > step:
+                self._scheduled.append(command)
+                return []
+            case Merge() if body.at_end and not self.state.trunk_ended:
+                self._at_end.append(command)
+                return []
+            case StartTrial():
+                self._start_trial(body, command.command_id or "")
+                return []
+            case Scan():
+                answers = performer.scan(body, step)
+                return [(answer, i == len(answers) - 1) for i, answer in enumerate(answers)]
+            case Snapshot():
+                return [(performer.snapshot(body, step), True)]
+            case Resolve():
+                return [(performer.resolve(self.state.cards[body.card].card, step), True)]
+            case FitGate():
+                return [(performer.fit_gate(self.state.cards[body.card].card, body), True)]
+            case Merge():
+                return [(performer.merge(self.state.cards[body.card].card, body, step), True)]
+            case Evaluate():
+                return [(performer.evaluate(self.state.cards[body.card].card, body), True)]
+            case Adopt():
+                return [(performer.adopt(self.state.cards[body.card].card, body, step), True)]
+            case RollBack():
+                return [(performer.roll_back(body, step), True)]
+            case _:
+                assert_never(body)
+
+    # Trials.
+
+    def _start_trial(self, body: StartTrial, command_id: str) -> None:
+        if self._backend is None:
+            raise AutomodeError("this run has no backend for trials")
+        self._trials[(body.card, body.trial, body.rung_attempt)] = command_id
+        self._backend.submit(
+            SegmentJob(
+                card=body.card,
+                trial=body.trial,
+                attempt=body.rung_attempt,
+                variant=body.variant,
+                base=body.base,
+                checkpoint=body.checkpoint,
+                from_resource=body.from_resource,
+                to_resource=body.to_resource,
+                top_resource=body.top_resource,
+                per_trunk_step=body.per_trunk_step,
+            )
+        )
+
+    def _pump(self, step: int) -> None:
+        assert self._backend is not None
+        for result in self._backend.pump(max(1, step - self._pumped_at)):
+            command_id = self._trials.pop(result.job.key, None)
+            self._feed(_reported(result), command_id, effective_at=step)
+
+    def _perform_due(self, step: int) -> None:
+        due = [c for c in self._scheduled if c.body.at_step <= step]
+        if due:
+            self._scheduled = [c for c in self._scheduled if c.body.at_step > step]
+            for command in due:
+                if command.body.card in self.state.executions:
+                    self._perform(command, step)
+
+    def _requested(self, request: str, body: Mapping[str, Any]) -> None:
+        try:
+            decided = Decided.model_validate({**body, "request": request})
+        except ValueError as error:
+            self._log.warning("request_refused", request=request, why=str(error)[:500])
+            self._inbox.done(request)
+            return
+        self._requests.append(request)
+        self._feed(decided)
+
+
+def _reported(result: SegmentDone | SegmentFailed) -> TrialReported | TrialFailed:
+    job = result.job
+    match result:
+        case SegmentDone():
+            return TrialReported(
+                card=job.card,
+                trial=job.trial,
+                rung_attempt=job.attempt,
+                resource=job.to_resource,
+                value=result.value,
+                choice=result.choice,
+                checkpoint=result.checkpoint,
+                passes=result.passes,
+                stopped_early=result.stopped_early,
+                seconds=result.seconds,
+            )
+        case SegmentFailed():
+            return TrialFailed(
+                card=job.card,
+                trial=job.trial,
+                rung_attempt=job.attempt,
+                error=result.error,
+                retryable=result.retryable,
+                passes=result.passes,
+            )
+        case _:
+            assert_never(result)

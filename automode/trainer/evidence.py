@@ -1,0 +1,101 @@
+"""Held-out evidence: utilities of candidates on val-A, paired differences on val-B, slices of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from automode.planner.events import Group, Validated
+from automode.planner.paired import PairedSummary
+from automode.trainer.evaluation import Evaluator, PerSampleScores
+from automode.trainer.states import States
+
+Part = Literal["A", "B"]
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Evidence:
+    """Scores networks on the two held-out halves.
+
+    Args:
+        evaluator: Scores a network on a half, sample by sample.
+        states: Loads candidates.
+        slices: Named subsets of the held-out samples, by id.
+    """
+
+    def __init__(self, evaluator: Evaluator, states: States, slices: Mapping[str, Ids]) -> None:
+        self._evaluator = evaluator
+        self._states = states
+        self._slices = dict(slices)
+
+    def scores(self, model: nn.Module, part: Part) -> PerSampleScores:
+        """Per-sample scores of a network on one half, in a fixed order."""
+        return self._evaluator.scores(model, part)
+
+    def choose(
+        self, model: nn.Module, candidates: Mapping[str, Mapping[str, Tensor]]
+    ) -> tuple[str, float, float]:
+        """Return (name, mean utility, sample passes) of the best candidate on val-A; the earlier one wins a tie.
+
+        ``model`` is loaded with each candidate in turn, and left with the last.
+        """
+        best, value, passes = "raw", -np.inf, 0.0
+        for name, state in candidates.items():
+            passes += self._states.put(model, state, averaged=name != "raw")
+            scores = self.scores(model, "A")
+            passes += scores.n
+            mean = float(np.mean(scores.utility)) if scores.n else np.nan
+            if mean > value:
+                best, value = name, mean
+        return best, float(value), passes
+
+    def value(self, model: nn.Module) -> tuple[float, float]:
+        """Return (mean utility on val-A, sample passes)."""
+        scores = self.scores(model, "A")
+        return float(np.mean(scores.utility)), float(scores.n)
+
+    def paired(self, candidate: PerSampleScores, control: PerSampleScores) -> tuple[Group, dict[str, Group]]:
+        """Return paired differences, candidate minus control, over all samples and over each slice."""
+        difference = candidate.utility - control.utility
+        groups = {name: _group(difference[np.isin(candidate.ids, ids)]) for name, ids in self._slices.items()}
+        return _group(difference), {name: group for name, group in groups.items() if group.n > 0}
+
+    def validated(self, step: int, scores: PerSampleScores) -> Validated:
+        """Put the trunk's scores on val-A into an event; each slice as the difference of its mean from the rest's."""
+        slices: dict[str, Group] = {}
+        for name, ids in self._slices.items():
+            inside = np.isin(scores.ids, ids)
+            if 1 < inside.sum() < scores.n - 1:
+                slices[name] = _contrast(scores.utility[inside], scores.utility[~inside])
+        return Validated(
+            step=step,
+            loss=float(np.mean(scores.loss)),
+            value=float(np.mean(scores.utility)),
+            n=scores.n,
+            slices=slices,
+        )
+
+
+def metrics_of(scores: PerSampleScores) -> dict[str, float]:
+    """Mean utility, loss and (for classes) accuracy."""
+    found = {"utility": float(np.mean(scores.utility)), "loss": float(np.mean(scores.loss))}
+    if scores.correct is not None:
+        found["accuracy"] = float(np.mean(scores.correct))
+    return found
+
+
+def _group(difference: np.ndarray[Any, np.dtype[np.float64]]) -> Group:
+    summary = PairedSummary.of(difference)
+    return Group(n=summary.n, mean=summary.mean, variance=summary.variance, effective_n=summary.effective_n)
+
+
+def _contrast(
+    inside: np.ndarray[Any, np.dtype[np.float64]], rest: np.ndarray[Any, np.dtype[np.float64]]
+) -> Group:
+    """Two independent means as one group: the variance is such that variance / n is the difference's (Welch)."""
+    n = inside.size
+    variance = float(inside.var(ddof=1)) + float(rest.var(ddof=1)) * n / rest.size
+    return Group(n=n, mean=float(inside.mean() - rest.mean()), variance=variance)

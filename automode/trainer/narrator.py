@@ -1,0 +1,123 @@
+"""Telling people what happens: one readable line an event, the whole card where a card is new."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from automode.engine import State
+from automode.planner.card_text import to_yaml
+from automode.planner.card_view import card_summary
+from automode.planner.cards import PlanCard
+from automode.planner.events import (
+    Adopted,
+    CardMoved,
+    CardProposed,
+    CommandFailed,
+    Envelope,
+    Evaluated,
+    GateFitted,
+    Merged,
+    ModeChanged,
+    RequestRefused,
+    Safeguarded,
+    SessionStarted,
+    TrialReported,
+    VerdictGiven,
+)
+from automode.session.durable_files import replace_synced
+
+CARDS = "cards"
+
+
+class Screen(Protocol):
+    """Where lines for people go."""
+
+    def card(self, text: str) -> None:
+        """Print a card."""
+        ...
+
+    def event(self, text: str) -> None:
+        """Print one line."""
+        ...
+
+
+class Narrator:
+    """Prints what a person wants to follow and logs the same as structured lines.
+
+    Args:
+        screen: Where lines go.
+        log: The session's structured logger.
+    """
+
+    def __init__(self, screen: Screen, log: Any) -> None:
+        self._screen = screen
+        self._log = log
+
+    def ask(self, card: PlanCard, session: Path) -> str:
+        """Put the card where a person can read it; returns the file's path within the session."""
+        folder = session / CARDS
+        folder.mkdir(exist_ok=True)
+        name = f"{CARDS}/{card.id}.r{card.rev}.yaml"
+        replace_synced(session / name, to_yaml(card).encode())
+        self._screen.event(
+            f"card {card.id} waits for you: {session / name}\n"
+            f"  automode approve {session} {card.id} --rev {card.rev}   |   automode reject {session} {card.id}"
+        )
+        return name
+
+    def tell(self, envelope: Envelope, state: State) -> None:
+        """Tell an event, where a person would want to know of it."""
+        body = envelope.body
+        if isinstance(body, CardProposed):
+            self._screen.card(card_summary(body.card))
+            self._log.info("card_proposed", card=body.card.id, reason=body.card.reason, step=body.card.step)
+            return
+        line = _line(body)
+        if line is not None:
+            self._screen.event(f"[step {state.step}] {line}")
+            self._log.info(body.kind, step=state.step, seq=envelope.seq, text=line)
+
+
+def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
+    match body:
+        case CardMoved():
+            return f"card {body.card}: {body.before} -> {body.after} by {body.actor}: {body.why}"
+        case TrialReported():
+            return (
+                f"card {body.card}: trial {body.trial} at {body.resource} steps has utility {body.value:.4f} "
+                f"({body.choice} weights) on the first held-out half"
+            )
+        case GateFitted():
+            return f"card {body.card}: gate fitted, utility {body.value:.4f}, loads {_numbers(body.loads)}"
+        case Merged():
+            return (
+                f"card {body.card}: merged by {body.method} ({body.weights.choice}), utility {body.value:.4f}"
+            )
+        case Evaluated():
+            return (
+                f"card {body.card}: {body.candidate} against the control on {body.overall.n} unseen held-out samples: "
+                f"{body.overall.mean:+.5f}"
+            )
+        case VerdictGiven():
+            return f"card {body.card}: {body.verdict}: {body.why}"
+        case Adopted():
+            return f"card {body.card}: adopted into the {body.into}"
+        case Safeguarded():
+            return f"safeguard: {body.what} ({body.why})"
+        case CommandFailed():
+            return (
+                f"{body.command} failed{'' if body.card is None else f' for card {body.card}'}: {body.error}"
+            )
+        case RequestRefused():
+            return f"request {body.verb} refused: {body.why}"
+        case ModeChanged():
+            return f"mode {body.before} -> {body.after} by {body.actor}"
+        case SessionStarted(why_mode=str(why)) if body.mode != body.asked_mode:
+            return f"mode is {body.mode}, not {body.asked_mode}: {why}"
+        case _:
+            return None
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)

@@ -1,0 +1,229 @@
+"""Carrying commands out: snapshots, selections, adoption. What touches models and data, and decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from automode.errors import NotExecutableError
+from automode.planner.cards import PlanCard
+from automode.planner.events import (
+    Adopt,
+    Adopted,
+    Clustered,
+    Evaluate,
+    Evaluated,
+    FitGate,
+    GateFitted,
+    Merge,
+    Merged,
+    Resolved,
+    RollBack,
+    RolledBack,
+    Scan,
+    Scanned,
+    Snapshot,
+    Snapshotted,
+    Validated,
+)
+from automode.planner.recipes import Variant
+from automode.session.rng_state import pack_rng
+from automode.trainer.combining import Combiner
+from automode.trainer.evaluation import PerSampleScores
+from automode.trainer.evidence import Evidence
+from automode.trainer.optimizers import scale_schedule
+from automode.trainer.sample_source import Ids
+from automode.trainer.scanning import Scanner
+from automode.trainer.selecting import Selector
+from automode.trainer.specialists import CardData, Checkpoints, SpecialistRunner
+from automode.trainer.states import States
+from automode.trainer.trunk import Trunk, trainable
+
+
+@dataclass(slots=True, kw_only=True)
+class Performer:
+    """Everything that commands are carried out with.
+
+    Attributes:
+        trunk: The run.
+        checkpoints: Durable states.
+        seed: The session's seed.
+        evidence: Held-out scores; None where there is no held-out data.
+        states: Loads candidates.
+        runner: Trains specialists; None where forks are refused.
+        selector: Turns selections into ids; None without sample ids.
+        scanner: Reads the sample ledger and clusters; None without exact per-sample losses.
+        combiner: Fits gates and merges; None without held-out data.
+        is_val_a: Marks which of the validation samples' scores belong to val-A.
+    """
+
+    trunk: Trunk
+    checkpoints: Checkpoints
+    seed: int
+    states: States
+    evidence: Evidence | None = None
+    runner: SpecialistRunner | None = None
+    selector: Selector | None = None
+    scanner: Scanner | None = None
+    combiner: Combiner | None = None
+    is_val_a: Callable[[Ids], np.ndarray[Any, np.dtype[np.bool_]]] | None = None
+
+    # What the loop brings.
+
+    def validated(self, step: int, scores: PerSampleScores) -> Validated | None:
+        """Keep val-A of the user's own validation for the signals; val-B is not looked at."""
+        if self.evidence is None or self.is_val_a is None:
+            return None
+        mine = scores.where(self.is_val_a(scores.ids))
+        return self.evidence.validated(step, mine) if mine.n else None
+
+    # Snapshots.
+
+    def snapshot(self, command: Snapshot, step: int) -> Snapshotted:
+        """Make the trunk durable; a control is also scored on val-A by the best of raw weights and averages."""
+        choice, value, passes = None, None, 0.0
+        if command.purpose == "control":
+            evidence = self._evidence()
+            if self.trunk.averages is not None:
+                self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
+            choice, value, passes = evidence.choose(self.states.shell(), self.trunk.candidates())
+        digest = self._save(command.purpose, step)
+        return Snapshotted(
+            card=command.card,
+            purpose=command.purpose,
+            checkpoint=digest,
+            step=step,
+            value=value,
+            choice=choice,
+            passes=passes,
+        )
+
+    def save_final(self, step: int) -> str:
+        """Store what the run leaves behind."""
+        return self._save("final", step)
+
+    def _save(self, kind: str, step: int) -> str:
+        weights, rest = self.trunk.state()
+        rest["rng"] = pack_rng()
+        return self.checkpoints.save(weights, rest, {"kind": kind, "step": step})
+
+    # Data.
+
+    def resolve(self, card: PlanCard, step: int) -> Resolved:
+        """Turn a card's selection into sample ids, and its search space into variants."""
+        if self.selector is None or self.runner is None:
+            raise NotExecutableError("this run has no sample ids, so no specialist can be trained")
+        assert card.training_recipe is not None
+        chosen = self.selector.select(card)
+        self.runner.cards[card.id] = CardData(
+            recipe=card.training_recipe,
+            selected=chosen.selected,
+            others=chosen.others,
+            entropy=(self.seed, int(card.id, 16)),
+            step=step,
+        )
+        return Resolved(
+            card=card.id,
+            n=int(chosen.selected.size),
+            pool=int(chosen.selected.size + chosen.others.size),
+            artifact=chosen.artifact,
+            variants=chosen.variants,
+            passes=chosen.passes,
+        )
+
+    def scan(self, command: Scan, step: int) -> list[Scanned | Clustered]:
+        """Read the sample ledger, and cluster the probe samples where asked."""
+        if self.scanner is None:
+            raise NotExecutableError("this run has no exact per-sample losses to scan")
+        return self.scanner.scan(command, step)
+
+    # Candidates.
+
+    def fit_gate(self, card: PlanCard, command: FitGate) -> GateFitted:
+        """Fit the router on val-A."""
+        return self._combiner().fit_gate(card, command)
+
+    def merge(self, card: PlanCard, command: Merge, step: int) -> Merged:
+        """Make one state of several, or of the trunk's own trajectory."""
+        combiner = self._combiner()
+        if command.control is not None:
+            return combiner.merge(card, command, step)
+        if self.trunk.averages is None:
+            raise NotExecutableError(
+                "the trunk keeps no averages, so there is nothing to merge along its trajectory"
+            )
+        self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
+        return combiner.merge_trunk(card, self._save("control", step), self.trunk.candidates(), step)
+
+    def evaluate(self, card: PlanCard, command: Evaluate) -> Evaluated:
+        """Look once at val-B: candidate against control, sample by sample."""
+        return self._combiner().evaluate(card, command)
+
+    def _combiner(self) -> Combiner:
+        if self.combiner is None:
+            raise NotExecutableError("this run has no held-out data to judge by")
+        return self.combiner
+
+    def _evidence(self) -> Evidence:
+        if self.evidence is None:
+            raise NotExecutableError("this run has no held-out data to judge by")
+        return self.evidence
+
+    # Adoption.
+
+    def adopt(self, card: PlanCard, command: Adopt, step: int) -> Adopted:
+        """Put accepted weights into the trunk, with the optimizer state of the trial that made them; keep what was there.
+
+        The trunk takes over the trial's factors on rate and weight decay and its clipping. An annealed rate is not taken
+        over: the trunk goes on at its own, which re-warms what was annealed.
+        """
+        if command.into == "export":
+            return Adopted(
+                card=card.id, checkpoint=command.weights.checkpoint, before=None, step=step, into="export"
+            )
+        before = self._save("before", step)
+        state, rest = self.states.load(command.weights)
+        self.states.put(self.trunk.model, state, averaged=command.weights.choice != "raw")
+        if command.variant is not None:
+            self._take_over(command.variant, rest)
+        return Adopted(
+            card=card.id, checkpoint=self._save("adopted", step), before=before, step=step, into="trunk"
+        )
+
+    def _take_over(self, variant: Variant, rest: dict[str, Any]) -> None:
+        trunk = self.trunk
+        if rest.get("kind") == type(trunk.optimizer).__name__:
+            groups = [
+                {k: v for k, v in group.items() if k != "params"} for group in trunk.optimizer.param_groups
+            ]
+            trunk.optimizer.load_state_dict(rest["optimizer"])
+            for group, kept in zip(trunk.optimizer.param_groups, groups, strict=True):
+                group.update(kept)
+        else:
+            trunk.optimizer.state.clear()
+        if trunk.averages is not None and "averages" in rest:
+            trunk.averages.load_state_dict(rest["averages"])
+        factor = 1.0 if variant.schedule == "anneal" else variant.lr_mul
+        for group in trunk.optimizer.param_groups:
+            group["lr"] = group["lr"] * factor
+            if "initial_lr" in group:
+                group["initial_lr"] = group["initial_lr"] * factor
+            if "weight_decay" in group:
+                decay = group["weight_decay"] * variant.weight_decay_mul
+                group["weight_decay"] = decay if variant.weight_decay is None else variant.weight_decay
+        if trunk.scheduler is not None:
+            scale_schedule(trunk.scheduler, factor)
+        if variant.clip_norm is not None:
+            trunk.clip_norm = variant.clip_norm
+
+    def roll_back(self, command: RollBack, step: int) -> RolledBack:
+        """Put the trunk back to what it was before an adoption; the schedule's clock goes on, its rates go back."""
+        trunk = self.trunk
+        weights, rest, _ = self.checkpoints.load(command.checkpoint)
+        trunk.load(weights, rest, schedule=False)
+        if trunk.scheduler is not None and "base_lrs" in rest.get("scheduler", {}):
+            trunk.scheduler.base_lrs = list(rest["scheduler"]["base_lrs"])
+        return RolledBack(card=command.card, checkpoint=command.checkpoint, step=step)

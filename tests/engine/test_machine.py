@@ -1,0 +1,244 @@
+"""The fold: whole cards against a simulated world, no torch, no mocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from automode.engine import fold, story
+from automode.errors import ReplayDifferenceError
+from automode.planner.events import Envelope, Group, Rows
+from automode.planner.policy import Policy
+
+
+def plateau_policy(**pacing):
+    return Policy.model_validate({"reasons": ["loss_plateau"], "pacing": {"max_cards": 1} | pacing})
+
+
+def test_a_plateau_card_runs_up_the_ladder_and_is_adopted_on_evidence(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy())
+    world.start()
+    world.rows(plateau_rows[:4500])
+    card = world.facts("card_proposed")[0].card
+    assert card.reason == "loss_plateau"
+    assert world.states_of(card.id) == ["approved", "running", "accepted", "adopted"]
+    verdict = world.facts("verdict_given")[0]
+    assert verdict.verdict == "accepted"
+    assert verdict.z >= verdict.threshold
+    assert world.facts("trial_decided")
+    assert world.state.lineage == "trunk:1"
+
+
+def test_a_card_whose_candidates_do_not_beat_the_control_spends_no_look(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy(), control_value=0.9)
+    world.start()
+    world.rows(plateau_rows[:4500])
+    card = world.facts("card_proposed")[0].card
+    assert world.states_of(card.id)[-1] == "inconclusive"
+    assert world.state.spending.looks == 0
+    assert not [e for e in world.log if isinstance(e, Envelope) and e.body.kind == "evaluate"]
+
+
+def test_weak_evidence_keeps_the_control(make_world, plateau_rows):
+    world = make_world(
+        policy=plateau_policy(), evidence=Group(n=200, mean=0.001, variance=0.04, effective_n=200.0)
+    )
+    world.start()
+    world.rows(plateau_rows[:4500])
+    card = world.facts("card_proposed")[0].card
+    assert world.states_of(card.id)[-1] == "inconclusive"
+    assert world.state.spending.looks >= 1
+    assert world.state.lineage == "trunk:0"
+
+
+def test_a_candidate_that_is_worse_on_the_second_half_is_rejected(make_world, plateau_rows):
+    world = make_world(
+        policy=plateau_policy(), evidence=Group(n=200, mean=-0.05, variance=0.01, effective_n=200.0)
+    )
+    world.start()
+    world.rows(plateau_rows[:4500])
+    assert world.states_of(world.facts("card_proposed")[0].card.id)[-1] == "rejected"
+
+
+def test_every_trial_diverging_ends_inconclusive(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy(), trial_value=lambda trial, resource: float("nan"))
+    world.start()
+    world.rows(plateau_rows[:4500])
+    assert world.states_of(world.facts("card_proposed")[0].card.id)[-1] == "inconclusive"
+
+
+def test_in_propose_mode_nothing_runs_without_an_approval(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy(), mode="propose")
+    world.start()
+    world.rows(plateau_rows[:2200])
+    card = world.facts("card_proposed")[0].card
+    assert world.states_of(card.id) == []
+    world.decide("approve", card.id, rev=card.rev)
+    world.rows(plateau_rows[2200:4500])
+    assert world.states_of(card.id)[:2] == ["approved", "running"]
+
+
+def test_a_stale_revision_is_a_conflict_and_changes_nothing(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy(), mode="propose")
+    world.start()
+    world.rows(plateau_rows[:2200])
+    card = world.facts("card_proposed")[0].card
+    world.decide("approve", card.id, rev=card.rev + 1)
+    assert world.states_of(card.id) == []
+    assert "conflict" in world.facts("request_refused")[0].why
+
+
+def test_observe_only_records_cards(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy(), mode="observe")
+    world.start()
+    world.rows(plateau_rows[:3000])
+    card = world.facts("card_proposed")[0].card
+    assert "running" not in world.states_of(card.id)
+    assert not any(e.body.kind == "ask_approval" for e in world.log if isinstance(e, Envelope))
+
+
+def test_a_cancelled_running_card_is_refused_and_its_trials_stopped(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy(), hold={"start_trial"})
+    world.start()
+    world.rows(plateau_rows[:2200])
+    card = world.facts("card_proposed")[0].card
+    assert world.states_of(card.id)[-1] == "running"
+    world.decide("cancel", card.id)
+    assert world.states_of(card.id)[-1] == "refused"
+    assert any(e.body.kind == "stop_trial" for e in world.log if isinstance(e, Envelope))
+    assert world.state.ledger.held == 0
+
+
+def test_the_mode_changes_at_any_step(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy(), mode="observe")
+    world.start()
+    world.rows(plateau_rows[:1000])
+    world.decide("mode", mode="act")
+    world.rows(plateau_rows[1000:4500])
+    assert world.state.mode == "act"
+    assert world.states_of(world.facts("card_proposed")[0].card.id)[-1] == "adopted"
+
+
+def test_an_adoption_can_be_rolled_back(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy())
+    world.start()
+    world.rows(plateau_rows[:4500])
+    card = world.facts("card_proposed")[0].card
+    world.decide("rollback", card.id)
+    assert world.states_of(card.id)[-1] == "rolled_back"
+    assert world.state.lineage == "trunk:2"
+
+
+def test_the_finishing_merge_waits_for_the_end_and_is_judged(make_world, plateau_rows):
+    world = make_world(policy=Policy(reasons=("merge_cadence",)))
+    world.start()
+    world.rows(plateau_rows)
+    world.end()
+    card = world.facts("card_proposed")[0].card
+    assert card.action == "merge"
+    assert world.states_of(card.id) == ["approved", "running", "accepted", "adopted"]
+
+
+def test_a_run_that_ends_first_leaves_a_fork_inconclusive(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy(), hold={"start_trial"})
+    world.start()
+    world.rows(plateau_rows[:2200])
+    world.end()
+    card = world.facts("card_proposed")[0].card
+    assert world.states_of(card.id)[-1] == "inconclusive"
+    assert world.state.ledger.held == 0
+
+
+def test_nothing_is_proposed_beyond_the_compute_caps(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy(exploration_share=0.0001))
+    world.start()
+    world.rows(plateau_rows[:4000])
+    assert not world.facts("card_proposed")
+    assert "over_cap" in {f.code for f in world.facts("rule_evaluated") if f.outcome == "held"}
+
+
+def test_a_persistent_non_finite_loss_makes_an_instability_card(make_world, to_rows):
+    rng = np.random.default_rng(3)
+    loss = np.exp(0.05 * rng.standard_normal(1500))
+    loss[900:905] = np.nan
+    world = make_world(policy=Policy(reasons=("instability_spike",)))
+    world.start()
+    world.rows(to_rows(loss))
+    assert world.facts("card_proposed")[0].card.reason == "instability_spike"
+
+
+def test_the_story_of_a_card_runs_from_the_rule_to_the_adoption(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy())
+    world.start()
+    world.rows(plateau_rows[:4500])
+    card = world.facts("card_proposed")[0].card
+    told = story(card.id, [e for e in world.log if isinstance(e, Envelope)])
+    for part in ("rule loss_plateau fired", "proposed by planner", "reserved", "verdict accepted", "adopted"):
+        assert part in told
+
+
+def test_replay_of_a_whole_run_has_no_difference(make_world, plateau_rows):
+    world = make_world(policy=Policy())
+    world.start()
+    world.rows(plateau_rows)
+    world.end()
+    outcome = fold(world.log)
+    assert outcome.differences == 0
+    assert outcome.observations == len(plateau_rows)
+    assert outcome.decisions > 20
+
+
+def test_replay_names_the_first_difference(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy())
+    world.start()
+    world.rows(plateau_rows[:4500])
+    forged = []
+    for item in world.log:
+        if isinstance(item, Envelope) and item.body.kind == "verdict_given":
+            item = Envelope(
+                seq=item.seq,
+                role=item.role,
+                body=item.body.model_copy(update={"verdict": "rejected"}),
+                cause=item.cause,
+                frame_cursor=item.frame_cursor,
+            )
+        forged.append(item)
+    outcome = fold(forged)
+    assert outcome.differences == 1
+    assert "verdict_given.verdict" in str(outcome.shown[0])
+
+
+def test_facts_lost_behind_the_last_durable_event_are_no_difference(make_world, plateau_rows):
+    world = make_world(policy=plateau_policy())
+    world.start()
+    world.rows(plateau_rows[:2200])
+    last = max(i for i, e in enumerate(world.log) if isinstance(e, Envelope) and e.role == "input")
+    cut = [e for i, e in enumerate(world.log) if i <= last or isinstance(e, Rows)]
+    assert fold(cut).differences == 0
+
+
+def test_a_gap_in_the_rows_is_an_error(make_world, plateau_rows):
+    world = make_world()
+    world.start()
+    from automode.engine import handle
+
+    with pytest.raises(ReplayDifferenceError, match="row 5 came where 0 was due"):
+        handle(world.state, [Rows(first=5, names=("step",), values=plateau_rows[:1])])
+
+
+@settings(max_examples=12)
+@given(sizes=st.lists(st.integers(1, 170), min_size=1, max_size=6))
+def test_any_split_into_blocks_gives_the_same_facts(sizes):
+    # Commands are answered between blocks, so answers are held back: only what rows alone lead to is compared.
+    from tests.engine.conftest import World, plateau, rows_of
+
+    values = rows_of(plateau(2600, seed=5))
+    logs = []
+    for split in ([20], sizes):
+        world = World(policy=Policy(), mode="observe", hold={"scan"})
+        world.start()
+        world.rows(values, split)
+        logs.append([(e.seq, e.frame_cursor, e.body) for e in world.log if isinstance(e, Envelope)])
+    assert logs[0] == logs[1]
