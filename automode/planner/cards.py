@@ -47,7 +47,7 @@ Diagnostic = Number | tuple[Number, ...]
 
 
 class CardState(StrEnum):
-    """Where a card stands. The last eight are final."""
+    """Where a card stands. The last seven are final."""
 
     PROPOSED = "proposed"
     REVISE = "revise"
@@ -209,4 +209,5 @@ def _differences(a: Any, b: Any, path: str) -> dict[str, tuple[Any, Any]]:
         for key in [*a, *(k for k in b if k not in a)]:
             found |= _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
         return found
-    return {} if a == b else {path: (a, b)}
+    # NaN differs from itself, and is no difference.
+    return {} if a == b or repr(a) == repr(b) else {path: (a, b)}
