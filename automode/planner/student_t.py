@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import erfc, exp, inf, isfinite, lgamma, log, log1p, sqrt
+from math import erfc, exp, inf, isfinite, lgamma, log, log1p, pi, sqrt
 from statistics import NormalDist
 
 from automode.errors import UsageError
@@ -59,21 +59,28 @@ def upper_t_quantile(alpha: float, df: float) -> float:
 
 
 def _upper_quantile(alpha: float, df: float) -> float:
-    """Solve t_tail(t) = alpha for 0 < alpha < 0.5."""
+    """Solve t_tail(t) = alpha for 0 < alpha < 0.5: Newton's steps, halved whenever they leave the bracket."""
     low, high = 0.0, 1.0
     while t_tail(high, df) > alpha:
         low, high = high, 2.0 * high
         if not isfinite(high):
             return inf
+    log_density_at_0 = lgamma(0.5 * (df + 1.0)) - lgamma(0.5 * df) - 0.5 * log(df * pi)
+    t = high
     for _ in range(200):
-        middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
-        if t_tail(middle, df) > alpha:
-            low = middle
+        error = t_tail(t, df) - alpha
+        if error > 0.0:
+            low = t
         else:
-            high = middle
-    return high
+            high = t
+        density = exp(log_density_at_0 - 0.5 * (df + 1.0) * log1p(t * t / df))
+        following = t + error / density if density > 0.0 else low
+        if not low < following < high:
+            following = 0.5 * (low + high)
+        if abs(following - t) <= 1e-14 * t:
+            return following
+        t = following
+    return t
 
 
 def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
