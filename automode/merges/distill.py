@@ -131,6 +131,8 @@ def distill(
         raise MergeError(
             f"the distillation loss is {values[bad]} at step {bad}: lower the student's learning rate"
         )
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise MergeError("the student is not finite after its last step: lower its learning rate")
     edge = max(1, steps // 10)
     return DistillReport(
         steps=steps,
