@@ -11,7 +11,7 @@ import sqlite3
 import struct
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,6 +65,10 @@ class _Chunk:
     names: tuple[str, ...]
     first_row: int
     values: array[float]
+    pack: Callable[..., bytes] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.pack = struct.Struct(f"{len(self.names)}d").pack  # a row at a time, and all or nothing
 
     @property
     def rows(self) -> int:
@@ -120,22 +124,13 @@ class PendingRows:
         chunk = self._current.get(stream)
         if chunk is None or chunk.attempt != attempt or (chunk.names is not names and chunk.names != names):
             chunk = self._chunk(stream, attempt, names)
-        buffer = chunk.values
-        before = len(buffer)
         try:
-            buffer.extend(values)
-        except BaseException as error:
-            del buffer[before:]
-            if isinstance(error, (TypeError, ValueError)):
-                raise UsageError(
-                    f"a row of stream {stream!r} holds a value that is no number: {error}"
-                ) from error
-            raise
-        if len(buffer) - before != len(names):
-            del buffer[before:]
+            packed = chunk.pack(*values)
+        except struct.error as error:
             raise UsageError(
-                f"a row of stream {stream!r} needs {len(names)} values {names}, got {len(values)}"
-            )
+                f"a row of stream {stream!r} needs {len(names)} numbers for {names}: {error}"
+            ) from error
+        chunk.values.frombytes(packed)
         row = self.rows[stream]
         self.rows[stream] = row + 1
         return row

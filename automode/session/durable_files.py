@@ -38,13 +38,16 @@ class _HashingFile:
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
         try:
-            self._raw.write(view)
+            self._put(view)
         except OSError as error:
             self.failure = error
             raise
         self._hash.update(view)
         self._size += view.nbytes
         return view.nbytes
+
+    def _put(self, view: memoryview) -> None:
+        self._raw.write(view)
 
     def flush(self) -> None:
         self._raw.flush()
