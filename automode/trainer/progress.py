@@ -1,0 +1,97 @@
+"""What a person sees while a run trains: one progress bar, and lines above it for cards and events."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, Literal, TextIO
+
+from tqdm import tqdm
+
+Progress = Literal["auto"] | bool
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]  # generic only in the stubs
+    """A bar without tqdm's monitor thread, which would outlive the run."""
+
+    monitor_interval = 0
+
+
+class Console:
+    """Prints for people, and keeps a progress bar below what it prints.
+
+    Cards and events go to standard output, the bar to standard error, so that a log file gets the one without the other.
+
+    Args:
+        progress: Show the bar; ``"auto"``: only where standard error is a terminal.
+        speak: Print cards and events at all.
+        description: Stands before the bar.
+    """
+
+    def __init__(self, progress: Progress = "auto", *, speak: bool = True, description: str = "") -> None:
+        self._shown = sys.stderr.isatty() if progress == "auto" else progress
+        self._speak = speak
+        self._description = description
+        self._bar: _Bar | None = None
+        self._known: dict[str, str] = {}
+
+    def start(self, total: int | None) -> None:
+        """Show the bar.
+
+        Args:
+            total: Steps of the whole run; None where that is not known.
+        """
+        if self._shown and self._bar is None:
+            self._bar = _Bar(total=total, desc=self._description or None, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, *, total: int | None = None, loss: float | None = None) -> None:
+        """Move the bar; called once a block of steps.
+
+        Args:
+            step: Steps done.
+            total: Steps of the whole run where that has changed.
+            loss: Mean training loss of late.
+        """
+        bar = self._bar
+        if bar is None:
+            return
+        if total is not None and total != bar.total:
+            bar.total = total
+        self._postfix("loss", loss)
+        bar.update(step - bar.n)
+
+    def validation(self, loss: float | None) -> None:
+        """Show the validation loss beside the training loss."""
+        if self._bar is not None:
+            self._postfix("val", loss)
+            self._bar.refresh()
+
+    def card(self, text: str) -> None:
+        """Print a plan card, set off by blank lines."""
+        self._print(f"\n{text.rstrip()}\n")
+
+    def event(self, text: str) -> None:
+        """Print one line about what happened."""
+        self._print(text)
+
+    def close(self) -> None:
+        """Leave the bar as it stands; calling it twice does no harm."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()
+
+    def _postfix(self, name: str, value: float | None) -> None:
+        if value is None or self._bar is None:
+            return
+        self._known[name] = f"{value:.4g}" if math.isfinite(value) else str(value)
+        self._bar.set_postfix(self._known, refresh=False)
+
+    def _print(self, text: str) -> None:
+        if not self._speak:
+            return
+        out: TextIO | Any = sys.stdout
+        if self._bar is not None:
+            self._bar.write(text, file=out)
+        else:
+            out.write(text + "\n")
+        out.flush()

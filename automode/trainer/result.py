@@ -1,0 +1,62 @@
+"""What ``fit`` gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from automode.planner.events import Mode
+from automode.session import CardRow, Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult:
+    """A finished run.
+
+    Attributes:
+        model: The user's model, trained; in act mode with the accepted weights.
+        session: The run's session, open for reading.
+        history: Lists of one entry an epoch: ``epoch``, ``step``, ``train_loss``, ``val_loss``, ``val_metric`` (NaN
+            without validation), ``learning_rate`` (first parameter group, at the epoch's end), ``slices`` (metric by name).
+        test: Metrics on the test set with ``do_test_after``, else None.
+        reason: Why the run ended: ``max_epochs``, ``max_steps``, ``budget`` (automode had spent the rest), or in words.
+        mode: The mode that the run ended in.
+        steps: Steps trained.
+    """
+
+    model: nn.Module
+    session: Session
+    history: dict[str, list[Any]]
+    test: Mapping[str, float] | None
+    reason: str
+    mode: Mode
+    steps: int
+
+    @property
+    def path(self) -> Path:
+        """The session's folder."""
+        return self.session.path
+
+    @property
+    def cards(self) -> list[CardRow]:
+        """The latest row of every plan card, in the order in which the cards appeared."""
+        return self.session.cards()
+
+    def frame(self, name: str, stream: str = "trunk") -> NDArray[np.float64]:
+        """Values of one column of the session; see :meth:`automode.session.Session.frame`."""
+        return self.session.frame(name, stream)
+
+    def __repr__(self) -> str:
+        losses = self.history["train_loss"]
+        last = f", last training loss {losses[-1]:.4g}" if losses else ""
+        return f"FitResult({self.steps} steps, {self.reason}{last}, session {str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{escape(repr(self))}</code>"

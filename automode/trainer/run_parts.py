@@ -1,0 +1,156 @@
+"""A run before its first step: everything made, checked and in its place."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from automode.errors import UsageError
+from automode.planner.events import Mode
+from automode.planner.policy import Policy
+from automode.session.paths import new_session_folder
+from automode.trainer.fit_request import FitRequest, length_of
+from automode.trainer.ids import RecordedLoader
+from automode.trainer.loop import Plan
+from automode.trainer.per_sample import per_sample_twin
+from automode.trainer.probe import Probe
+from automode.trainer.progress import Console
+from automode.trainer.random_state import forked_rng
+from automode.trainer.sample_ledger import SampleLedger
+from automode.trainer.settings import Settings, device_of
+from automode.trainer.steps import TrainingStep, pair_step
+from automode.trainer.trunk import Trunk
+from automode.trainer.validation import Validation
+
+
+@dataclass(slots=True, kw_only=True)
+class RunParts:
+    """What the loop and the driver are made from.
+
+    Attributes:
+        settings: The Trainer's.
+        request: The arguments of ``fit``.
+        own_step: The user's training step, or None.
+        policy: What automode may do.
+        mode: The mode that the run begins in.
+        why_mode: Why that is not the mode asked for, or None.
+        seed: The session's seed.
+        plan: How long to train.
+        trunk: What is trained.
+        loader: The training batches, with their sample ids.
+        probe: Collects what a step shows; its ledger holds per-sample losses, except in mode ``off``.
+        validation: Evaluates on the validation set, or None.
+        test: Evaluates on the test set, or None.
+        console: What people see.
+        session_path: The session's folder, fresh and empty.
+    """
+
+    settings: Settings
+    request: FitRequest
+    own_step: TrainingStep | None
+    policy: Policy
+    mode: Mode
+    why_mode: str | None
+    seed: int
+    plan: Plan
+    trunk: Trunk
+    loader: RecordedLoader
+    probe: Probe
+    validation: Validation | None
+    test: Validation | None
+    console: Console
+    session_path: Path
+
+
+def prepare(
+    settings: Settings, policy: Policy, request: FitRequest, own_step: TrainingStep | None
+) -> RunParts:
+    """Check everything, then make everything; the session's folder comes last.
+
+    Raises:
+        UsageError: An argument cannot be taken.
+        DataError: The training loader is empty.
+        SessionError: The session's folder cannot be made.
+    """
+    request.check(settings, own_step=own_step is not None)
+    device = device_of(settings.device, list(request.model.parameters()))
+    if settings.precision == "fp16" and device.type != "cuda":
+        raise UsageError(
+            f'precision="fp16" needs CUDA, and this run is on {device.type}; use "bf16", or "fp32"'
+        )
+    plan = Plan(
+        max_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        steps_per_epoch=length_of(request.train_loader),
+        validate_every=settings.val_every_n_epochs,
+    )
+    mode, why_mode = _mode(settings.mode, plan)
+    request.warn()
+    if settings.seed is not None:
+        _seed(settings.seed)
+    request.place(device)
+    trunk = Trunk(
+        model=request.model,
+        optimizer=request.optimizer,
+        scheduler=request.scheduler,
+        step_fn=pair_step(request.loss_fn, device),
+        loss_fn=request.loss_fn,
+        device=device,
+        precision=settings.precision,
+        clip_norm=settings.clip_norm,
+    )
+    loader = RecordedLoader(request.train_loader)
+    with forked_rng():
+        probe = _probe(trunk, loader, watched=mode != "off")
+        validation, test = _validations(request, trunk)
+    return RunParts(
+        settings=settings,
+        request=request,
+        own_step=own_step,
+        policy=policy,
+        mode=mode,
+        why_mode=why_mode,
+        seed=secrets.randbits(32) if settings.seed is None else settings.seed,
+        plan=plan,
+        trunk=trunk,
+        loader=loader,
+        probe=probe,
+        validation=validation,
+        test=test,
+        console=Console(settings.progress, speak=settings.console, description=settings.run_name),
+        session_path=new_session_folder(settings.session_dir, settings.project, settings.run_name),
+    )
+
+
+def _mode(asked: Mode, plan: Plan) -> tuple[Mode, str | None]:
+    """Give the mode that this run can have, and why it is another one."""
+    if asked not in ("propose", "act") or plan.total is not None:
+        return asked, None
+    why = "the training loader has no length, so the end of the run and its compute are not known beforehand"
+    warnings.warn(
+        f'automode="{asked}" becomes "observe": {why}; give max_steps to plan with', UserWarning, stacklevel=4
+    )
+    return "observe", why
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # the user's own code draws from the global generator
+    torch.manual_seed(seed)
+
+
+def _probe(trunk: Trunk, loader: RecordedLoader, *, watched: bool) -> Probe:
+    if not watched:
+        return Probe(trunk.parameters)
+    ledger = SampleLedger(loader.length, fingerprint=loader.fingerprint)
+    return Probe(trunk.parameters, per_sample_twin(trunk.loss_fn), loader, ledger)
+
+
+def _validations(request: FitRequest, trunk: Trunk) -> tuple[Validation | None, Validation | None]:
+    return None, None

@@ -1,0 +1,167 @@
+"""The user's learning-rate schedule: stepped as asked, by a clock that may also count the compute that automode spent.
+
+With ``budget: within`` automode pays from the run's last steps, so that a cosine that was planned to end with the run
+would be cut off. A charged clock therefore counts the steps trained and the steps' worth of compute spent, and the
+schedule ends where the user's would have ended (DECISIONS 8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau, StepLR
+
+from automode.errors import UsageError
+
+Interval = Literal["epoch", "step", "manual"]
+
+_SLACK = 1e-9
+
+
+class Schedule:
+    """Steps a scheduler; all of it in the training thread.
+
+    Args:
+        scheduler: The user's scheduler, or None.
+        interval: When it is stepped: after each ``epoch``, after each optimizer ``step``, or by the user's own training
+            step (``manual``: never here).
+        steps_per_epoch: Batches of an epoch; None where that is not known, which rules a charged epoch clock out.
+        charged: Whether the clock counts compute spent by automode too.
+        advanced: Called with the number of ticks each time that spent compute moves the clock.
+
+    Attributes:
+        ticks: Times that the scheduler was stepped so far.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        interval: Interval,
+        *,
+        steps_per_epoch: int | None = None,
+        charged: bool = False,
+        advanced: Callable[[int], None] | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.interval = interval
+        self.on_plateau = isinstance(scheduler, ReduceLROnPlateau)
+        self.every_step = scheduler is not None and interval == "step"
+        self.ticks = 0
+        self._steps = 0
+        self._per_tick = 1 if interval == "step" else steps_per_epoch
+        clocked = scheduler is not None and interval != "manual" and not self.on_plateau
+        self._charged = charged and clocked and self._per_tick is not None
+        self._advanced = advanced
+
+    def after_step(self) -> None:
+        """Tick once for an applied optimizer step; called only while :attr:`every_step`."""
+        self._steps += 1
+        self._tick(1)
+
+    def after_epoch(self, batches: int, spent: float) -> None:
+        """Tick for a finished epoch.
+
+        Args:
+            batches: Batches trained on since the start.
+            spent: As for :meth:`charge`.
+        """
+        if self._charged:
+            self.charge(batches, spent)
+        elif self.scheduler is not None and self.interval == "epoch" and not self.on_plateau:
+            self._tick(1)
+
+    def validated(self, loss: float) -> None:
+        """Give the validation loss to a schedule that waits for plateaus."""
+        if self.on_plateau and self.interval == "epoch":
+            self.scheduler.step(loss)
+            self.ticks += 1
+
+    def charge(self, batches: int, spent: float) -> None:
+        """Move a charged clock to where the compute spent has brought it; nothing happens otherwise.
+
+        Args:
+            batches: Batches trained on since the start.
+            spent: Steps' worth of compute that automode has spent.
+        """
+        if not self._charged or self._per_tick is None:
+            return
+        trained = self._steps if self.interval == "step" else batches
+        due = math.floor((trained + spent) / self._per_tick + _SLACK) - self.ticks
+        if due <= 0:
+            return
+        unspent = max(0, trained // self._per_tick - self.ticks)
+        self._tick(due)
+        if self._advanced is not None and due > unspent:
+            self._advanced(due - unspent)
+
+    def _tick(self, times: int) -> None:
+        for _ in range(times):
+            self.scheduler.step()
+        self.ticks += times
+
+
+def check_schedule(
+    scheduler: Any, optimizer: torch.optim.Optimizer, interval: Interval, *, validates: bool
+) -> None:
+    """Refuse a scheduler that cannot be driven as asked, before anything starts.
+
+    Args:
+        scheduler: What the user gave, or None.
+        optimizer: The optimizer that it must drive.
+        interval: When it shall be stepped.
+        validates: Whether the run validates.
+
+    Raises:
+        UsageError: It is no scheduler, drives another optimizer, or waits for a validation loss that never comes.
+    """
+    if scheduler is None:
+        return
+    if not callable(getattr(scheduler, "step", None)):
+        raise UsageError(
+            f"scheduler is a {type(scheduler).__name__}, which has no step(); pass a torch.optim.lr_scheduler or None"
+        )
+    driven = getattr(scheduler, "optimizer", optimizer)
+    if driven is not optimizer:
+        raise UsageError(
+            "the scheduler drives another optimizer than the one given; build it on the optimizer passed to fit"
+        )
+    if not isinstance(scheduler, ReduceLROnPlateau) or interval == "manual":
+        return
+    if interval == "step":
+        raise UsageError(
+            'ReduceLROnPlateau follows the validation loss, which there is no new one of at every step; use scheduler_interval="epoch"'
+        )
+    if not validates:
+        raise UsageError(
+            "ReduceLROnPlateau follows the validation loss, and this run has none; pass val_loader to fit and "
+            "val_every_n_epochs=1 to the Trainer"
+        )
+
+
+def known_drops(
+    scheduler: Any, interval: Interval, steps_per_epoch: int | None, total: int | None
+) -> tuple[int, ...]:
+    """Tell when a ``StepLR`` or ``MultiStepLR`` will drop the rate, which is known before the first step.
+
+    Args:
+        scheduler: The user's scheduler, or None; other kinds have no known drops.
+        interval: When it is stepped.
+        steps_per_epoch: Batches of an epoch, or None.
+        total: Steps of the run, or None.
+
+    Returns:
+        Optimizer steps, ascending: after that many, the rate is lower. Those from ``total`` on are left out.
+    """
+    per_tick = 1 if interval == "step" else steps_per_epoch
+    if interval == "manual" or per_tick is None or total is None:
+        return ()
+    ticks: Iterable[int] = ()
+    if type(scheduler) is StepLR and scheduler.gamma < 1:
+        first = scheduler.step_size - scheduler.last_epoch % scheduler.step_size
+        ticks = range(first, total // per_tick + 1, scheduler.step_size)
+    elif type(scheduler) is MultiStepLR and scheduler.gamma < 1:
+        ticks = sorted(milestone - scheduler.last_epoch for milestone in scheduler.milestones)
+    return tuple(tick * per_tick for tick in ticks if 0 < tick * per_tick < total)

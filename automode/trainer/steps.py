@@ -1,0 +1,320 @@
+"""One training step: the default for ``(inputs, targets)`` batches, and the user's own in its place.
+
+Either leaves every decision to the user: nothing is clipped, scaled or skipped that was not asked for. Only with the
+guard of act mode on does a step whose loss or gradient is not finite not reach the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from automode.errors import DataError, UsageError
+from automode.merges.batches import move
+from automode.trainer.gradient_norms import grad_norms, total_norm
+from automode.trainer.trunk import StepFn, Trunk
+
+TrainingStep = Callable[[Any, dict[str, Any]], Mapping[str, Any]]
+"""The user's own step: batch and state to metrics."""
+
+STATE_KEYS = ("model", "optimizer", "loss_fn", "device", "autocast", "scaler", "scheduler", "step", "epoch")
+"""What the state of a user's own step holds."""
+
+_RESERVED = frozenset({"row", "attempt", "step", "time", "grad_norm", "applied", "finite", "samples"})
+
+
+class Taken(NamedTuple):
+    """What one training step came to.
+
+    Attributes:
+        loss: The training loss.
+        grad_norm: Norm of all gradients before clipping, or those of the single gradients; None: read it off the
+            parameters.
+        applied: False where an optimizer step was due and did not happen.
+        stepped: Whether the optimizer steps; in an accumulating step it does so now and then.
+        pending: The optimizer step is still to be made, once the gradients have been looked at.
+        outputs: What the loss was given, or None.
+        targets: Targets of the same samples.
+        metrics: More numbers by name.
+        skipped: Why the guard kept the step from the weights; empty where it did not.
+    """
+
+    loss: Tensor | float
+    grad_norm: float | Tensor | Sequence[Tensor] | None
+    applied: bool
+    stepped: bool
+    pending: bool
+    outputs: Any
+    targets: Any
+    metrics: Mapping[str, Any] | None
+    skipped: str
+
+
+class Guarded(Protocol):
+    """Says whether the guard is on."""
+
+    guard: bool
+
+
+class Scaler(torch.amp.GradScaler):
+    """A gradient scaler that counts how often a step was asked of it."""
+
+    def __init__(self, device: str, *, enabled: bool) -> None:
+        super().__init__(device, enabled=enabled)
+        self.asked = 0
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Step unless a gradient overflowed; see torch."""
+        self.asked += 1
+        return super().step(optimizer, *args, **kwargs)
+
+
+def pair_step(loss_fn: Callable[..., Tensor], device: torch.device) -> StepFn:
+    """Make the default forward pass: model and ``(inputs, targets)`` to loss, outputs and targets.
+
+    Args:
+        loss_fn: (outputs, targets) to a scalar.
+        device: Where batches go.
+
+    Returns:
+        The function. It raises DataError for a batch that is no pair, and for a loss that is no scalar tensor.
+    """
+    moves = device.type != "cpu"
+
+    def step(model: nn.Module, batch: Any) -> tuple[Tensor, Any, Any]:
+        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+            raise _no_pair(batch)
+        inputs, targets = move(batch, device) if moves else batch
+        outputs = model(inputs)
+        loss = loss_fn(outputs, targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise _no_scalar(loss)
+        return loss, outputs, targets
+
+    return step
+
+
+class DefaultStep:
+    """zero_grad, forward, loss, backward, norm (and clipping where asked for), optimizer step.
+
+    Args:
+        trunk: What is trained.
+        scaler: Scales the loss of fp16; disabled otherwise.
+        guarded: Says whether the guard is on.
+    """
+
+    def __init__(self, trunk: Trunk, scaler: Scaler, guarded: Guarded) -> None:
+        self._trunk = trunk
+        self._scaler = scaler
+        self._guarded = guarded
+        self._plain = trunk.precision == "fp32"
+        self._clipped = list(trunk.model.parameters()) if trunk.clip_norm is not None else []
+        self._applied = 0
+        self._hook = trunk.optimizer.register_step_post_hook(self._after) if scaler.is_enabled() else None
+
+    def close(self) -> None:
+        """Take the hook off the optimizer."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def __call__(self, batch: Any, epoch: int) -> Taken:
+        """Train on one batch."""
+        trunk = self._trunk
+        optimizer = trunk.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        if self._plain:
+            loss, outputs, targets = trunk.step_fn(trunk.model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            with trunk.autocast():
+                loss, outputs, targets = trunk.step_fn(trunk.model, batch)
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self._scaler.unscale_(optimizer)
+        norm: Any = None
+        if trunk.clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self._clipped, trunk.clip_norm)
+        if self._hook is not None:
+            return self._scaled(loss, norm, outputs, targets)
+        if self._guarded.guard:
+            norm, why = self._judged(loss, norm)
+            if why:
+                return Taken(loss, norm, False, False, False, outputs, targets, None, why)
+        return Taken(loss, norm, True, True, True, outputs, targets, None, "")
+
+    def _scaled(self, loss: Tensor, norm: Any, outputs: Any, targets: Any) -> Taken:
+        """Leave it to the scaler whether to step: it must see an overflow to lower its scale."""
+        if norm is None:
+            norm = grad_norms(self._trunk.parameters)
+        before = self._applied
+        self._scaler.step(self._trunk.optimizer)
+        self._scaler.update()
+        applied = self._applied > before
+        why = "" if applied else "the gradient overflowed in fp16; the scaler lowered its scale"
+        return Taken(loss, norm, applied, applied, False, outputs, targets, None, why)
+
+    def _judged(self, loss: Tensor, norm: Tensor | None) -> tuple[float, str]:
+        """Tell the gradient norm, and why the step must not be made (empty: it may)."""
+        total = float(total_norm(grad_norms(self._trunk.parameters)) if norm is None else norm)
+        value = loss.item()
+        if not math.isfinite(value):
+            return total, f"the loss is {value}"
+        return total, "" if math.isfinite(total) else f"the gradient norm is {total}"
+
+    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._applied += 1
+
+
+class OwnStep:
+    """The user's own training step, watched through the optimizer's hooks.
+
+    What it returns is a mapping: ``loss`` is the loss, ``outputs`` and ``targets`` (what the loss was given, one row a
+    sample) take part in per-sample signals, every other entry is a number that becomes a column of the session's frame.
+
+    A batch counts as a step, also where the optimizer steps only every few batches. With the guard on, gradients that
+    are not finite are dropped when the optimizer is about to step, which makes that step a no-op; the user's code runs
+    on as it stands.
+
+    Args:
+        function: Batch and state to metrics.
+        trunk: What is trained.
+        scaler: Scales the loss of fp16; a disabled one passes everything through.
+        guarded: Says whether the guard is on.
+    """
+
+    def __init__(self, function: TrainingStep, trunk: Trunk, scaler: Scaler, guarded: Guarded) -> None:
+        self._function = function
+        self._trunk = trunk
+        self._scaler = scaler
+        self._guarded = guarded
+        self._norm: float | list[Tensor] = []
+        self._skipped = ""
+        self._steps = 0
+        self._names: tuple[str, ...] = ()
+        self._hooks = (
+            trunk.optimizer.register_step_pre_hook(self._before),
+            trunk.optimizer.register_step_post_hook(self._after),
+        )
+        context: AbstractContextManager[Any] = trunk.autocast()
+        self._state: dict[str, Any] = {
+            "model": trunk.model,
+            "optimizer": trunk.optimizer,
+            "loss_fn": trunk.loss_fn,
+            "device": trunk.device,
+            "autocast": context,
+            "scaler": scaler,
+            "scheduler": trunk.scheduler,
+            "step": 0,
+            "epoch": 0,
+        }
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __call__(self, batch: Any, epoch: int) -> Taken:
+        """Train on one batch as the user does."""
+        self._norm, self._skipped = [], ""
+        steps, asked = self._steps, self._scaler.asked
+        state = self._state
+        state["step"], state["epoch"] = self._trunk.step, epoch
+        result = self._function(batch, state)
+        if not isinstance(result, Mapping) or "loss" not in result:
+            raise _no_loss(result)
+        stepped = self._steps > steps and not self._skipped
+        missed = bool(self._skipped) or (self._scaler.asked > asked and not stepped)
+        metrics = {
+            name: value for name, value in result.items() if name not in ("loss", "outputs", "targets")
+        }
+        if metrics and tuple(metrics) != self._names:
+            self._names = _checked(tuple(metrics))
+        return Taken(
+            loss=_detached(result["loss"]),
+            grad_norm=self._norm if self._steps > steps else self._unscaled(),
+            applied=not missed,
+            stepped=stepped,
+            pending=False,
+            outputs=result.get("outputs"),
+            targets=result.get("targets"),
+            metrics=metrics or None,
+            skipped=self._skipped,
+        )
+
+    def _unscaled(self) -> float | list[Tensor]:
+        """Norms of what has accumulated so far."""
+        norms = grad_norms(self._trunk.parameters)
+        if not self._scaler.is_enabled():
+            return norms
+        scale = self._scaler.get_scale()
+        return [norm / scale for norm in norms]
+
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._norm = grad_norms(self._trunk.parameters)
+        if not self._guarded.guard:
+            return
+        self._norm = float(total_norm(self._norm))
+        if not math.isfinite(self._norm):
+            self._skipped = f"the gradient norm is {self._norm}"
+            for parameter in self._trunk.parameters:
+                parameter.grad = None
+
+    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._steps += 1
+
+
+def _detached(loss: Any) -> Tensor | float:
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise _no_scalar(loss)
+        return loss.detach()
+    try:
+        return float(loss)
+    except (TypeError, ValueError):
+        raise _no_scalar(loss) from None
+
+
+def _checked(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"the training step names a metric {name!r}; names are non-empty strings")
+        if name in _RESERVED or name.startswith("lr_"):
+            raise UsageError(
+                f"the training step returns a metric {name!r}, which is a column that automode writes; choose another name"
+            )
+    return names
+
+
+def _no_loss(result: Any) -> UsageError:
+    came = f"keys {sorted(map(str, result))}" if isinstance(result, Mapping) else f"a {type(result).__name__}"
+    return UsageError(
+        f"the training step returned {came}; it must return a mapping with the entry `loss`, "
+        'as in return {"loss": loss.detach()}'
+    )
+
+
+def _no_scalar(loss: Any) -> DataError:
+    came = (
+        f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    )
+    return DataError(
+        f"the loss is {came}, but must be a tensor with one element; reduce it with .mean() or .sum()"
+    )
+
+
+def _no_pair(batch: Any) -> DataError:
+    match batch:
+        case Mapping():
+            came = f"a {type(batch).__name__} with the keys {', '.join(map(repr, list(batch)[:8]))}"
+        case list() | tuple():
+            came = f"a {type(batch).__name__} of {len(batch)}"
+        case _:
+            came = f"a {type(batch).__name__}"
+    return DataError(
+        f"the loader yields {came}; the default step trains on (inputs, targets). For another shape of batch write "
+        "the step yourself: @trainer.training_step on a function of (batch, state) that returns {'loss': loss}"
+    )

@@ -1,0 +1,251 @@
+"""The native Trainer: a plain PyTorch loop with automode watching it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from automode.errors import UsageError
+from automode.planner.policy import Policy
+from automode.session import Session
+from automode.trainer.fit_request import FitRequest
+from automode.trainer.loop import Loop, Observer
+from automode.trainer.progress import Progress
+from automode.trainer.random_state import forked_rng
+from automode.trainer.result import FitResult
+from automode.trainer.run_parts import RunParts, prepare
+from automode.trainer.schedule import Interval, Schedule
+from automode.trainer.settings import Automode, Settings, policy_of
+from automode.trainer.steps import DefaultStep, OwnStep, Scaler, TrainingStep
+from automode.trainer.trunk import Precision
+
+F = TypeVar("F", bound=TrainingStep)
+
+
+class Trainer:
+    """Trains a model, writes a session of what happened, and lets automode act as far as it is allowed to.
+
+    Nothing is done to the run that was not asked for: gradients are clipped, random generators seeded and the scheduler
+    stepped only as the arguments say; loaders and samplers are never replaced, and the modules' ``training`` flags stay
+    as they are. With ``automode="observe"`` the losses and the final weights equal those of a plain loop bit by bit.
+
+    Args:
+        project: Folder of the session.
+        run_name: Begins the session's folder name.
+        max_epochs: Passes over the training loader; 1 where neither this nor ``max_steps`` is given.
+        max_steps: Training steps, in as many epochs as they take. Give at most one of the two. A step is a batch
+            trained on, also where an own training step accumulates gradients over several.
+        automode: ``False`` (``"off"``): record only. ``"observe"``: signals and rules run, cards are only recorded.
+            ``"propose"``: cards wait for a person. ``True`` (``"act"``): cards within the policy run at once.
+        policy: What automode may do: a :class:`Policy`, the name of a preset, or the path of a YAML file.
+        session_dir: Where sessions live.
+        val_every_n_epochs: Validate after every n-th epoch; 0: never.
+        do_test_after: Evaluate once on ``test_loader`` when training has ended.
+        device: Where to train; ``"auto"``: where the model is if that is an accelerator, else CUDA where there is one.
+        precision: ``fp32``, ``bf16`` (autocast), or ``fp16`` (autocast and gradient scaling, CUDA only).
+        clip_norm: Largest gradient norm; None: no clipping.
+        seed: Seeds Python, numpy and torch when ``fit`` begins; None: they are left alone. The session's own seed is this
+            one, or drawn from the system and recorded.
+        progress: Show a progress bar; ``"auto"``: only in a terminal.
+        scheduler_interval: When the scheduler is stepped: ``epoch``, ``step``, or ``manual`` (by the own training step).
+        console: Print cards, events and where the session is.
+
+    Raises:
+        UsageError: An argument has a value that it cannot take.
+        PolicyError: The policy's file is no policy.
+    """
+
+    def __init__(
+        self,
+        project: str = "default",
+        run_name: str = "run",
+        *,
+        max_epochs: int | None = None,
+        max_steps: int | None = None,
+        automode: Automode = False,
+        policy: Policy | str | os.PathLike[str] | None = None,
+        session_dir: str | os.PathLike[str] = "automode-runs",
+        val_every_n_epochs: int = 0,
+        do_test_after: bool = False,
+        device: str | torch.device = "auto",
+        precision: Precision = "fp32",
+        clip_norm: float | None = None,
+        seed: int | None = None,
+        progress: Progress = "auto",
+        scheduler_interval: Interval = "epoch",
+        console: bool = True,
+    ) -> None:
+        self.settings = Settings(
+            project=project,
+            run_name=run_name,
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            automode=automode,
+            policy=policy,
+            session_dir=session_dir,
+            val_every_n_epochs=val_every_n_epochs,
+            do_test_after=do_test_after,
+            device=device,
+            precision=precision,
+            clip_norm=clip_norm,
+            seed=seed,
+            progress=progress,
+            scheduler_interval=scheduler_interval,
+            console=console,
+        )
+        self.policy = policy_of(policy)
+        self._own_step: TrainingStep | None = None
+
+    def training_step(self, function: F) -> F:
+        """Train with a function of your own in place of the default step; use it as a decorator.
+
+        The function takes ``(batch, state)`` and does all of a step itself, from ``zero_grad`` to ``optimizer.step``.
+        ``state`` holds ``model``, ``optimizer``, ``loss_fn``, ``device``, ``autocast`` (a context manager), ``scaler``
+        (passes everything through unless ``precision="fp16"``), ``scheduler``, ``step`` and ``epoch``; the batch is as
+        the loader yields it. It returns a mapping: ``loss`` is the loss; ``outputs`` and ``targets``, where given, are
+        what the loss was called with, one row a sample, and take part in per-sample signals; every other entry is a
+        number that becomes a column of the session's frame.
+
+        Returns:
+            The function, unchanged.
+
+        Raises:
+            UsageError: It cannot be called.
+        """
+        if not callable(function):
+            raise UsageError(
+                f"training_step decorates a function of (batch, state), got {type(function).__name__}"
+            )
+        self._own_step = function
+        return function
+
+    def fit(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: Callable[..., Tensor],
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None = None,
+        test_loader: Iterable[Any] | None = None,
+        scheduler: Any = None,
+        slices: Mapping[str, Any] | None = None,
+    ) -> FitResult:
+        """Train to the end.
+
+        Args:
+            model: Trained in place; in act mode it ends on the accepted weights.
+            optimizer: Of the model's parameters.
+            loss_fn: ``loss_fn(outputs, targets)`` to a scalar.
+            train_loader: Batches ``(inputs, targets)``; others need :meth:`training_step`.
+            val_loader: Held-out batches; without them nothing can be proven, so act mode runs no forks.
+            test_loader: Batches that nothing is decided on.
+            scheduler: A learning-rate scheduler of the optimizer. ``ReduceLROnPlateau`` gets the validation loss.
+            slices: Named subsets of the validation set, tracked at every validation: a function of
+                ``(inputs, targets)`` of a batch that gives a boolean mask over its samples, or a list of sample ids
+                (positions in the dataset under every ``Subset``).
+
+        Returns:
+            The finished run.
+
+        Raises:
+            UsageError: An argument cannot be taken.
+            DataError: The training loader is empty, or its batches cannot be trained on.
+            SessionError: The session cannot be made.
+        """
+        request = FitRequest(
+            model=model,
+            optimizer=optimizer,
+            loss_fn=loss_fn,
+            train_loader=train_loader,
+            val_loader=val_loader,
+            test_loader=test_loader,
+            scheduler=scheduler,
+            slices=slices,
+        )
+        return _fit(self.settings, self.policy, request, self._own_step)
+
+
+def _fit(settings: Settings, policy: Policy, request: FitRequest, own_step: TrainingStep | None) -> FitResult:
+    parts = prepare(settings, policy, request, own_step)
+    try:
+        observer = _open_driver(parts)
+        loop = begin(parts, observer)
+        _train(parts, observer, loop)
+        test = None
+        if settings.do_test_after and parts.test is not None:
+            test = parts.test.run().metrics
+            parts.console.event("test: " + ", ".join(f"{name} {value:.4g}" for name, value in test.items()))
+        parts.console.event(f"session: {parts.session_path}")
+    finally:
+        parts.console.close()
+    return FitResult(
+        model=request.model,
+        session=Session.open(parts.session_path),
+        history=loop.history.as_dict(),
+        test=test,
+        reason=loop.reason,
+        mode=observer.mode,
+        steps=parts.trunk.step,
+    )
+
+
+def begin(parts: RunParts, observer: Observer) -> Loop:
+    """Make the loop; nothing has been trained yet.
+
+    Args:
+        parts: The run.
+        observer: Hears of every step.
+    """
+    trunk, settings = parts.trunk, parts.settings
+    scaler = Scaler(trunk.device.type, enabled=trunk.precision == "fp16")
+    schedule = Schedule(
+        trunk.scheduler,
+        settings.scheduler_interval,
+        steps_per_epoch=parts.plan.steps_per_epoch,
+        charged=parts.policy.schedule == "charged" and parts.policy.budget == "within",
+        advanced=lambda ticks: parts.console.event(
+            f"[step {trunk.step}] the learning-rate schedule moved on by {ticks} for the compute that automode spent"
+        ),
+    )
+    return Loop(
+        parts.plan,
+        trunk=trunk,
+        loader=parts.loader,
+        train=DefaultStep(trunk, scaler, observer)
+        if parts.own_step is None
+        else OwnStep(parts.own_step, trunk, scaler, observer),
+        probe=parts.probe,
+        observer=observer,
+        schedule=schedule,
+        validation=parts.validation,
+        console=parts.console,
+    )
+
+
+def _train(parts: RunParts, observer: Observer, loop: Loop) -> None:
+    """Run the loop and end the session in order, whatever happens."""
+    trunk = parts.trunk
+    try:
+        parts.console.start(parts.plan.total)
+        loop.run()
+        with forked_rng():
+            observer.finish(trunk.step, loop.reason)
+    except BaseException as error:
+        try:
+            loop.flush()
+        except Exception as second:
+            error.add_note(f"the last rows could not be recorded: {type(second).__name__}: {second}")
+        observer.abort(trunk.step, error)
+        raise
+    finally:
+        loop.close()
+
+
+def _open_driver(parts: RunParts) -> Observer:
+    """Open the session and whatever plans and acts in this run's mode."""
+    raise NotImplementedError(parts.mode)
