@@ -51,7 +51,7 @@ class HighLossTail:
             return Silence(
                 code="light_tail",
                 why=(
-                    f"the tail from quantile {scan.tail_from:g} loses {last.tail_mean:.3g}, {ratio:.2f} times the mean of "
+                    f"the tail from quantile {scan.tail_from:g} loses {last.tail_mean:.4g}, {ratio:.4g} times the mean of "
                     f"{overall:.3g} (a card at {scan.tail_ratio:g})"
                 ),
             )
@@ -109,7 +109,7 @@ def _unready(last: Scanned, view: View) -> Silence | None:
     if last.noise > scan.max_noise:
         return Silence(
             code="noise_high",
-            why=f"the estimated label noise is {last.noise:.0%} (at most {scan.max_noise:.0%}). {NOT_MINED}",
+            why=f"the estimated label noise is {last.noise:.1%} (at most {scan.max_noise:.0%}). {NOT_MINED}",
         )
     if last.tail_mean is None or last.tail_n == 0 or len(last.quantiles.get("ema_loss", ())) < 2:
         return Silence(code="no_tail", why="the scan found no tail beside the suspects")

@@ -35,7 +35,7 @@ class InstabilitySpike:
             return Silence(
                 code="stable",
                 why=(
-                    f"{burst.recent} spikes in the last {burst.window} steps (a card at {view.policy.spike.count}), level shift "
+                    f"{burst.recent} {'spike' if burst.recent == 1 else 'spikes'} in the last {burst.window} steps (a card at {view.policy.spike.count}), level shift "
                     f"{view.signals.shift.value:.1f} sigmas (a card at {view.policy.spike.shift_z:g})"
                 ),
             )
@@ -58,15 +58,13 @@ def _signs(view: View) -> Iterator[tuple[str, str]]:
     spike = view.policy.spike
     finite = suite.non_finite
     if finite.status is NonFiniteState.NON_FINITE:
-        what = [
+        bad = [
             name
             for name, good in (("loss", finite.loss_finite), ("gradient norm", finite.grad_norm_finite))
             if not good
         ]
-        yield (
-            "non_finite",
-            f"The {' and the '.join(what)} were not finite for {finite.bad_run} steps in a row.",
-        )
+        were = f"The {' and the '.join(bad)} {'was' if len(bad) == 1 else 'were'} not finite"
+        yield "non_finite", f"{were} for {finite.bad_run} steps in a row."
     if finite.stepping is SteppingState.STALLED:
         yield (
             "stalled",

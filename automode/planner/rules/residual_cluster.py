@@ -21,7 +21,7 @@ VARIANTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cluster:
-    """One cluster against all others together."""
+    """One cluster against the clean others together."""
 
     number: int
     size: int
@@ -49,15 +49,19 @@ class ResidualCluster:
         if unready is not None:
             return unready
         last = view.clustered[-1]
-        clusters = _clusters(last)
+        clusters = _clusters(last, scan.max_noise)
+        if not clusters:
+            return Silence(
+                code="no_rest", why=f"none of the {last.k} clusters has a clean rest to be compared with"
+            )
         worse = [c for c in clusters if c.ratio >= scan.cluster_ratio and c.z >= scan.cluster_z]
         if not worse:
             top = max(clusters, key=lambda c: c.z)
             return Silence(
                 code="no_gap",
                 why=(
-                    f"the worst of {last.k} clusters loses {top.loss:.3g} where the rest lose {top.rest:.3g}: ratio {top.ratio:.2f} "
-                    f"(a card at {scan.cluster_ratio:g}), {top.z:.1f} standard errors (a card at {scan.cluster_z:g})"
+                    f"the worst of {last.k} clusters loses {top.loss:.3g} where the rest lose {top.rest:.3g}: ratio {top.ratio:.4g} "
+                    f"(a card at {scan.cluster_ratio:g}), {top.z:.3g} standard errors (a card at {scan.cluster_z:g})"
                 ),
             )
         clean = [c for c in worse if c.noise is not None and c.noise < scan.max_noise]
@@ -134,10 +138,12 @@ def _unready(view: View) -> Silence | None:
     return None
 
 
-def _clusters(last: Clustered) -> list[_Cluster]:
+def _clusters(last: Clustered, max_noise: float) -> list[_Cluster]:
+    """Set each cluster against all others that are not mostly noise themselves."""
+    noisy = {i for i, share in enumerate(last.noise) if share >= max_noise}
     found = []
     for number, (size, loss, error) in enumerate(zip(last.sizes, last.losses, last.errors, strict=True)):
-        others = [i for i in range(last.k) if i != number]
+        others = [i for i in range(last.k) if i != number and i not in noisy]
         n = sum(last.sizes[i] for i in others)
         if n == 0 or size == 0:
             continue

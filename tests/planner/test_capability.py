@@ -1,0 +1,207 @@
+"""The capability table: complete, and every refusal names the part and the reason."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from automode.planner.capability import TABLE, refusals
+from automode.planner.inputs import Run
+from automode.planner.recipes import (
+    GateRecipe,
+    MergeDistill,
+    MergeInterpolate,
+    MergeRecipe,
+    MergeSwa,
+    SearchSpace,
+    SelectAll,
+    SelectIndices,
+    Selection,
+    SelectKMeans,
+    SelectQuantile,
+    TrainingRecipe,
+    Variant,
+)
+from automode.planner.rules.base import Proposal
+
+DIGEST = "sha256:" + "0" * 64
+TAIL = SelectQuantile.model_validate({"from": 0.8, "to": 1.0})
+
+
+def run_of(**changes: Any) -> Run:
+    return Run.model_validate(
+        {
+            "total_steps": 1000,
+            "batch": 10,
+            "val_a": 100,
+            "val_b": 100,
+            "task": "classification",
+            "has_ids": True,
+            "exact_losses": True,
+            "slices": {"rotated": 40},
+        }
+        | changes
+    )
+
+
+def fork(variant: dict[str, Any] | None = None, **changes: Any) -> Proposal:
+    recipe = TrainingRecipe(variants=(Variant.model_validate({"name": "v"} | (variant or {})),))
+    return Proposal(
+        **({"reason": "manual", "action": "fork", "because": "1", "training_recipe": recipe} | changes)
+    )
+
+
+def kinds_of(union: Any) -> list[str]:
+    inner = get_args(union)[0]
+    models = get_args(inner) or (inner,)
+    return [m.model_fields["kind"].default for m in models if issubclass(m, BaseModel)]
+
+
+def test_everything_that_a_card_can_ask_for_stands_in_the_table() -> None:
+    listed = {(a.part, a.value) for a in TABLE}
+    parts = {a.part for a in TABLE}
+    for kind in kinds_of(Selection):
+        assert ("selection", kind) in listed
+    for kind in kinds_of(MergeRecipe):
+        assert ("merge_recipe", kind) in listed
+    assert ("gate_recipe", GateRecipe().kind) in listed
+    for name, field in Variant.model_fields.items():
+        if name == "name":
+            continue
+        assert f"variant.{name}" in parts, name
+        if isinstance(field.annotation, type) or not get_args(field.annotation):
+            continue
+        for value in get_args(field.annotation):
+            if isinstance(value, str):
+                assert (f"variant.{name}", value) in listed
+    for name in TrainingRecipe.model_fields:
+        assert f"training_recipe.{name}" in parts, name
+
+
+def test_whatever_cannot_run_says_why() -> None:
+    for ability in TABLE:
+        assert ability.runs == (ability.why == "")
+
+
+def test_a_plain_fork_can_run() -> None:
+    assert refusals(fork(), run_of()) == []
+
+
+@pytest.mark.parametrize(
+    ("planned", "run", "words"),
+    [
+        (fork({"batch_mul": 2.0}), run_of(), ["variant 'v'", "batch_mul", "2 cannot run"]),
+        (
+            fork(training_recipe=TrainingRecipe(variants=(Variant(name="v"),), relabel=DIGEST)),
+            run_of(),
+            ["training_recipe.relabel", "no executor replaces labels"],
+        ),
+        (fork(merge_recipe=MergeDistill()), run_of(), ["merge_recipe: distill cannot run"]),
+        (fork(merge_recipe=MergeSwa()), run_of(), ["swa averages the trunk's own trajectory"]),
+        (
+            Proposal(reason="manual", action="merge", because="1", merge_recipe=MergeInterpolate()),
+            run_of(),
+            ["interpolate merges specialists"],
+        ),
+        (fork({"precision": "bf16"}), run_of(), ["does not train in bf16"]),
+        (fork({"loss_weight": 2.0}), run_of(), ["all are selected"]),
+        (
+            fork({"loss_weight": 2.0}, selection=SelectIndices(ids=(1,))),
+            run_of(exact_losses=False, why_inexact="a batch loss"),
+            ["loss_weight needs exact", "a batch loss"],
+        ),
+        (fork(selection=TAIL), run_of(has_ids=False, why_no_ids="iterable"), ["sample ids: iterable"]),
+        (
+            fork(selection=TAIL),
+            run_of(exact_losses=False, why_inexact="odd"),
+            ["exact per-sample losses: odd"],
+        ),
+        (
+            fork(selection=SelectQuantile.model_validate({"from": 0, "to": 0.1, "metric": "margin"})),
+            run_of(task="regression"),
+            ["margins exist for classification only"],
+        ),
+        (
+            fork(selection=SelectKMeans(k=2, clusters=(0,), feature="loss")),
+            run_of(exact_losses=False),
+            ["kmeans needs exact per-sample losses"],
+        ),
+        (fork(selection=SelectIndices(slice="rotatd")), run_of(), ["no slice 'rotatd'", "rotated"]),
+        (
+            fork(
+                training_recipe=TrainingRecipe(variants=(Variant(name="v"),), exclude=SelectAll()),
+            ),
+            run_of(),
+            ["leave nothing to train on"],
+        ),
+        (
+            fork(
+                training_recipe=TrainingRecipe(variants=(Variant(name="v"),), exclude=TAIL),
+            ),
+            run_of(has_ids=False),
+            ["training_recipe.exclude: quantile needs sample ids"],
+        ),
+        (fork(gate_recipe=GateRecipe()), run_of(task="regression"), ["gate_recipe", "task is regression"]),
+        (fork(), run_of(why_no_forks="the model cannot be copied"), ["the model cannot be copied"]),
+        (fork(), run_of(why_no_evidence="no validation loader"), ["no validation loader"]),
+        (fork(), run_of(val_b=1), ["100 and 1 samples"]),
+    ],
+)
+def test_each_obstacle_is_named(planned: Proposal, run: Run, words: list[str]) -> None:
+    found = refusals(planned, run)
+    assert len(found) == 1, found
+    for word in words:
+        assert word in found[0]
+
+
+def test_all_obstacles_are_named_at_once() -> None:
+    found = refusals(
+        fork({"batch_mul": 2.0, "precision": "bf16"}, selection=TAIL), run_of(has_ids=False, val_a=0)
+    )
+    assert len(found) == 4
+
+
+def test_the_policys_least_held_out_counts() -> None:
+    assert refusals(fork(), run_of(val_a=29, val_b=29), min_held_out=30)
+    assert refusals(fork(), run_of(val_a=30, val_b=30), min_held_out=30) == []
+
+
+def test_embedding_clusters_and_stored_ids_need_no_exact_losses() -> None:
+    run = run_of(exact_losses=False)
+    assert refusals(fork(selection=SelectKMeans(k=2, clusters=(0,), artifact=DIGEST)), run) == []
+    assert refusals(fork(selection=SelectIndices(ids=(1, 2))), run) == []
+    assert refusals(fork(selection=SelectIndices(ids=(1, 2), slice="unheard of")), run) == []
+
+
+def search(sampler: str = "tpe", **parameters: Any) -> Proposal:
+    space = SearchSpace.model_validate({"parameters": parameters, "n": 4, "sampler": sampler})
+    return fork(training_recipe=TrainingRecipe(search=space))
+
+
+def test_a_search_space_is_checked_at_its_corners() -> None:
+    assert (
+        refusals(search(lr_mul={"low": 0.1, "high": 10.0}, optimizer={"choices": ["keep", "sam"]}), run_of())
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("proposal", "words"),
+    [
+        (search(lr_mul={"low": -1.0, "high": 1.0}), ["search.lr_mul", "-1.0 cannot be taken"]),
+        (search(lr_mul={"low": 1.0, "high": 1.0}), ["low < high"]),
+        (search(lr_mul={"low": "a", "high": 1.0}), ["must be numbers"]),
+        (search(precision={"choices": ["keep", "bf16"]}), ["search.precision", "bf16"]),
+        (search(optimizer={"choices": ["keep", "lion"]}), ["'lion' cannot be taken"]),
+        (search(optimizer={"choices": []}), ["at least one value"]),
+        (search("grid", lr_mul={"low": 0.1, "high": 1.0}), ["a grid needs `choices`"]),
+        (search(batch_mul={"choices": [1.0, 2.0]}), ["search.batch_mul", "2 cannot run"]),
+    ],
+)
+def test_a_search_space_that_reaches_too_far_is_refused(proposal: Proposal, words: list[str]) -> None:
+    found = refusals(proposal, run_of())
+    assert len(found) == 1, found
+    for word in words:
+        assert word in found[0]

@@ -1,0 +1,204 @@
+"""The worst case: the same numbers as the scheduler's own bound, and nothing forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from automode.planner.cards import PlanCard
+from automode.planner.inputs import Run
+from automode.planner.pricing import (
+    climbers,
+    price_fork,
+    price_merge,
+    rungs,
+    step_passes,
+    worst_case,
+    worst_case_passes,
+)
+from automode.planner.recipes import (
+    GateRecipe,
+    MergeFisherSoup,
+    MergeGreedy,
+    MergeInterpolate,
+    MergeRecipe,
+    MergeSwa,
+    MergeUniform,
+    SelectKMeans,
+    TrainingRecipe,
+    Variant,
+)
+from automode.scheduler.asha import ASHA
+from automode.scheduler.bounds import worst_case_resource
+from automode.scheduler.ladder import Ladder
+
+DIGEST = "sha256:" + "0" * 64
+
+
+def run_of(**changes: Any) -> Run:
+    return Run.model_validate(
+        {"total_steps": 1000, "batch": 10, "train_samples": 500, "val_a": 100, "val_b": 50} | changes
+    )
+
+
+def recipe_of(n: int) -> TrainingRecipe:
+    return TrainingRecipe(variants=tuple(Variant(name=f"v{i}") for i in range(n)))
+
+
+def test_a_ladder_priced_by_hand() -> None:
+    # Three trials to 20, one of them on to 60: 3 * 20 + 40 steps, the longest segment of 40 once more; 30 passes a step.
+    # Five reports (one repeated) and two snapshots on val-A (100), and two networks on val-B (50).
+    worst = price_fork(recipe=recipe_of(3), levels=(20, 60), reduction_factor=3, run=run_of())
+    assert worst.train == 100 * 30
+    assert worst.retry == 40 * 30
+    assert worst.evaluate == 5 * 100 + 2 * 100 + 2 * 50
+    assert (worst.resolve, worst.gate, worst.merge) == (0, 0, 0)
+    assert worst.passes == 3000 + 1200 + 800
+    assert worst.resource_steps == 140
+    assert worst.control_steps == 60
+
+
+def test_averages_are_judged_beside_raw_weights() -> None:
+    plain = price_fork(recipe=recipe_of(1), levels=(10,), reduction_factor=3, run=run_of())
+    averaged = price_fork(recipe=recipe_of(1), levels=(10,), reduction_factor=3, run=run_of(averages=True))
+    assert plain.evaluate == (2 + 2) * 100 + 100
+    assert averaged.evaluate == (2 + 2) * 4 * 100 + 100
+
+
+def test_an_average_of_the_variants_own_is_one_more_candidate() -> None:
+    own = TrainingRecipe(variants=(Variant(name="own", ema=0.9),))
+    worst = price_fork(recipe=own, levels=(10,), reduction_factor=3, run=run_of(averages=True))
+    assert worst.evaluate == 2 * 5 * 100 + 2 * 4 * 100 + 100
+
+
+def test_clusters_by_embedding_need_every_training_sample_once() -> None:
+    clusters = SelectKMeans(k=3, clusters=(0,), artifact=DIGEST)
+    worst = price_fork(
+        recipe=recipe_of(1), levels=(10,), reduction_factor=3, run=run_of(), selection=clusters
+    )
+    assert worst.resolve == 500
+    by_loss = SelectKMeans(k=3, clusters=(0,), feature="loss", artifact=DIGEST)
+    assert (
+        price_fork(
+            recipe=recipe_of(1), levels=(10,), reduction_factor=3, run=run_of(), selection=by_loss
+        ).resolve
+        == 0
+    )
+
+
+def test_a_routers_control_gets_the_sum_of_its_experts_and_the_router() -> None:
+    gated = price_fork(
+        recipe=recipe_of(9), levels=(10, 30), reduction_factor=3, run=run_of(), gate=GateRecipe(epochs=4)
+    )
+    assert climbers(9, 2, 3) == (9, 3)
+    assert gated.gate == (3 + 2) * 100 + 3 * 0.5 * 2 * 4 * 100
+    assert gated.control_steps == 3 * 30 + -(-int(gated.gate) // 30)
+
+
+@pytest.mark.parametrize(
+    ("merge", "passes", "control"),
+    [
+        (None, 0, 30),
+        (MergeInterpolate(weights=(0.5, 1.0)), 2 * (100 + 500), 30),
+        (MergeUniform(), 100 + 500, 30),
+        (MergeGreedy(), 3 * (100 + 500), 30),
+        (MergeFisherSoup(samples=64), 600 + 3 * 2 * 64, 30),
+    ],
+)
+def test_merges_of_one_specialist_with_the_control(
+    merge: MergeRecipe | None, passes: int, control: int
+) -> None:
+    worst = price_fork(recipe=recipe_of(3), levels=(10, 30), reduction_factor=3, run=run_of(), merge=merge)
+    assert worst.merge == passes
+    assert worst.control_steps == control
+
+
+def test_a_merge_of_the_trunks_averages_costs_evaluations_only() -> None:
+    worst = price_merge(MergeSwa(), run_of(averages=True))
+    assert worst.passes == 4 * 100 + 2 * 50 + 3 * 500
+    assert worst.resource_steps == worst.control_steps == 0
+
+
+def test_sharpness_aware_arms_cost_the_same_for_each_resource_step() -> None:
+    sam = TrainingRecipe(variants=(Variant(name="flat", optimizer="sam"),))
+    assert price_fork(recipe=sam, levels=(10, 30), reduction_factor=3, run=run_of()) == price_fork(
+        recipe=recipe_of(1), levels=(10, 30), reduction_factor=3, run=run_of()
+    )
+
+
+def card_of(**changes: Any) -> PlanCard:
+    return PlanCard.model_validate(
+        {
+            "id": "0123abcd",
+            "session": "s",
+            "step": 100,
+            "action": "fork",
+            "reason": "loss_plateau",
+            "because": "3 %",
+            "training_recipe": {"variants": [{"name": "a"}, {"name": "b"}, {"name": "c"}]},
+            "budget_steps": 20,
+            "asha": {"reduction_factor": 3, "max_steps": 60},
+            "cost": {"sample_passes": 0, "share_of_remaining": 0},
+            "cooldown_steps": 10,
+            "base": {"step": 100, "policy": DIGEST},
+        }
+        | changes
+    )
+
+
+def test_a_card_is_priced_by_the_same_arithmetic() -> None:
+    worst = worst_case(card_of(), run_of())
+    assert worst == price_fork(recipe=recipe_of(3), levels=(20, 60), reduction_factor=3, run=run_of())
+    assert worst_case_passes(card_of(), run_of()) == worst.passes
+    merge = card_of(
+        action="merge",
+        training_recipe=None,
+        asha=None,
+        budget_steps=0,
+        merge_recipe={"kind": "swa"},
+    )
+    assert worst_case(merge, run_of()) == price_merge(MergeSwa(), run_of())
+
+
+@given(
+    n=st.integers(1, 40),
+    eta=st.integers(2, 5),
+    first=st.integers(1, 50),
+    extra=st.integers(0, 400),
+)
+def test_training_is_priced_as_the_scheduler_bounds_it(n: int, eta: int, first: int, extra: int) -> None:
+    ladder = Ladder(first, first + extra, eta)
+    levels = rungs(first, eta, first + extra)
+    assert levels == ladder.levels
+    worst = price_fork(recipe=recipe_of(n), levels=levels, reduction_factor=eta, run=run_of())
+    assert worst.resource_steps == worst_case_resource(n, ladder, quota=True, retries=1)
+    assert worst.train + worst.retry == worst.resource_steps * step_passes(run_of())
+
+
+@given(
+    values=st.lists(st.floats(-1, 1) | st.just(float("nan")), min_size=1, max_size=12),
+    eta=st.integers(2, 4),
+    fails=st.integers(0, 30),
+)
+def test_no_order_of_values_and_failures_trains_more_than_was_priced(
+    values: list[float], eta: int, fails: int
+) -> None:
+    levels = rungs(5, eta, 5 * eta**2)
+    priced = price_fork(recipe=recipe_of(len(values)), levels=levels, reduction_factor=eta, run=run_of())
+    asha = ASHA(
+        5, 5 * eta**2, eta, mode="max", candidates=len(values), quota=True, budget=priced.resource_steps
+    )
+    reports = trained = jobs = 0
+    while (job := asha.next()) is not None:
+        jobs += 1
+        trained += job.to_resource - job.from_resource
+        if jobs == fails:
+            asha.failed(job.trial, job.attempt)
+            continue
+        asha.report(job.trial, job.to_resource, values[job.trial], job.attempt)
+        reports += 1
+    assert trained <= priced.resource_steps
+    assert reports <= sum(climbers(len(values), len(levels), eta)) + 1
