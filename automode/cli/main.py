@@ -2,18 +2,21 @@
 
 A command lives in a module of this room and is named in ``COMMANDS`` with the line that ``automode --help`` prints, so that
 neither ``--help`` nor ``--version`` imports the command's module, nor torch behind it.
+
+Exit codes: 0 fine, 1 any error (or, for ``replay``, a difference), 2 cards are waiting (``cards`` only).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import click
 
-from automode import AutomodeError, UsageError, __version__
+from automode import AutomodeError, __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +34,42 @@ class CommandSource:
     summary: str
 
 
-COMMANDS: Mapping[str, CommandSource] = {}
+def _from(module: str, **summaries: str) -> dict[str, CommandSource]:
+    """Commands of one module of this room; each stands there under its own name."""
+    return {
+        name: CommandSource(module=f"automode.cli.{module}", attribute=name, summary=summary)
+        for name, summary in summaries.items()
+    }
 
 
-class _Refused(click.ClickException):
-    """The caller asked for something that cannot be had; exit code 2, as click's own usage errors."""
-
-    exit_code = 2
+COMMANDS: Mapping[str, CommandSource] = {
+    **_from(
+        "reading",
+        cards="List a session's plan cards (exit code 2 when one waits for you).",
+        show="Print a card as YAML, and what became of it.",
+        story="Tell why a card was made and what became of it, cause by cause.",
+        trials="Show each card's ladder: what the trials reported, who was promoted, and why.",
+        lineage="Draw the family tree of the weights.",
+        log="Print the session's events in order.",
+        replay="Decide everything again and compare (exit code 1 on a difference).",
+    ),
+    **_from(
+        "answering",
+        approve="Let a card run.",
+        reject="Refuse a card that has not begun.",
+        revise="Send a card back with a note on what should be different.",
+        edit="Change a card in your editor; an approved card has to be approved again.",
+        submit="Hand in a card of your own (a YAML file, or - for standard input).",
+        cancel="Stop a card, running or not.",
+        mode="Switch the mode of a running session.",
+        rollback="Undo an adoption: the weights from before it come back.",
+    ),
+    **_from(
+        "policies",
+        policy="Check and compare policies.",
+        schema="Print the JSON schema of plan cards or policies.",
+    ),
+}
 
 
 class LazyGroup(click.Group):
@@ -75,14 +107,27 @@ class LazyGroup(click.Group):
             with formatter.section("Commands"):
                 formatter.write_dl(rows)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the group's own arguments; what is wrong with them ends in exit code 1, as every error does."""
+        with _errors_as_messages():
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error that automode raises on purpose is a message, not a traceback."""
-        try:
+        with _errors_as_messages():
             return super().invoke(ctx)
-        except UsageError as error:
-            raise _Refused(str(error)) from error
-        except AutomodeError as error:
-            raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        # Click would exit with 2, which says that cards are waiting.
+        setattr(error, "exit_code", 1)  # noqa: B010 (declared for the class, read from the instance)
+        raise
+    except AutomodeError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=LazyGroup, sources=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})

@@ -89,7 +89,7 @@ def test_help_does_not_load_the_commands_that_it_lists(group: LazyGroup) -> None
 
 @pytest.mark.parametrize(
     ("how", "message", "code"),
-    [("usage", "mend this", 2), ("card", "mend that", 2), ("other", "disk gone", 1)],
+    [("usage", "mend this", 1), ("card", "mend that", 1), ("other", "disk gone", 1)],
 )
 def test_our_errors_are_messages_with_an_exit_code(
     group: LazyGroup, how: str, message: str, code: int
@@ -105,8 +105,13 @@ def test_other_errors_keep_their_traceback(group: LazyGroup) -> None:
 
 def test_an_unknown_command_is_refused(group: LazyGroup) -> None:
     done = CliRunner().invoke(group, ["fial"])
-    assert done.exit_code == 2
+    assert done.exit_code == 1  # 2 would say that cards are waiting
     assert "fial" in done.output
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["fail"], ["fail", "usage", "--nonsense"], []])
+def test_wrong_usage_is_an_error_and_no_waiting_card(group: LazyGroup, arguments: list[str]) -> None:
+    assert CliRunner().invoke(group, arguments).exit_code == 1
 
 
 def test_a_source_that_is_no_command_is_our_own_mistake(group: LazyGroup) -> None:

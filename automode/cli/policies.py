@@ -1,0 +1,89 @@
+"""Commands about policies and formats: they need no session."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import click
+
+from automode.cli.files import read_text
+from automode.errors import PolicyError
+from automode.planner.card_text import json_schema, policy_from_yaml, policy_to_yaml
+from automode.planner.policy import Policy
+from automode.planner.rules import chosen
+from automode.planner.yaml_text import shown
+from automode.planner.yaml_writer import flow
+from automode.presets import preset_names, preset_text
+
+
+@click.group()
+def policy() -> None:
+    """Check and compare policies."""
+
+
+@policy.command()
+@click.argument("file")
+def check(file: str) -> None:
+    """Validate a policy (a file, or a preset's name) and say how it differs from the default."""
+    found = load_policy(file)
+    chosen(found)
+    click.echo(f"{shown(file)} is a valid policy: {shown(found.name)}, digest {found.digest}")
+    changed = differences(Policy(), found)
+    click.echo("it is the default policy" if not changed else "it differs from the default in:")
+    for line in changed:
+        click.echo(f"  {line}")
+
+
+@policy.command()
+@click.argument("a")
+@click.argument("b")
+def diff(a: str, b: str) -> None:
+    """Compare two policies (files, or presets' names)."""
+    changed = differences(load_policy(a), load_policy(b))
+    click.echo("\n".join(changed) if changed else "no differences")
+
+
+@policy.command()
+@click.argument("file")
+def show(file: str) -> None:
+    """Print a policy with every value written out and explained."""
+    click.echo(policy_to_yaml(load_policy(file)), nl=False)
+
+
+@click.command()
+@click.argument("what", type=click.Choice(["card", "policy"]))
+def schema(what: Literal["card", "policy"]) -> None:
+    """Print the JSON schema of plan cards or policies."""
+    click.echo(json.dumps(json_schema(what), indent=2))
+
+
+def load_policy(name: str) -> Policy:
+    """Read a policy by a preset's name or from a file; a file of the same name is meant by ``./NAME``.
+
+    Raises:
+        PolicyError: The text is no policy; the message begins with the file's name.
+        UsageError: The file cannot be read.
+    """
+    text = preset_text(name) if name in preset_names() else read_text(name, known=preset_names())
+    try:
+        return policy_from_yaml(text)
+    except PolicyError as error:
+        raise PolicyError(f"{shown(name)}: {error}") from error
+
+
+def differences(a: Policy, b: Policy) -> list[str]:
+    """Say what differs, one dotted name a line."""
+    before, after = _leaves(a.dump(), ""), _leaves(b.dump(), "")
+    return [
+        f"{name}: {shown(flow(before[name]), 200)} -> {shown(flow(after[name]), 200)}"
+        for name in before
+        if before[name] != after[name]
+    ]
+
+
+def _leaves(value: dict[str, Any], path: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, entry in value.items():
+        found |= _leaves(entry, f"{path}{key}.") if isinstance(entry, dict) else {f"{path}{key}": entry}
+    return found
