@@ -44,7 +44,7 @@ def collectable(board: Board) -> set[tuple[int, int]]:
 
 def _never_promoted(board: Board, bracket: Bracket) -> list[int]:
     """List the trials that wait in this bracket and can never be promoted."""
-    if board.cancelled:
+    if board.cancelled or (board.in_flight == 0 and board.choose() is None):
         return [trial for rung in bracket.rungs[:-1] for trial in rung.beyond(0)]
     arrivals = _still_to_start(board, bracket)
     if arrivals is None:
@@ -56,6 +56,10 @@ def _never_promoted(board: Board, bracket: Bracket) -> list[int]:
         allowed = max(1, final // board.ladder.reduction_factor) if final else 0
         waiting = rung.beyond(0)
         beyond = rung.beyond(allowed)
+        if (
+            bracket.quota
+        ):  # whoever goes on is the best of those waiting, and there are places for so many only
+            beyond = max(beyond, waiting[max(0, allowed - rung.promoted) :], key=len)
         arrivals = len(waiting) - len(beyond) + final - rung.size
         if bracket.quota:
             arrivals = min(arrivals, max(0, allowed - rung.promoted))
