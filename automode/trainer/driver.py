@@ -44,7 +44,7 @@ from automode.session import SessionStore
 from automode.session.inbox import Inbox
 from automode.trainer.narrator import Narrator
 from automode.trainer.performer import Performer
-from automode.trainer.probe import Block
+from automode.trainer.observation_block import Block
 from automode.trainer.recorder import Recorder
 
 TRUNK = "trunk"

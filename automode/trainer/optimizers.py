@@ -11,7 +11,7 @@ from torch import Tensor
 from automode.errors import NotExecutableError
 from automode.planner.recipes import Variant
 
-CLASSES: dict[str, type[torch.optim.Optimizer]] = {
+CLASSES: dict[str, Any] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -35,7 +35,8 @@ def apply_variant(optimizer: torch.optim.Optimizer, variant: Variant) -> torch.o
     extra: dict[str, Any] = (
         {"momentum": optimizer.defaults.get("momentum", 0.9)} if kind is torch.optim.SGD else {}
     )
-    return kind(groups, lr=float(optimizer.param_groups[0]["lr"]), **extra)
+    made: torch.optim.Optimizer = kind(groups, lr=float(optimizer.param_groups[0]["lr"]), **extra)
+    return made
 
 
 def scale_group(group: dict[str, Any], variant: Variant) -> None:

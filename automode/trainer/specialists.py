@@ -279,10 +279,11 @@ class SpecialistSegment:
             per_sample = self._runner.per_sample
             if variant.loss_weight == 1.0 or per_sample is None:
                 return loss
-            losses = per_sample.losses(outputs, targets)
+            losses = per_sample.differentiable(outputs, targets)
             weight = torch.ones_like(losses)
             weight[: self._plan.selected_rows] = variant.loss_weight
-            return (losses * weight).sum() / weight.sum()
+            weighted: Tensor = (losses * weight).sum() / weight.sum()
+            return weighted
 
     def _set_rate(self) -> None:
         """Anneal linearly to zero by the top rung; otherwise the copied schedule, or nothing, sets the rate."""

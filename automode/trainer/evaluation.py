@@ -1,0 +1,162 @@
+"""Scoring a network on held-out samples, one by one, without leaving a trace in it or in the random state.
+
+Utility is what acceptance compares, higher is better (DECISIONS 14): 0.8 accuracy + 0.2 p(y) for classes, which stays
+bounded where labels may be wrong; minus Huber loss for values; minus the loss itself for sequences and all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from automode.errors import DataError
+from automode.merges.batches import training_flags_kept
+from automode.planner.acceptance import utility_classification
+from automode.trainer.per_sample import PerSampleLoss
+from automode.trainer.random_state import forked_rng
+from automode.trainer.tasks import Task, task_of
+from automode.trainer.trunk import StepFn
+
+Part = Literal["A", "B"]
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+HUBER_SIGMAS = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerSampleScores:
+    """Scores of held-out samples, in the order in which they were read.
+
+    Attributes:
+        ids: Sample ids [n].
+        loss: Loss of each sample [n]; the batch's mean where per-sample losses are not exact.
+        utility: Utility of each sample [n], higher is better.
+        correct: 1 where the class is right [n]; None where there are no classes.
+        p_true: Probability of the true class [n]; None likewise.
+    """
+
+    ids: Ids
+    loss: Floats
+    utility: Floats
+    correct: Floats | None = None
+    p_true: Floats | None = None
+
+    @property
+    def n(self) -> int:
+        """How many samples."""
+        return int(self.ids.size)
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> PerSampleScores:
+        """The scores of some samples."""
+        return PerSampleScores(
+            ids=self.ids[mask],
+            loss=self.loss[mask],
+            utility=self.utility[mask],
+            correct=None if self.correct is None else self.correct[mask],
+            p_true=None if self.p_true is None else self.p_true[mask],
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluator:
+    """Scores networks on fixed held-out batches.
+
+    Attributes:
+        step_fn: Model and batch to (loss, outputs, targets).
+        batches: A fresh pass over a part's batches on the device, each with its sample ids.
+        per_sample: The loss's per-sample twin.
+        autocast: Makes the context that forward passes run in.
+        delta: Where the Huber loss turns linear: one standard deviation of the targets first seen, then fixed.
+    """
+
+    step_fn: StepFn
+    batches: Callable[[Part | None], Iterable[tuple[Any, Ids]]]
+    per_sample: PerSampleLoss
+    autocast: Callable[[], Any]
+    delta: float | None = None
+    task: Task | None = field(default=None)
+
+    def scores(self, model: nn.Module, part: Part | None) -> PerSampleScores:
+        """Score a network on one half, or on the whole set for ``None``; evaluation mode, no gradients.
+
+        Raises:
+            DataError: The part holds no sample.
+        """
+        found: list[tuple[Ids, Floats, Floats, Floats | None, Floats | None]] = []
+        with forked_rng(), training_flags_kept(model), torch.no_grad():
+            model.eval()
+            for batch, ids in self.batches(part):
+                with self.autocast():
+                    loss, outputs, targets = self.step_fn(model, batch)
+                found.append((ids, *self._batch(loss, outputs, targets, len(ids))))
+        if not found:
+            raise DataError(f"the held-out {'set' if part is None else f'half val-{part}'} holds no sample to judge by")
+        ids, losses, utilities, correct, p_true = zip(*found, strict=True)
+        return PerSampleScores(
+            ids=np.concatenate(ids),
+            loss=np.concatenate(losses),
+            utility=np.concatenate(utilities),
+            correct=_joined(correct),
+            p_true=_joined(p_true),
+        )
+
+    def _batch(
+        self, loss: Tensor, outputs: Any, targets: Any, n: int
+    ) -> tuple[Floats, Floats, Floats | None, Floats | None]:
+        if self.task is None:
+            self.task = task_of(outputs, targets)
+        losses = self._losses(loss, outputs, targets, n)
+        match self.task:
+            case "classification" | "binary":
+                p, right = _probabilities(outputs, targets, self.task, probabilities=self.per_sample.probabilities)
+                return losses, utility_classification(right, np.clip(np.nan_to_num(p), 0.0, 1.0)), right, p
+            case "regression":
+                return losses, -self._huber(outputs, targets), None, None
+            case _:
+                return losses, -losses, None, None
+
+    def _losses(self, loss: Tensor, outputs: Any, targets: Any, n: int) -> Floats:
+        if self.per_sample.exact or self.per_sample.check(outputs, targets, loss):
+            values = self.per_sample(outputs, targets)
+            return np.asarray(values.double().cpu().numpy(), dtype=np.float64)
+        return np.full(n, float(loss), dtype=np.float64)
+
+    def _huber(self, outputs: Tensor, targets: Tensor) -> Floats:
+        targets = targets.reshape(outputs.shape).to(outputs.dtype)
+        if self.delta is None:
+            spread = float(targets.double().std()) if targets.numel() > 1 else 1.0
+            self.delta = HUBER_SIGMAS * spread if spread > 0.0 else 1.0
+        error = torch.nn.functional.huber_loss(
+            outputs.double(), targets.double(), reduction="none", delta=self.delta
+        )
+        return np.asarray(error.reshape(error.shape[0], -1).mean(dim=1).cpu().numpy(), dtype=np.float64)
+
+
+def _probabilities(outputs: Tensor, targets: Tensor, task: Task, *, probabilities: bool) -> tuple[Floats, Floats]:
+    """Return (probability of the true class, 1 where the most probable class is right)."""
+    if task == "classification":
+        p = torch.softmax(outputs.double(), dim=1)
+        known = (targets >= 0) & (targets < outputs.shape[1])
+        true = p.gather(1, targets.clamp(0, outputs.shape[1] - 1)[:, None])[:, 0] * known
+        right = (p.argmax(dim=1) == targets) & known
+    else:
+        score = outputs.double().reshape(targets.shape[0], -1)[:, 0]
+        one = score if probabilities else torch.sigmoid(score)
+        label = targets.double().reshape(targets.shape[0], -1)[:, 0]
+        true = torch.where(label > 0.5, one, 1.0 - one)
+        right = true > 0.5
+    return (
+        np.asarray(true.cpu().numpy(), dtype=np.float64),
+        np.asarray(right.double().cpu().numpy(), dtype=np.float64),
+    )
+
+
+def _joined(parts: tuple[Floats | None, ...]) -> Floats | None:
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None

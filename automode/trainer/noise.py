@@ -1,0 +1,144 @@
+"""Label noise: how much there probably is, which samples it probably is, and when nobody can tell.
+
+The rate comes from held-out predictions by confident learning (Northcutt et al. 2021, arXiv:1911.00068): the share of samples whose
+label disagrees with a class that the network holds for them with more than that class's usual confidence. The suspects are the
+samples of lowest mean margin (area under the margin, Pleiss et al. 2020, arXiv:2001.10528), cross-examined by the labels of their
+nearest neighbours in feature space. Where the two witnesses disagree on most suspects, the answer is "cannot tell".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+NEIGHBOURS = 10
+PRUDENCE = 0.85
+"""Share of the estimated rate that is called suspect: too many cost about twice as much as too few."""
+
+LEAST_AGREEMENT = 0.5
+LEAST_RATE = 0.02
+"""Below this rate an estimate is not told from none."""
+
+LEAST_SAMPLES = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseEvidence:
+    """What is known of label noise.
+
+    Attributes:
+        rate: Estimated share of wrong labels, 0 to 1; None: cannot tell.
+        suspects: Ids of the probably mislabelled samples, most suspect first.
+        why: In words.
+    """
+
+    rate: float | None
+    suspects: Ids
+    why: str
+
+
+def confident_rate(probabilities: Floats, labels: npt.NDArray[np.int64]) -> float | None:
+    """Estimate the share of wrong labels from held-out class probabilities.
+
+    Args:
+        probabilities: [n, C], of a network that did not train on these samples.
+        labels: [n].
+
+    Returns:
+        The off-diagonal mass of the confident joint; None with fewer than 50 samples or a single class.
+    """
+    n, classes = probabilities.shape
+    if n < LEAST_SAMPLES or np.unique(labels).size < 2:
+        return None
+    threshold = np.full(classes, np.inf)
+    for c in range(classes):
+        mine = labels == c
+        if mine.any():
+            threshold[c] = probabilities[mine, c].mean()
+    confident = np.where(probabilities >= threshold, probabilities, -np.inf)
+    known = np.isfinite(confident).any(axis=1)
+    if not known.any():
+        return None
+    believed = confident[known].argmax(axis=1)
+    return float((believed != labels[known]).mean())
+
+
+def neighbour_disagreement(features: Floats, labels: npt.NDArray[np.int64], k: int = NEIGHBOURS) -> Floats:
+    """Return, for each sample, the share of its k nearest neighbours (itself left out) that carry another label."""
+    k = min(k, features.shape[0] - 1)
+    if k < 1:
+        return np.zeros(features.shape[0])
+    with threadpool_limits(limits=1):
+        index = NearestNeighbors(n_neighbors=k + 1).fit(features)
+        neighbours = index.kneighbors(features, return_distance=False)[:, 1:]
+    return np.asarray((labels[neighbours] != labels[:, None]).mean(axis=1), dtype=np.float64)
+
+
+def weigh(
+    *,
+    rate: float | None,
+    ids: Ids,
+    margins: Floats,
+    probe: Ids,
+    disagreement: Floats | None,
+) -> NoiseEvidence:
+    """Name the suspects, or say that nobody can tell.
+
+    Args:
+        rate: :func:`confident_rate` on held-out data.
+        ids: Samples that training has seen.
+        margins: Their mean margins (AUM); low is suspect.
+        probe: Samples whose neighbours were asked.
+        disagreement: :func:`neighbour_disagreement` of the probe; None where there are no features.
+    """
+    none = np.empty(0, dtype=np.int64)
+    finite = np.isfinite(margins)
+    if rate is None or not finite.any():
+        return NoiseEvidence(
+            rate=None, suspects=none, why="no held-out class probabilities to estimate label noise from"
+        )
+    if rate < LEAST_RATE:
+        return NoiseEvidence(
+            rate=rate, suspects=none, why=f"estimated label noise {rate:.1%}: none worth naming"
+        )
+    ids, margins = ids[finite], margins[finite]
+    order = np.argsort(margins, kind="stable")
+    suspects = ids[order[: round(PRUDENCE * rate * ids.size)]]
+    if disagreement is None or suspects.size == 0:
+        return NoiseEvidence(
+            rate=None, suspects=suspects, why="no features to cross-examine the suspects with"
+        )
+    asked = np.isin(probe, suspects)
+    if asked.sum() < NEIGHBOURS:
+        return NoiseEvidence(
+            rate=None, suspects=suspects, why=f"only {int(asked.sum())} suspects have been cross-examined"
+        )
+    agree = float((disagreement[asked] >= 0.5).mean())
+    if agree < LEAST_AGREEMENT:
+        return NoiseEvidence(
+            rate=None,
+            suspects=suspects,
+            why=f"the neighbours of {1 - agree:.0%} of the suspects agree with their labels: hard or wrong, nobody can tell",
+        )
+    return NoiseEvidence(
+        rate=rate, suspects=suspects, why=f"estimated label noise {rate:.1%}, {suspects.size} suspects"
+    )
+
+
+def probabilities_of(outputs: list[Any]) -> Floats | None:
+    """Softmax of class scores [n, C]; None where the outputs are none."""
+    import torch
+
+    if not outputs or not all(
+        isinstance(o, torch.Tensor) and o.dim() == 2 and o.shape[1] > 1 for o in outputs
+    ):
+        return None
+    return np.asarray(torch.softmax(torch.cat(outputs).double(), dim=1).cpu().numpy(), dtype=np.float64)

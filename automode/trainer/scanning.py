@@ -1,0 +1,183 @@
+"""Scans: what the sample ledger, the noise evidence and the clusters say at one moment, as two events and two artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from automode.planner.events import Clustered, Scan, Scanned, Task
+from automode.session.artifacts import ArtifactStore
+from automode.trainer.clusters import Clusters, agreement, fit_clusters, losses_by_cluster
+from automode.trainer.embedding import embeddings
+from automode.trainer.noise import (
+    NoiseEvidence,
+    confident_rate,
+    neighbour_disagreement,
+    probabilities_of,
+    weigh,
+)
+from automode.trainer.sample_ledger import SampleLedger
+from automode.trainer.sample_source import Ids, SampleSource
+from automode.trainer.trunk import Trunk
+
+READ_BATCH = 256
+Batches = Callable[[], Iterable[Any]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Scanner:
+    """Reads the ledger and clusters fixed probe samples.
+
+    Attributes:
+        trunk: The run.
+        ledger: Per-sample losses and margins of training.
+        source: Training samples by id.
+        train_ids: Every training sample.
+        val_a: A fresh pass over val-A; None where there is none.
+        artifacts: Where id lists and centroids go.
+        task: What the targets are.
+        seed: Of the probe's choice, the projection and the starts of k-means.
+        noise: The last verdict on label noise.
+        clusters: The last clusters.
+    """
+
+    trunk: Trunk
+    ledger: SampleLedger
+    source: SampleSource
+    train_ids: Ids
+    val_a: Batches | None
+    artifacts: ArtifactStore
+    task: Task
+    seed: int
+    noise: NoiseEvidence | None = None
+    clusters: Clusters | None = None
+    _probe: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def scan(self, command: Scan, step: int) -> list[Scanned | Clustered]:
+        """Answer a Scan command."""
+        probe = self._probe_of(command.probe)
+        features, labels, passes = self._read(probe)
+        noise, spent = self._weigh_noise(probe, features, labels)
+        self.noise = noise
+        found: list[Scanned | Clustered] = [self._scanned(command, step, noise, passes + spent)]
+        if command.clusters:
+            clustered = self._cluster(step, probe, features, labels, noise)
+            if clustered is not None:
+                found.append(clustered)
+        return found
+
+    def embed(self, ids: Ids) -> tuple[npt.NDArray[np.float64], float]:
+        """Return (features [n, d], sample passes) of any training samples, as the clusters read them."""
+        features, _, passes = self._read(ids)
+        return features, passes
+
+    def _probe_of(self, size: int) -> Ids:
+        """The same samples at every scan, so that stability compares like with like."""
+        size = min(size, self.train_ids.size)
+        if self._probe.size != size:
+            rng = np.random.default_rng(np.random.SeedSequence([self.seed, 0x5CA]))
+            self._probe = np.sort(rng.choice(self.train_ids, size=size, replace=False))
+        return self._probe
+
+    def _read(self, ids: Ids) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64] | None, float]:
+        batches = (self.source.batch(ids[i : i + READ_BATCH]) for i in range(0, ids.size, READ_BATCH))
+        features, _, targets = embeddings(self.trunk.model, self.trunk.step_fn, batches, seed=self.seed)
+        return features, _labels(targets) if self.task == "classification" else None, float(ids.size)
+
+    def _weigh_noise(
+        self, probe: Ids, features: npt.NDArray[np.float64], labels: npt.NDArray[np.int64] | None
+    ) -> tuple[NoiseEvidence, float]:
+        rate, passes = None, 0.0
+        if self.val_a is not None and labels is not None:
+            _, outputs, targets = embeddings(
+                self.trunk.model, self.trunk.step_fn, self.val_a(), seed=self.seed
+            )
+            held = _labels(targets)
+            probabilities = probabilities_of(outputs)
+            if probabilities is not None and held is not None:
+                rate = confident_rate(probabilities, held)
+                passes = float(held.size)
+        seen = self.ledger.seen()
+        margins = np.asarray(self.ledger.column("margin", seen), dtype=np.float64)
+        disagreement = neighbour_disagreement(features, labels) if labels is not None else None
+        return weigh(rate=rate, ids=seen, margins=margins, probe=probe, disagreement=disagreement), passes
+
+    def _scanned(self, command: Scan, step: int, noise: NoiseEvidence, passes: float) -> Scanned:
+        ledger = self.ledger
+        seen = ledger.n_seen
+        tail_mean, tail = None, np.empty(0, dtype=np.int64)
+        if seen:
+            tail = ledger.ids_in_quantile("ema_loss", command.tail_from, 1.0)
+            tail = tail[~np.isin(tail, noise.suspects)]
+            if tail.size:
+                tail_mean = float(np.mean(ledger.column("ema_loss", tail)))
+        return Scanned(
+            step=step,
+            n=seen,
+            visits=ledger.visits / seen if seen else 0.0,
+            quantiles={str(name): values for name, values in ledger.quantiles().items()},
+            tail_mean=tail_mean,
+            tail_n=int(tail.size),
+            suspects=int(noise.suspects.size),
+            noise=noise.rate,
+            artifact=self.artifacts.put_ids(np.sort(noise.suspects)) if noise.suspects.size else None,
+            passes=passes,
+        )
+
+    def _cluster(
+        self,
+        step: int,
+        probe: Ids,
+        features: npt.NDArray[np.float64],
+        labels: npt.NDArray[np.int64] | None,
+        noise: NoiseEvidence,
+    ) -> Clustered | None:
+        before = self.clusters
+        fitted = fit_clusters(features, seed=self.seed)
+        if fitted is None:
+            return None
+        self.clusters = fitted
+        losses = np.asarray(self.ledger.column("ema_loss", probe), dtype=np.float64)
+        suspect = np.isin(probe, noise.suspects)
+        means, errors = losses_by_cluster(fitted.labels, losses, ~suspect, fitted.k)
+        sizes = np.bincount(fitted.labels, minlength=fitted.k)
+        return Clustered(
+            step=step,
+            feature="embedding",
+            k=fitted.k,
+            sizes=tuple(int(n) for n in sizes),
+            losses=means,
+            errors=errors,
+            tops=_tops(fitted.labels, labels, fitted.k),
+            noise=tuple(float(suspect[fitted.labels == c].mean()) for c in range(fitted.k)),
+            ari=agreement(None if before is None else before.labels, fitted.labels),
+            artifact=self.artifacts.put_array(fitted.packed()),
+            passes=0.0,
+        )
+
+
+def _labels(targets: list[Any]) -> npt.NDArray[np.int64] | None:
+    if not targets or not all(
+        isinstance(t, torch.Tensor) and t.dim() == 1 and not t.is_floating_point() for t in targets
+    ):
+        return None
+    return np.asarray(torch.cat(targets).cpu().numpy(), dtype=np.int64)
+
+
+def _tops(clusters: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | None, k: int) -> tuple[str, ...]:
+    if labels is None:
+        return ()
+    told = []
+    for cluster in range(k):
+        values, counts = np.unique(labels[clusters == cluster], return_counts=True)
+        top = int(counts.argmax())
+        share = counts[top] / counts.sum()
+        told.append(
+            f"mostly class {values[top]} ({share:.0%})" if share > 0.5 else f"{values.size} classes mixed"
+        )
+    return tuple(told)

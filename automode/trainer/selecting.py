@@ -1,0 +1,187 @@
+"""From a card's selection to sample ids, and from its recipe to variants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import numpy as np
+
+from automode.errors import NotExecutableError
+from automode.planner.cards import PlanCard
+from automode.planner.recipes import (
+    INLINE_IDS,
+    SelectAll,
+    SelectIndices,
+    Selection,
+    SelectKMeans,
+    SelectQuantile,
+    TrainingRecipe,
+    Variant,
+)
+from automode.scheduler.candidates import Candidates
+from automode.session.artifacts import ArtifactStore
+from automode.trainer.clusters import Clusters
+from automode.trainer.sample_ledger import SampleLedger
+from automode.trainer.sample_source import Ids
+from automode.trainer.scanning import Scanner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """What a card's trials will train on.
+
+    Attributes:
+        selected: Ids to specialise on, ascending.
+        others: The rest of the training samples, to replay from.
+        variants: The trials' variants.
+        artifact: The selected ids, where they are too many for a card.
+        passes: Sample passes that selecting took.
+    """
+
+    selected: Ids
+    others: Ids
+    variants: tuple[Variant, ...]
+    artifact: str | None
+    passes: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Selector:
+    """Resolves selections.
+
+    Attributes:
+        train_ids: Every training sample, ascending.
+        ledger: Per-sample losses; None where they are not exact.
+        scanner: The last scan; None where nothing is scanned.
+        artifacts: Id lists and centroids by digest.
+        slices: Named training slices, by id.
+        seed: The session's seed.
+    """
+
+    train_ids: Ids
+    ledger: SampleLedger | None
+    scanner: Scanner | None
+    artifacts: ArtifactStore
+    slices: Mapping[str, Ids]
+    seed: int
+
+    def select(self, card: PlanCard) -> Selected:
+        """Resolve a card.
+
+        Raises:
+            NotExecutableError: The selection needs what this run does not have, or holds no training sample.
+        """
+        recipe = card.training_recipe
+        assert recipe is not None
+        selected, passes = self._ids(card.selection)
+        allowed = self.train_ids
+        if recipe.exclude is not None:
+            excluded, more = self._ids(recipe.exclude)
+            passes += more
+            allowed = np.setdiff1d(allowed, excluded)
+        selected = np.intersect1d(selected, allowed)
+        if selected.size == 0:
+            raise NotExecutableError(f"the selection of card {card.id} holds no training sample")
+        return Selected(
+            selected=selected,
+            others=np.setdiff1d(allowed, selected),
+            variants=self._variants(card, recipe),
+            artifact=self.artifacts.put_ids(selected) if selected.size > INLINE_IDS else None,
+            passes=passes,
+        )
+
+    def _ids(self, selection: Selection) -> tuple[Ids, float]:
+        match selection:
+            case SelectAll():
+                return self.train_ids, 0.0
+            case SelectQuantile():
+                return self._quantile(selection), 0.0
+            case SelectKMeans():
+                return self._clusters(selection)
+            case SelectIndices():
+                return self._indices(selection), 0.0
+            case _:
+                assert_never(selection)
+
+    def _quantile(self, selection: SelectQuantile) -> Ids:
+        if self.ledger is None:
+            raise NotExecutableError("quantiles need exact per-sample losses, and this run has none")
+        ids = self.ledger.ids_in_quantile(selection.metric, selection.from_, selection.to)
+        if not selection.exclude_suspects:
+            return ids
+        if self.scanner is None or self.scanner.noise is None:
+            raise NotExecutableError(
+                "which samples are probably mislabelled is not known before the first scan"
+            )
+        return np.setdiff1d(ids, self.scanner.noise.suspects)
+
+    def _clusters(self, selection: SelectKMeans) -> tuple[Ids, float]:
+        if selection.feature != "embedding":
+            return self._scalar_clusters(selection), 0.0
+        if self.scanner is None:
+            raise NotExecutableError("clusters of embeddings need a scan, and this run is not scanned")
+        if selection.artifact is not None:
+            clusters = Clusters.unpacked(np.asarray(self.artifacts.get_array(selection.artifact), dtype=np.float64))
+        elif self.scanner.clusters is not None:
+            clusters = self.scanner.clusters
+        else:
+            raise NotExecutableError("there are no clusters yet: the first scan is still to come")
+        if clusters.k != selection.k:
+            raise NotExecutableError(
+                f"the selection speaks of {selection.k} clusters, and the scan found {clusters.k}"
+            )
+        features, passes = self.scanner.embed(self.train_ids)
+        mine = np.isin(clusters.assign(features), selection.clusters)
+        return self.train_ids[mine], passes
+
+    def _scalar_clusters(self, selection: SelectKMeans) -> Ids:
+        """Clusters of one number a sample are ranges; they are numbered from the smallest to the largest."""
+        if self.ledger is None:
+            raise NotExecutableError(
+                f"clusters of the {selection.feature} need exact per-sample losses, and this run has none"
+            )
+        from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
+
+        ids = self.ledger.seen()
+        name = "ema_loss" if selection.feature == "loss" else "margin"
+        values = np.asarray(self.ledger.column(name, ids), dtype=np.float64)
+        ids, values = ids[np.isfinite(values)], values[np.isfinite(values)]
+        if ids.size < selection.k:
+            raise NotExecutableError(
+                f"{ids.size} samples have a {selection.feature}, which is fewer than {selection.k} clusters"
+            )
+        with threadpool_limits(limits=1):
+            fitted = KMeans(n_clusters=selection.k, n_init=4, random_state=self.seed & 0x7FFFFFFF).fit(
+                values[:, None]
+            )
+        rank = np.argsort(np.argsort(fitted.cluster_centers_[:, 0]))
+        return ids[np.isin(rank[fitted.labels_], selection.clusters)]
+
+    def _indices(self, selection: SelectIndices) -> Ids:
+        if selection.ids is not None:
+            return np.asarray(selection.ids, dtype=np.int64)
+        if selection.artifact is not None:
+            return self.artifacts.get_ids(selection.artifact)
+        assert selection.slice is not None
+        if selection.slice not in self.slices:
+            known = ", ".join(sorted(self.slices)) or "none"
+            raise NotExecutableError(
+                f"no slice of the training data is called {selection.slice!r}; there are: {known}"
+            )
+        return self.slices[selection.slice]
+
+    def _variants(self, card: PlanCard, recipe: TrainingRecipe) -> tuple[Variant, ...]:
+        if recipe.search is None:
+            return recipe.variants
+        search = recipe.search
+        drawn = Candidates(
+            search.parameters, sampler=search.sampler, seed=(self.seed ^ int(card.id, 16)) & 0x7FFFFFFF
+        )
+        found: list[Variant] = []
+        for i in range(search.n):
+            values: dict[str, Any] = dict(drawn.ask().values)
+            found.append(Variant(name=f"draw{i}", **values))
+        return tuple(found)
