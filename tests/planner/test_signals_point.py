@@ -145,7 +145,7 @@ def test_sigma_never_falls_below_its_floor() -> None:
 
 def test_nothing_is_scored_before_the_warm_up_is_over() -> None:
     signal = RobustZ(base=5.5)
-    assert not any(signal.update(x) for x in [*noise(24), 1e9][:24])
+    assert not any(signal.update(x) for x in noise(24).tolist())
     assert not signal.ready
     assert math.isnan(signal.median)
     signal.update(1.0)

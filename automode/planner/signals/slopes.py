@@ -33,7 +33,8 @@ def _ranks(w: int, levels: tuple[float, ...]) -> tuple[list[int], dict[float, tu
     n = w * (w - 1) // 2
     bounds = {}
     for z in levels:
-        low = max(0, floor((n - z * kendall_sigma(w)) / 2.0))
+        # Order statistics are counted from 1, positions from 0.
+        low = max(0, floor((n - z * kendall_sigma(w)) / 2.0) - 1)
         bounds[z] = (low, n - 1 - low)
     needed = {(n - 1) // 2, n // 2}.union(*bounds.values())
     return sorted(needed), bounds
