@@ -127,7 +127,9 @@ def _errors_as_messages() -> Iterator[None]:
         setattr(error, "exit_code", 1)  # noqa: B010 (declared for the class, read from the instance)
         raise
     except AutomodeError as error:
-        raise click.ClickException(str(error)) from error
+        from automode.cli.tables import safe  # not before it is needed: --help stays quick
+
+        raise click.ClickException(safe(str(error))) from error
 
 
 @click.group(cls=LazyGroup, sources=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from automode.cli.sessions import card_argument, card_of, find_card, session_argument
-from automode.cli.tables import duration, local_time, table
+from automode.cli.tables import duration, local_time, safe, table
 from automode.cli.tree import tree
 from automode.errors import UsageError
 from automode.planner.card_text import from_yaml
@@ -101,7 +101,7 @@ def story(session: Path, card: str) -> None:
     from automode.session.replaying import story as tell
 
     with Session.open(session) as opened:
-        click.echo(tell(opened, find_card(opened, card).card_id))
+        click.echo(safe(tell(opened, find_card(opened, card).card_id)))
 
 
 @click.command()
@@ -121,7 +121,7 @@ def replay(context: click.Context, session: Path) -> None:
         click.echo("0 differences")
         return
     click.echo(f"{report.differences:,} difference{'s' if report.differences > 1 else ''}; the first:")
-    click.echo(report.first)
+    click.echo(safe(str(report.first)))
     context.exit(1)
 
 

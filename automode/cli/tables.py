@@ -31,6 +31,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence
     return "\n".join(line.rstrip() for line in lines)
 
 
+def safe(text: str) -> str:
+    """Return text of several lines with control characters shown as escapes: it may quote what anybody typed."""
+    return "\n".join(shown(line, limit=len(line) * 10 + 1) for line in text.split("\n"))
+
+
 def duration(seconds: float) -> str:
     """Say a time span in its largest fitting unit: ``40 s``, ``3 min``, ``2 d``."""
     for length, unit in _UNITS:
