@@ -94,7 +94,8 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def move(value: Any, device: torch.device) -> Any:
     """Move every tensor of a batch to a device."""
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+    # not waiting is safe towards an accelerator only: a copy to the host could be read before it has arrived
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"), value)
 
 
 def rows(batch: Batch, start: int, stop: int) -> Any:

@@ -107,13 +107,55 @@ def distill(
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not parameters:
         raise MergeError("no parameter of the student requires a gradient: there is nothing to train")
-    stepper = optimizer(parameters)
+    losses, samples = _descend(
+        student,
+        teacher,
+        _repeat(batches, steps),
+        stepper=optimizer(parameters),
+        steps=steps,
+        task=task,
+        temperature=temperature,
+        anneal=anneal,
+        seed=seed,
+        forward=forward,
+    )
+    bad = next((index for index, value in enumerate(losses) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise MergeError(
+            f"the distillation loss is {losses[bad]} at step {bad}: lower the student's learning rate"
+        )
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise MergeError("the student is not finite after its last step: lower its learning rate")
+    edge = max(1, steps // 10)
+    return DistillReport(
+        steps=steps,
+        samples=samples,
+        passes=math.ceil(samples * (TRAINING_PASSES + teacher_passes)),
+        first_loss=math.fsum(losses[:edge]) / edge,
+        last_loss=math.fsum(losses[-edge:]) / edge,
+    )
+
+
+def _descend(
+    student: nn.Module,
+    teacher: Teacher,
+    batches: Iterable[Batch],
+    *,
+    stepper: torch.optim.Optimizer,
+    steps: int,
+    task: Task,
+    temperature: float,
+    anneal: bool,
+    seed: int,
+    forward: Forward,
+) -> tuple[list[float], int]:
+    """Take one step for each batch; return the losses and the number of samples read."""
     rates = [float(group["lr"]) for group in stepper.param_groups]
     losses: list[Tensor] = []
     samples = 0
     with training_flags_kept(student), forked_random_state(seed, device_of(student)), torch.enable_grad():
         student.train()
-        for step, batch in enumerate(_repeat(batches, steps)):
+        for step, batch in enumerate(batches):
             for group, rate in zip(stepper.param_groups, rates, strict=True):
                 group["lr"] = rate * (1.0 - step / steps) if anneal else rate
             with torch.no_grad():
@@ -125,22 +167,7 @@ def distill(
             losses.append(loss.detach())
             samples += batch_size(batch)
     stepper.zero_grad(set_to_none=True)
-    values = torch.stack(losses).double().tolist()
-    bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
-    if bad is not None:
-        raise MergeError(
-            f"the distillation loss is {values[bad]} at step {bad}: lower the student's learning rate"
-        )
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
-        raise MergeError("the student is not finite after its last step: lower its learning rate")
-    edge = max(1, steps // 10)
-    return DistillReport(
-        steps=steps,
-        samples=samples,
-        passes=math.ceil(samples * (TRAINING_PASSES + teacher_passes)),
-        first_loss=math.fsum(values[:edge]) / edge,
-        last_loss=math.fsum(values[-edge:]) / edge,
-    )
+    return torch.stack(losses).double().tolist(), samples
 
 
 def distance(student: Tensor, teacher: Tensor, *, task: Task, temperature: float) -> Tensor:

@@ -175,9 +175,7 @@ def fit_gate(
     generator = torch.Generator().manual_seed(seed)
     mean, whitening = whiten(inputs, max_dimensions)
     gate = Gate(inputs.shape[1], whitening.shape[1], log_lik.shape[1], hidden=hidden, temperature=temperature)
-    gate.mean.copy_(mean)
-    gate.whitening.copy_(whitening)
-    _initialise(gate, generator)
+    _initialise(gate, mean, whitening, generator)
     with torch.enable_grad():
         _descend(
             gate,
@@ -334,8 +332,10 @@ def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def _initialise(gate: Gate, generator: torch.Generator) -> None:
+def _initialise(gate: Gate, mean: Tensor, whitening: Tensor, generator: torch.Generator) -> None:
     with torch.no_grad():
+        gate.mean.copy_(mean)
+        gate.whitening.copy_(whitening)
         nn.init.kaiming_uniform_(gate.inner.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(gate.inner.bias)
         # small scores: the gate starts near the uniform mixture and has to earn every preference

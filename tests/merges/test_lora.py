@@ -112,6 +112,7 @@ def test_chosen_layers_only() -> None:
     assert attach(model, rank=1, alpha=1.0, targets=["3"]) == ["3"]
     assert isinstance(model[3], LoRALinear)
     assert isinstance(model[0], nn.Linear)
+    assert (model[3].in_features, model[3].out_features) == (8, 4)
 
 
 def test_without_adapters_fusion_is_refused() -> None:
@@ -152,5 +153,7 @@ def test_what_cannot_be_attached_is_refused() -> None:
         attach(net(), rank=50, alpha=1.0)
     with pytest.raises(MergeError, match="already attached"):
         attach(trained(1), rank=1, alpha=1.0)
+    with pytest.raises(MergeError, match="scale is nan"):
+        LowRank(a=torch.zeros(2, 3), b=torch.zeros(4, 2), scale=float("nan"))
     with pytest.raises(MergeError, match=r"\[r, in\]"):
         LowRank(a=torch.zeros(2, 3), b=torch.zeros(4, 5), scale=1.0)

@@ -169,6 +169,20 @@ def test_fisher_soup_charges_every_member_and_frozen_builds_are_no_obstacle() ->
     assert result.passes == 3 * 20 * 4
 
 
+@pytest.mark.parametrize("task", ["classification", "binary", "regression"])
+def test_fisher_information_is_that_of_the_task(task: Any) -> None:
+    # members that differ in one bias only, under outputs that are almost sure in one of them
+    members = [{**PARENT, "2.bias": torch.tensor(bias)} for bias in ([0.0, 0.0, 0.0], [0.0, 30.0, 1.0])]
+    context = MergeContext(build_model=plain, batches=batches, task=task)
+    merged = merge("fisher_soup", parent=PARENT, members=members, context=context).state["2.bias"]
+    if task == "regression":
+        # a Gaussian's information does not depend on the output; 48 draws each, so a weight of 0.5 +- 0.15
+        assert 0.2 < merged[1].item() / 30 < 0.8
+    else:
+        # a sure class carries no information: the floor alone speaks for the second member
+        assert merged[1].item() / 30 < 0.01
+
+
 def test_distill_starts_from_the_parent_and_moves_towards_the_members() -> None:
     context = MergeContext(
         build_model=plain, batches=batches, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2)

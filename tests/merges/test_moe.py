@@ -238,6 +238,44 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         moe(torch.zeros(3, 2, 5))
 
 
+def test_features_that_cannot_be_taken_are_refused() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = self.used(x)
+            return outputs
+
+    with pytest.raises(MergeError, match="was not called"):
+        features_and_outputs(Unused(), "idle", INPUTS)
+    with pytest.raises(MergeError, match="no inner layer with parameters"):
+        last_layer(nn.Linear(2, 2))
+
+
+def test_top1_dispatch_reads_inputs_of_any_structure() -> None:
+    class FromDict(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            outputs: Tensor = self.inner(batch["x"])
+            return outputs
+
+    plain = mixture(top1=True)
+    wrapped = MixtureOfExperts(
+        [FromDict(expert) for expert in plain.experts],
+        plain.gate,
+        feature_layer="inner.4",
+        task="classification",
+        parent=1,
+        top1=True,
+    )
+    torch.testing.assert_close(wrapped({"x": INPUTS}), plain(INPUTS))
+
+
 def test_specialists_and_gate_together_solve_what_neither_expert_does() -> None:
     # the label is the sign of x1, flipped where x0 < 0; each expert knows one half
     generator = torch.Generator().manual_seed(0)
@@ -314,3 +352,5 @@ def test_evidence_that_does_not_line_up_is_refused() -> None:
     ):
         with pytest.raises(MergeError, match=what):
             gather_evidence(experts, batches, feature_layer="4", task=task)  # type: ignore[arg-type]
+    with pytest.raises(MergeError, match="parent 2"):
+        gather_evidence(experts, [], feature_layer="4", task="classification", parent=2)
