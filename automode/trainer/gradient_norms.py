@@ -1,0 +1,134 @@
+"""The norm of the gradients at each step, for little.
+
+On a small model the norm's own calls cost as much as a good part of the step, and twenty steps' norms cost hardly more
+than one's. So the gradients of a small model are held by reference and their norms taken together when a block is
+closed. That is right only while nothing writes to them: it is done after the first steps have shown that every step makes
+new gradients (``zero_grad(set_to_none=True)``, torch's default) and that nothing changes the old ones; a tensor's version
+tells. Should a later step break that, the norms lost are NaN, and from then on every norm is taken at once.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors
+
+_LOW_PRECISION = frozenset({torch.float16, torch.bfloat16})
+_TRIAL_STEPS = 3
+_version = operator.attrgetter("_version")
+
+
+def grad_norms(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Give the Euclidean norm of each gradient present, without waiting for a device.
+
+    Args:
+        parameters: Parameters; those without a gradient are left out.
+
+    Returns:
+        One 0-dimensional tensor a gradient; low-precision gradients are summed in float32.
+    """
+    return _norms([gradient for parameter in parameters if (gradient := parameter.grad) is not None])
+
+
+def total_norm(norms: Sequence[Tensor]) -> float | Tensor:
+    """Combine the norms of parts into the norm of the whole.
+
+    Args:
+        norms: 0-dimensional tensors, on the CPU or on devices.
+
+    Returns:
+        A float where all are on the CPU, otherwise a 0-dimensional tensor on a device, not waited for.
+    """
+    if all(norm.is_cpu for norm in norms):
+        return math.hypot(*[norm.item() for norm in norms])
+    home = next(norm.device for norm in norms if not norm.is_cpu)
+    parts = torch.stack([norm.detach().to(home, torch.float32, non_blocking=True) for norm in norms])
+    total: Tensor = torch.linalg.vector_norm(parts)
+    return total
+
+
+class HeldGradients:
+    """Gradients held by reference until their norms are taken together.
+
+    Args:
+        parameters: Parameters whose gradients count.
+        max_bytes: Bytes of gradients that may be held; a model with more than a twentieth of it a step never holds.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], max_bytes: int = 1 << 20) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        held_bytes = sum(parameter.nbytes for parameter in self.parameters)
+        on_cpu = all(parameter.is_cpu and parameter.dtype == torch.float32 for parameter in self.parameters)
+        self._may_hold = on_cpu and 0 < held_bytes * 20 <= max_bytes
+        self._trial = _TRIAL_STEPS
+        self._previous: tuple[list[Tensor], list[int]] | None = None
+        self._held: list[tuple[int, list[Tensor], list[int]]] = []
+
+    def take(self, row: int) -> float | Tensor:
+        """Take the norm of the gradients as they are now, or hold them.
+
+        Args:
+            row: Which step this is, for :meth:`close`.
+
+        Returns:
+            The norm, as :func:`total_norm` gives it; NaN where the gradients are held.
+        """
+        gradients = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
+        if not self._may_hold or not gradients:
+            return total_norm(_norms(gradients))
+        versions = list(map(_version, gradients))
+        if self._trial:
+            self._try(gradients, versions)
+            return total_norm(_norms(gradients))
+        self._held.append((row, gradients, versions))
+        return math.nan
+
+    def close(self) -> list[tuple[int, float]]:
+        """Take the norms of everything held.
+
+        Returns:
+            (row, norm) of each step held; NaN where the gradients were written to since.
+        """
+        held, self._held = self._held, []
+        if not held:
+            return []
+        if all(len(gradients) == len(self.parameters) for _, gradients, _ in held):
+            # No gradient is missing anywhere, so that every row has as many numbers as the next.
+            every = [gradient for _, gradients, _ in held for gradient in gradients]
+            flat: Tensor = _flatten_dense_tensors(every)  # type: ignore[no-untyped-call]
+            norms: list[float] = torch.linalg.vector_norm(flat.view(len(held), -1), dim=1).tolist()
+        else:
+            norms = [float(total_norm(_norms(gradients))) for _, gradients, _ in held]
+        for index, (_, gradients, versions) in enumerate(held):
+            if list(map(_version, gradients)) != versions:
+                norms[index] = math.nan
+                self._may_hold = False
+        return [(row, norm) for (row, _, _), norm in zip(held, norms, strict=True)]
+
+    def _try(self, gradients: list[Tensor], versions: list[int]) -> None:
+        """See whether the step before left its gradients alone and this one made new ones."""
+        if self._previous is not None:
+            before, before_versions = self._previous
+            kept = list(map(_version, before)) == before_versions
+            fresh = all(new is not old for new, old in zip(gradients, before, strict=False))
+            dense = all(
+                gradient.layout is torch.strided and gradient.is_contiguous() for gradient in gradients
+            )
+            self._may_hold = kept and fresh and dense
+            self._trial -= 1
+        self._previous = (gradients, versions) if self._trial and self._may_hold else None
+
+
+def _norms(gradients: list[Tensor]) -> list[Tensor]:
+    if not gradients:
+        return []
+    if {gradient.layout for gradient in gradients} != {torch.strided}:
+        gradients = [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients]
+    if not _LOW_PRECISION.isdisjoint({gradient.dtype for gradient in gradients}):
+        return [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    # What torch.nn.utils.get_total_norm calls, without the reduction that follows there.
+    return list(torch._foreach_norm(gradients))  # noqa: SLF001  # no public name

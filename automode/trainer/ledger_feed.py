@@ -1,0 +1,234 @@
+"""From the outputs of training steps to the sample ledger: kept by reference, then many steps in one call.
+
+Keeping references is safe because nothing is kept whose memory the model still writes to. Autograd itself needs the
+outputs until the backward pass, and afterwards each forward pass makes new ones: a last layer that works in place
+(``ReLU(inplace=True)``) has done so before the loss sees its output. What writes later is found out: a change through
+torch bumps the tensor's version, which is compared before the outputs are used, and a model that returns the same memory
+again (a static buffer, a CUDA graph) shows by its address. The visits so lost are left out of the ledger and counted,
+and from then on outputs and targets are copied.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from automode.trainer.ids import RecordedLoader
+from automode.trainer.per_sample import PerSampleLoss
+from automode.trainer.sample_ledger import SampleLedger
+from automode.trainer.tasks import margins, task_of
+from automode.trainer.trees import map_tensors, rows_in, signature_of, tensors_in
+
+# Outputs, targets, positions in the loader's dataset, loss, and the versions of outputs and targets. A plain tuple,
+# because one is made at every training step.
+_Visit = tuple[Any, Any, Sequence[Any], float | Tensor, int, int]
+
+_FLUSH_VISITS, _FLUSH_ROWS = 128, 16384
+
+
+class LedgerFeed:
+    """Feeds per-sample losses and margins of training steps to the sample ledger.
+
+    Args:
+        per_sample: The loss's per-sample twin.
+        id_source: The loader that training iterates, which maps ids.
+        ledger: Where visits are entered.
+        max_bytes: Bytes of outputs and targets that may be kept.
+
+    Attributes:
+        ledger: As given; up to date after :meth:`flush`.
+        visits: Steps kept since the last flush.
+        max_visits: Steps after which a flush is due.
+        overwritten: Samples' visits lost because their outputs or targets were written to.
+    """
+
+    def __init__(
+        self, per_sample: PerSampleLoss, id_source: RecordedLoader, ledger: SampleLedger, max_bytes: int
+    ) -> None:
+        self.ledger = ledger
+        self.visits: list[_Visit] = []
+        self.max_visits = 1
+        self.overwritten = 0
+        self._per_sample, self._id_source, self._max_bytes = per_sample, id_source, max_bytes
+        self._reason: str | None = None
+        self._fast = False
+        self._copies = False
+        self._has_margins: bool | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the ledger is not fed; None while it is."""
+        return self._reason or self._id_source.reason or self._per_sample.reason
+
+    def keep(
+        self, outputs: Any, targets: Any, ids: Sequence[Any], value: float | Tensor, loss: float | Tensor
+    ) -> None:
+        """Keep one step's outputs until the flush.
+
+        Args:
+            outputs: What the loss was given.
+            targets: Targets of the same samples.
+            ids: What the loader's ``ids_of_batch`` gave.
+            value: The training loss: a float, or a copy of it on a device.
+            loss: The training loss as the user's call gave it.
+        """
+        try:
+            if self._fast and type(outputs) is Tensor and type(targets) is Tensor:
+                visit = (outputs.detach(), targets, ids, value, outputs._version, targets._version)  # noqa: SLF001  # no public name
+                self.visits.append(visit)
+            elif self.reason is None:
+                self._keep_with_care(outputs, targets, ids, value, loss)
+        except Exception as error:  # whatever the outputs are, observing them must not end the run
+            self._refuse(f"no per-sample losses: {type(error).__name__}: {error}")
+
+    def flush(self) -> None:
+        """Enter every visit kept in the ledger."""
+        visits, self.visits = self.visits, []
+        if not visits or self.reason is not None:
+            self._fast = False
+            return
+        try:
+            self._enter(self._unspoilt(visits))
+        except Exception as error:  # whatever the outputs are, observing them must not end the run
+            self._refuse(f"no per-sample losses: {type(error).__name__}: {error}")
+
+    def _refuse(self, reason: str) -> None:
+        self._reason = self._reason or reason
+        self._fast = False
+        self.visits = []
+
+    def _keep_with_care(
+        self, outputs: Any, targets: Any, ids: Sequence[Any], value: float | Tensor, loss: float | Tensor
+    ) -> None:
+        """Keep structures and copies, and settle on the first batch what later ones can skip."""
+        outputs, targets = map_tensors(Tensor.detach, outputs), map_tensors(Tensor.detach, targets)
+        if not self._per_sample.exact:
+            if not self._per_sample.check(outputs, targets, loss):
+                return
+            self._has_margins = task_of(outputs, targets) in ("classification", "binary")
+        if not self.visits:
+            rows, size = rows_in((outputs, targets)) or 1, _bytes_in((outputs, targets)) or 1
+            self.max_visits = max(1, min(_FLUSH_VISITS, _FLUSH_ROWS // rows, self._max_bytes // size))
+        if self._copies:
+            outputs, targets = map_tensors(Tensor.clone, outputs), map_tensors(Tensor.clone, targets)
+        self.visits.append((outputs, targets, ids, value, _version(outputs), _version(targets)))
+        # The first kept step sets how many more are kept; those go by without a look.
+        self._fast = not self._copies
+
+    def _unspoilt(self, visits: list[_Visit]) -> list[_Visit]:
+        """Leave out visits whose tensors are not what they were; refuse those of other samples than they came with."""
+        # Batches may have grown: the next one that is kept is measured again.
+        self._fast = False
+        if all(map(_is_as_it_was, visits)) and len({_address(visit[0]) for visit in visits}) == len(visits):
+            return visits
+        kept = []
+        # The last of several outputs at one address is the one that its memory still holds.
+        last_at = {_address(visit[0]): visit for visit in visits}
+        for visit in visits:
+            rows = len(visit[2])
+            if not _has_rows(visit[0], rows) or not _has_rows(visit[1], rows):
+                self._refuse(
+                    f"outputs and targets do not have a row for each of the {rows} samples of a batch"
+                )
+                return []
+            if not _is_as_it_was(visit) or last_at[_address(visit[0])] is not visit:
+                self.overwritten += rows
+                self._copies = True
+            elif rows:
+                kept.append(visit)
+        return kept
+
+    def _enter(self, visits: list[_Visit]) -> None:
+        # Outputs of one shape can be put end to end; sequences of other lengths cannot.
+        for _, run in itertools.groupby(visits, key=_shape_of_rows):
+            if self.reason is None:
+                self._enter_run(list(run))
+
+    def _enter_run(self, run: list[_Visit]) -> None:
+        outputs = map_tensors(lambda *parts: torch.cat(parts), *[visit[0] for visit in run])
+        targets = map_tensors(lambda *parts: torch.cat(parts), *[visit[1] for visit in run])
+        starts = np.cumsum([0, *[len(visit[2]) for visit in run[:-1]]])
+        losses = _floats([visit[3] for visit in run])
+        terms = self._per_sample.terms(outputs, targets)
+        if not self._per_sample.agrees(_to_host(terms.tensors()), terms.width, starts, losses):
+            for visit, loss in zip(run, losses.tolist(), strict=True):
+                if math.isfinite(loss) and not self._per_sample.check(visit[0], visit[1], loss):
+                    return
+            terms = self._per_sample.terms(outputs, targets)
+        ids = self._id_source.root_ids([visit[2] for visit in run])
+        if ids is None:
+            return
+        if self._has_margins:
+            gaps = margins(outputs, targets, probabilities=self._per_sample.probabilities)
+            values, gap = _to_host([terms.values, gaps])
+            self.ledger.update(ids, values, gap, gap > 0)
+        else:
+            self.ledger.update(ids, _to_host([terms.values])[0], None, None)
+
+
+def _is_as_it_was(visit: _Visit) -> bool:
+    """Tell whether a visit has a row for each of its samples, and nothing wrote to it."""
+    outputs, targets, ids, _, outputs_version, targets_version = visit
+    rows = len(ids)
+    if type(outputs) is Tensor and type(targets) is Tensor:
+        return (
+            len(outputs) == rows == len(targets) > 0
+            and outputs._version == outputs_version  # noqa: SLF001  # no public name
+            and targets._version == targets_version  # noqa: SLF001
+        )
+    if not rows or not _has_rows(outputs, rows) or not _has_rows(targets, rows):
+        return False
+    return _version(outputs) == outputs_version and _version(targets) == targets_version
+
+
+def _shape_of_rows(visit: _Visit) -> Any:
+    outputs, targets = visit[:2]
+    if type(outputs) is Tensor and type(targets) is Tensor and outputs.ndim == 2 and targets.ndim == 1:
+        return outputs.shape[1], outputs.dtype, targets.dtype
+    return signature_of((outputs, targets))
+
+
+def _has_rows(tree: Any, rows: int) -> bool:
+    return rows_in(tree) == rows
+
+
+def _version(tree: Any) -> int:
+    """Give a number that grows with every write through torch to the tensors of a structure."""
+    if type(tree) is Tensor:
+        return tree._version  # noqa: SLF001  # no public name
+    return sum(tensor._version for tensor in tensors_in(tree))  # noqa: SLF001
+
+
+def _address(tree: Any) -> int:
+    if type(tree) is Tensor:
+        return tree.data_ptr()
+    return next(tensor.data_ptr() for tensor in tensors_in(tree))
+
+
+def _bytes_in(tree: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors_in(tree))
+
+
+def _floats(values: list[float | Tensor]) -> npt.NDArray[np.float64]:
+    """Read losses, those on devices in one transfer."""
+    on_device = [value for value in values if isinstance(value, Tensor)]
+    if not on_device:
+        return np.array(values, dtype=np.float64)
+    read = iter(torch.stack(on_device).tolist())
+    return np.array(
+        [next(read) if isinstance(value, Tensor) else value for value in values], dtype=np.float64
+    )
+
+
+def _to_host(tensors: list[Tensor]) -> list[npt.NDArray[np.floating[Any]]]:
+    """Bring tensors of one length and device to the CPU in one transfer."""
+    if tensors[0].is_cpu:
+        return [tensor.numpy() for tensor in tensors]
+    return list(torch.stack(tensors).cpu().numpy())

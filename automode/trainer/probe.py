@@ -1,0 +1,192 @@
+"""The probe: the one place where training's tensors become floats.
+
+A step costs the loop a few references: :meth:`Probe.record` reads a scalar or two and keeps the detached outputs and
+targets. :meth:`Probe.drain` turns a block of steps into rows of floats, with one transfer from an accelerator. Per-sample
+losses and margins are taken for many steps in one call, later still, and entered in the sample ledger
+(:mod:`automode.trainer.ledger_feed`, where it stands why keeping references is safe). Reading :attr:`Probe.ledger` brings
+it up to date first, so that what it says does not depend on timing.
+
+Observing changes nothing: no random number is drawn, no tensor of the user's is written, and a problem with per-sample
+losses ends them with a reason (:attr:`Probe.reason`) and not the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from automode.errors import DataError
+from automode.trainer.gradient_norms import HeldGradients, total_norm
+from automode.trainer.ids import RecordedLoader
+from automode.trainer.ledger_feed import LedgerFeed
+from automode.trainer.observation_block import Block, RawRow, Row, blocks_of, read_devices
+from automode.trainer.per_sample import PerSampleLoss
+from automode.trainer.sample_ledger import SampleLedger
+
+
+class Probe:
+    """Collects what a training loop shows, and turns it into floats block by block.
+
+    Args:
+        parameters: Parameters whose gradients count for the norm.
+        per_sample: The loss's per-sample twin; None: no per-sample losses.
+        id_source: The loader that training iterates, which maps ids; None: no sample ids.
+        ledger: Where visits are entered; None: nowhere.
+        capacity: Rows after which a block is full.
+        max_age: Seconds after which a block is full, and kept outputs are used.
+        max_bytes: Bytes of outputs and targets kept after which they are used.
+        clock: Gives the time of a row, in seconds.
+
+    Attributes:
+        rows: Rows recorded since the start, drained or not.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        per_sample: PerSampleLoss | None = None,
+        id_source: RecordedLoader | None = None,
+        ledger: SampleLedger | None = None,
+        *,
+        capacity: int = 20,
+        max_age: float = 0.25,
+        max_bytes: int = 4 << 20,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.rows = 0
+        self._gradients = HeldGradients(parameters)
+        self._feed: LedgerFeed | None = None
+        if per_sample is not None and id_source is not None and ledger is not None:
+            self._feed = LedgerFeed(per_sample, id_source, ledger, max_bytes)
+        self._capacity, self._max_age, self._clock = capacity, max_age, clock
+        self._raw: list[RawRow] = []
+        self._on_device = False
+        self._since = self._flushed_at = -float("inf")
+
+    @property
+    def reason(self) -> str | None:
+        """Why the sample ledger is not fed; None while it is."""
+        return "per-sample losses were not asked for" if self._feed is None else self._feed.reason
+
+    @property
+    def overwritten(self) -> int:
+        """Samples' visits left out of the ledger because the model wrote to their outputs before they were used."""
+        return 0 if self._feed is None else self._feed.overwritten
+
+    @property
+    def ledger(self) -> SampleLedger | None:
+        """The sample ledger, brought up to date with every step recorded."""
+        if self._feed is None:
+            return None
+        self._feed.flush()
+        return self._feed.ledger
+
+    def record(
+        self,
+        step: int,
+        loss: Tensor | float,
+        grad_norm: float | Tensor | Sequence[Tensor] | None,
+        lr: tuple[float, ...],
+        applied: bool,
+        outputs: Any = None,
+        targets: Any = None,
+        ids: Sequence[Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Note one attempted step; call it after the backward pass and before gradients are reset.
+
+        Args:
+            step: Completed optimizer steps, this one included if it was applied.
+            loss: The training loss, a scalar.
+            grad_norm: Norm of all gradients, or those of the single ones (``grad_norms``); None: take it from the
+                parameters, which is cheapest.
+            lr: Learning rate of each parameter group.
+            applied: Whether the optimizer stepped.
+            outputs: What the loss was given, samples along the first dimension; None: no per-sample losses here.
+            targets: Targets of the same samples.
+            ids: What the loader's ``ids_of_batch`` gave.
+            metrics: Numbers or one-element tensors by name; another set of names starts a new block.
+
+        Returns:
+            Whether the block is full and :meth:`drain` is due.
+
+        Raises:
+            DataError: A metric is not a number.
+        """
+        now = self._clock()
+        raw = self._raw
+        if not raw:
+            self._since = now
+        # The two quick cases stand first: a CPU scalar is read in less time than it takes to keep it.
+        if type(loss) is Tensor and loss.is_cpu:
+            value: float | Tensor = loss.item()
+        else:
+            value = self._number(loss)
+        norm = self._gradients.take(self.rows) if grad_norm is None else self._norm(grad_norm)
+        if type(norm) is not float:
+            norm = self._number(norm)
+        if metrics:
+            raw.append((step, now, value, norm, lr, applied, tuple(metrics), self._metrics(metrics)))
+        else:
+            raw.append((step, now, value, norm, lr, applied, (), ()))
+        self.rows += 1
+        feed = self._feed
+        if feed is None or ids is None or outputs is None:
+            return len(raw) >= self._capacity or now - self._since > self._max_age
+        feed.keep(outputs, targets, ids, value, loss)
+        return (
+            len(raw) >= self._capacity
+            or now - self._since > self._max_age
+            or len(feed.visits) >= feed.max_visits
+        )
+
+    def drain(self) -> list[Block]:
+        """Turn everything recorded since the last drain into floats.
+
+        Returns:
+            Blocks in order: none where nothing was recorded, more than one where the names of metrics changed.
+        """
+        raw, self._raw = self._raw, []
+        if not raw:
+            return []
+        first_row = self.rows - len(raw)
+        for row, norm in self._gradients.close():
+            at = row - first_row
+            raw[at] = (*raw[at][:3], norm, *raw[at][4:])
+        blocks = blocks_of(read_devices(raw) if self._on_device else cast("list[Row]", raw), first_row)
+        feed = self._feed
+        if feed is not None and feed.visits:
+            now = self._clock()
+            if len(feed.visits) >= feed.max_visits or now - self._flushed_at > self._max_age:
+                feed.flush()
+                self._flushed_at = now
+        return blocks
+
+    def _number(self, scalar: Any) -> float | Tensor:
+        """Read a number; of a scalar on a device take a copy, which the drain reads together with others."""
+        if not isinstance(scalar, Tensor):
+            return float(scalar)
+        if scalar.is_cpu:
+            return float(scalar.item())
+        self._on_device = True
+        # A copy, since the user may go on adding to the tensor.
+        return scalar.detach().reshape(()).to(torch.float64, copy=True)
+
+    def _norm(self, norm: float | Tensor | Sequence[Tensor]) -> float | Tensor:
+        return total_norm(norm) if isinstance(norm, Sequence) else norm
+
+    def _metrics(self, metrics: Mapping[str, Any]) -> list[float | Tensor]:
+        values = []
+        for name, value in metrics.items():
+            try:
+                values.append(self._number(value))
+            except (TypeError, ValueError, RuntimeError) as error:
+                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise DataError(
+                    f"the metric {name!r} is {what}, but must be a number or a tensor of one element"
+                ) from error
+        return values
