@@ -18,6 +18,7 @@ import numpy as np
 from automode.errors import DataError
 from automode.merges.trajectory import TrajectoryAverages
 from automode.planner.events import Mode
+from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.observation_block import Block
 from automode.trainer.probe import Probe
@@ -32,23 +33,37 @@ BOUNDARY_SECONDS = 0.2
 
 
 class Observer(Protocol):
-    """What the loop tells, and what it asks.
+    """What the loop tells, and what it asks."""
 
-    Attributes:
-        limit: The trunk may train up to this step; may shrink during the run.
-        guard: A loss or gradient that is not finite must not reach the weights.
-        busy: Something needs every step boundary now.
-        charged_steps: Steps' worth of compute that automode has spent.
-        stop_requested: Why the run shall stop at once, or None.
-        mode: The mode that the run is in.
-    """
+    @property
+    def limit(self) -> int:
+        """Step up to which the trunk may train; may shrink during the run."""
+        ...
 
-    limit: int
-    guard: bool
-    busy: bool
-    charged_steps: float
-    stop_requested: str | None
-    mode: Mode
+    @property
+    def guard(self) -> bool:
+        """Whether a loss or gradient that is not finite must not reach the weights."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether something needs every step boundary now."""
+        ...
+
+    @property
+    def charged_steps(self) -> float:
+        """Steps' worth of compute that automode has spent."""
+        ...
+
+    @property
+    def stop_requested(self) -> str | None:
+        """Why the run shall stop at once, or None."""
+        ...
+
+    @property
+    def mode(self) -> Mode:
+        """The mode that the run is in."""
+        ...
 
     def block(self, block: Block) -> None:
         """Take the rows of consecutive steps; always before :meth:`boundary`."""
@@ -66,7 +81,7 @@ class Observer(Protocol):
         """Know that a step reached the weights again after skipped ones."""
         ...
 
-    def validated(self, step: int, scores: Any, slices: Any) -> None:
+    def validated(self, step: int, scores: PerSampleScores) -> None:
         """Know the scores of all validation samples."""
         ...
 
@@ -332,7 +347,7 @@ class Loop:
         found = self._validation.run()
         self._validated_at = self._trunk.step
         self._console.validation(found.loss)
-        self._observer.validated(self._trunk.step, found.scores, found.members)
+        self._observer.validated(self._trunk.step, found.scores)
         self._schedule.validated(found.loss)
         return found
 

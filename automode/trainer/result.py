@@ -29,6 +29,8 @@ class FitResult:
         reason: Why the run ended: ``max_epochs``, ``max_steps``, ``budget`` (automode had spent the rest), or in words.
         mode: The mode that the run ended in.
         steps: Steps trained.
+        compute: Sample passes by account: ``trunk``, ``automode`` in all, and its parts. One is a forward pass of one
+            sample; training a sample is three.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class FitResult:
     reason: str
     mode: Mode
     steps: int
+    compute: Mapping[str, int]
 
     @property
     def path(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import secrets
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from automode.errors import UsageError
 from automode.planner.events import Mode
 from automode.planner.policy import Policy
 from automode.session.paths import new_session_folder
+from automode.trainer.evaluation import Evaluator, Ids
 from automode.trainer.fit_request import FitRequest, length_of
+from automode.trainer.heldout import HeldOut
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.loop import Plan
 from automode.trainer.per_sample import per_sample_twin
@@ -26,7 +29,7 @@ from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.settings import Settings, device_of
 from automode.trainer.steps import TrainingStep, pair_step
 from automode.trainer.trunk import Trunk
-from automode.trainer.validation import Validation
+from automode.trainer.validation import Validation, check_batches, resolve_slices
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,7 +48,10 @@ class RunParts:
         trunk: What is trained.
         loader: The training batches, with their sample ids.
         probe: Collects what a step shows; its ledger holds per-sample losses, except in mode ``off``.
-        validation: Evaluates on the validation set, or None.
+        held_out: The validation set, in two halves; None where no validation loader was given.
+        evaluator: Scores networks on it; None likewise.
+        slices: Sample ids of each slice of it.
+        validation: Evaluates on the whole of it, or None.
         test: Evaluates on the test set, or None.
         console: What people see.
         session_path: The session's folder, fresh and empty.
@@ -62,6 +68,9 @@ class RunParts:
     trunk: Trunk
     loader: RecordedLoader
     probe: Probe
+    held_out: HeldOut | None
+    evaluator: Evaluator | None
+    slices: Mapping[str, Ids]
     validation: Validation | None
     test: Validation | None
     console: Console
@@ -106,9 +115,13 @@ def prepare(
         clip_norm=settings.clip_norm,
     )
     loader = RecordedLoader(request.train_loader)
+    seed = secrets.randbits(32) if settings.seed is None else settings.seed
     with forked_rng():
         probe = _probe(trunk, loader, watched=mode != "off")
-        validation, test = _validations(request, trunk)
+        held_out = None if request.val_loader is None else HeldOut(request.val_loader, device, seed)
+        test_set = None if request.test_loader is None else HeldOut(request.test_loader, device, seed)
+        slices = _check_held_out(settings, request, held_out, test_set)
+    evaluator = None if held_out is None else _evaluator(trunk, held_out)
     return RunParts(
         settings=settings,
         request=request,
@@ -116,13 +129,16 @@ def prepare(
         policy=policy,
         mode=mode,
         why_mode=why_mode,
-        seed=secrets.randbits(32) if settings.seed is None else settings.seed,
+        seed=seed,
         plan=plan,
         trunk=trunk,
         loader=loader,
         probe=probe,
-        validation=validation,
-        test=test,
+        held_out=held_out,
+        evaluator=evaluator,
+        slices=slices,
+        validation=None if evaluator is None else Validation(trunk.model, evaluator, slices),
+        test=None if test_set is None else Validation(trunk.model, _evaluator(trunk, test_set), {}),
         console=Console(settings.progress, speak=settings.console, description=settings.run_name),
         session_path=new_session_folder(settings.session_dir, settings.project, settings.run_name),
     )
@@ -152,5 +168,22 @@ def _probe(trunk: Trunk, loader: RecordedLoader, *, watched: bool) -> Probe:
     return Probe(trunk.parameters, per_sample_twin(trunk.loss_fn), loader, ledger)
 
 
-def _validations(request: FitRequest, trunk: Trunk) -> tuple[Validation | None, Validation | None]:
-    return None, None
+def _check_held_out(
+    settings: Settings, request: FitRequest, held_out: HeldOut | None, test_set: HeldOut | None
+) -> dict[str, Ids]:
+    """Read what will be read later, so that a mistake shows now and not after an epoch; returns the slices."""
+    if held_out is not None and settings.val_every_n_epochs:
+        check_batches(held_out, "val_loader")
+    if test_set is not None and settings.do_test_after:
+        check_batches(test_set, "test_loader")
+    return {} if held_out is None or not request.slices else resolve_slices(request.slices, held_out)
+
+
+def _evaluator(trunk: Trunk, held_out: HeldOut) -> Evaluator:
+    # A twin of its own: evaluation must not narrow what training knows of the loss.
+    return Evaluator(
+        step_fn=trunk.step_fn,
+        batches=held_out.batches,
+        per_sample=per_sample_twin(trunk.loss_fn),
+        autocast=trunk.autocast,
+    )

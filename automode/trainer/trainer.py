@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from automode.errors import UsageError
 from automode.planner.policy import Policy
 from automode.session import Session
+from automode.trainer.assembly import open_driver
+from automode.trainer.driver import Driver
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.loop import Loop, Observer
 from automode.trainer.progress import Progress
@@ -191,6 +193,7 @@ def _fit(settings: Settings, policy: Policy, request: FitRequest, own_step: Trai
         reason=loop.reason,
         mode=observer.mode,
         steps=parts.trunk.step,
+        compute=observer.compute,
     )
 
 
@@ -246,6 +249,6 @@ def _train(parts: RunParts, observer: Observer, loop: Loop) -> None:
         loop.close()
 
 
-def _open_driver(parts: RunParts) -> Observer:
+def _open_driver(parts: RunParts) -> Driver:
     """Open the session and whatever plans and acts in this run's mode."""
-    raise NotImplementedError(parts.mode)
+    return open_driver(parts)

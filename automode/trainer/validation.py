@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from automode.trainer.evaluation import PerSampleScores
+from automode.errors import DataError, UsageError
+from automode.trainer.evaluation import Evaluator, Ids, PerSampleScores
+from automode.trainer.heldout import HeldOut
+from automode.trainer.random_state import forked_rng
 
-Ids = npt.NDArray[np.int64]
+SliceFn = Callable[[Any, Any], Any]
+"""Inputs and targets of a batch to a boolean mask over its samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +30,6 @@ class ValidationResult:
         metrics: Every metric by name.
         slices: The metric of each slice, by name.
         scores: Scores of every sample.
-        members: Sample ids of each slice.
     """
 
     loss: float
@@ -33,38 +37,131 @@ class ValidationResult:
     metrics: Mapping[str, float]
     slices: dict[str, float]
     scores: PerSampleScores
-    members: Mapping[str, Ids]
 
 
 class Validation:
-    """Evaluates the trunk on one held-out set.
+    """Looks at one held-out set; the model, the random states and the user's loader stay as they are.
 
     Args:
-        scores: Scores every sample of the set with the model as it is, leaving random states and ``training`` flags
-            as they were.
+        model: What is judged.
+        evaluator: Scores it, sample by sample.
         slices: Sample ids of named subsets.
     """
 
-    def __init__(self, scores: Callable[[], PerSampleScores], slices: Mapping[str, Ids]) -> None:
-        self._scores = scores
+    def __init__(self, model: nn.Module, evaluator: Evaluator, slices: Mapping[str, Ids]) -> None:
+        self._model = model
+        self._evaluator = evaluator
         self._slices = dict(slices)
 
     def run(self) -> ValidationResult:
-        """Look once."""
-        scores = self._scores()
+        """Look once.
+
+        Raises:
+            DataError: The set holds no sample.
+        """
+        scores = self._evaluator.scores(self._model, None)
         metrics = _metrics(scores)
         name = "accuracy" if "accuracy" in metrics else "utility"
-        per_sample = scores.utility if scores.correct is None else scores.correct
+        values = scores.utility if scores.correct is None else scores.correct
         return ValidationResult(
             loss=metrics["loss"],
             metric=metrics[name],
             metrics=metrics,
-            slices={
-                slice_: _mean(per_sample[np.isin(scores.ids, ids)]) for slice_, ids in self._slices.items()
-            },
+            slices={name: _mean(values[np.isin(scores.ids, ids)]) for name, ids in self._slices.items()},
             scores=scores,
-            members=self._slices,
         )
+
+
+def check_batches(held_out: HeldOut, name: str) -> None:
+    """Refuse a held-out set that the default forward pass cannot read, before anything is trained.
+
+    Args:
+        held_out: The set; its first batch is read.
+        name: What the user calls the loader.
+
+    Raises:
+        DataError: It is empty, or its batches are no ``(inputs, targets)``.
+    """
+    with forked_rng():
+        first = next(iter(held_out.batches(None)), None)
+    if first is None:
+        raise DataError(f"{name} is empty")
+    if not isinstance(first[0], list | tuple) or len(first[0]) != 2:
+        raise DataError(
+            f"{name} yields a {type(first[0]).__name__}, but must yield (inputs, targets), which evaluation reads "
+            "also where you train with a step of your own"
+        )
+
+
+def resolve_slices(slices: Mapping[str, Any], held_out: HeldOut) -> dict[str, Ids]:
+    """Find the sample ids of each slice.
+
+    Args:
+        slices: By name, a function of a batch's (inputs, targets) that gives a boolean mask over its samples, or
+            sample ids. Functions are called once, over one pass of the set.
+        held_out: The validation set.
+
+    Returns:
+        Ascending sample ids by name.
+
+    Raises:
+        UsageError: A slice is neither, holds no validation sample or others, or the samples have no ids.
+    """
+    if slices and held_out.reason is not None:
+        raise UsageError(f"slices need to know the validation samples by id, but {held_out.reason}")
+    for name in slices:
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"a slice is named by a non-empty string, got {name!r}")
+    functions = {name: part for name, part in slices.items() if callable(part)}
+    found = {
+        name: _listed(name, part, held_out.ids) for name, part in slices.items() if name not in functions
+    }
+    if functions:
+        found |= _masked(functions, held_out)
+    for name, ids in found.items():
+        if not ids.size:
+            raise UsageError(f"the slice {name!r} holds none of the {held_out.ids.size} validation samples")
+    return {name: found[name] for name in slices}
+
+
+def _masked(functions: Mapping[str, SliceFn], held_out: HeldOut) -> dict[str, Ids]:
+    parts: dict[str, list[Ids]] = {name: [] for name in functions}
+    with forked_rng(), torch.no_grad():
+        for (inputs, targets), ids in held_out.batches(None):
+            for name, function in functions.items():
+                parts[name].append(ids[_mask(name, function(inputs, targets), len(ids))])
+    return {name: np.sort(np.concatenate(found)) for name, found in parts.items()}
+
+
+def _mask(name: str, value: Any, n: int) -> npt.NDArray[np.bool_]:
+    mask = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    if mask.shape != (n,) or mask.dtype != np.bool_:
+        raise UsageError(
+            f"the slice {name!r} gave {mask.dtype} values of shape {mask.shape} for a batch of {n} samples; "
+            f"it must give a boolean mask of shape ({n},)"
+        )
+    return mask
+
+
+def _listed(name: str, given: Any, known: Ids) -> Ids:
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise UsageError(
+            f"the slice {name!r} is a {type(given).__name__}; it must be a function of (inputs, targets) that gives a "
+            "boolean mask, or a list of sample ids"
+        )
+    values = given.cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(list(given))
+    if values.size and (values.ndim != 1 or values.dtype.kind not in "iu"):
+        raise UsageError(
+            f"the slice {name!r} holds {values.dtype} values of shape {values.shape}; sample ids are a flat list of integers"
+        )
+    ids = np.unique(values.astype(np.int64))
+    strangers = ids[~np.isin(ids, known)]
+    if strangers.size:
+        raise UsageError(
+            f"the slice {name!r} names {strangers.size} samples that are not in the validation set, {strangers[0]} for one; "
+            "an id is a position in the dataset under every Subset"
+        )
+    return ids
 
 
 def _metrics(scores: PerSampleScores) -> dict[str, float]:

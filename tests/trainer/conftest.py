@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from automode.planner.events import Mode
 from automode.session import SessionStore
 from automode.trainer import trainer
+from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.observation_block import Block
 from automode.trainer.run_parts import RunParts
 
@@ -57,8 +59,8 @@ class RecordingObserver:
     def stepped(self) -> None:
         self.calls.append(("stepped",))
 
-    def validated(self, step: int, scores: Any, slices: Any) -> None:
-        self.calls.append(("validated", step, scores, slices))
+    def validated(self, step: int, scores: PerSampleScores) -> None:
+        self.calls.append(("validated", step, scores))
 
     def finish(self, step: int, why: str) -> None:
         self.calls.append(("finish", step, why))
@@ -84,3 +86,9 @@ def observers(monkeypatch: pytest.MonkeyPatch) -> list[RecordingObserver]:
 
     monkeypatch.setattr(trainer, "_open_driver", open_driver)
     return opened
+
+
+@pytest.fixture
+def observer_of() -> Callable[[RunParts], RecordingObserver]:
+    """Opens a stand-in for a prepared run."""
+    return RecordingObserver.opened
