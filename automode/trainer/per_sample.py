@@ -11,11 +11,6 @@ A sample with several loss elements (a sequence, several targets) has their mean
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from automode.errors import DataError
+from automode.trainer.loss_twins import LossFn, Twin, base_of, twins_of
 from automode.trainer.random_state import RandomState
 from automode.trainer.tasks import is_probability_loss, task_of
 from automode.trainer.trees import map_tensors, rows_in, tensors_in
 
-LossFn = Callable[[Any, Any], Any]
 FloatArray = npt.NDArray[np.floating[Any]]
 
 _TOLERANCE = 1e-5
-_FEW_CLASSES = 16
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _NEEDS = "pass a loss whose mean or sum over samples is the training loss to get per-sample losses"
 
@@ -62,21 +56,6 @@ class Terms:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Twin:
-    """One way to get unreduced losses.
-
-    Attributes:
-        how: ``module``, ``function`` or ``vmap``.
-        call: (outputs, targets) to elements [n] or [n, ...].
-        weigh: For class-index losses, targets to (weight of each element, which elements count).
-    """
-
-    how: str
-    call: LossFn
-    weigh: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-
-
 class PerSampleLoss:
     """The per-sample twin of a loss function; make it with :func:`per_sample_twin`.
 
@@ -87,13 +66,13 @@ class PerSampleLoss:
     """
 
     def __init__(self, loss_fn: LossFn) -> None:
-        self._twins = list(_twins(loss_fn))
-        self._twin: _Twin | None = None
+        self._twins = list(twins_of(loss_fn))
+        self._twin: Twin | None = None
         self._modes: list[str] = []
         self._tolerance = _TOLERANCE
         self.how: str | None = None
         self.reason: str | None = None
-        self.probabilities = _base_of(loss_fn) in (nn.BCELoss, F.binary_cross_entropy)
+        self.probabilities = base_of(loss_fn) in (nn.BCELoss, F.binary_cross_entropy)
 
     @property
     def exact(self) -> bool:
@@ -214,7 +193,7 @@ class PerSampleLoss:
         return bool(self._modes)
 
     def _fitting_modes(
-        self, twin: _Twin, outputs: Any, targets: Any, loss: float, failures: list[str]
+        self, twin: Twin, outputs: Any, targets: Any, loss: float, failures: list[str]
     ) -> list[str]:
         """Find the reductions of a twin that equal the training loss, or note why there are none."""
         weighable = twin.weigh is not None and isinstance(targets, Tensor) and not targets.is_floating_point()
@@ -258,7 +237,7 @@ def per_sample_twin(loss_fn: LossFn) -> PerSampleLoss:
     return PerSampleLoss(loss_fn)
 
 
-def _terms(twin: _Twin, outputs: Any, targets: Any, *, weighted: bool) -> Terms:
+def _terms(twin: Twin, outputs: Any, targets: Any, *, weighted: bool) -> Terms:
     n = rows_in((outputs, targets))
     if n is None:
         raise DataError("outputs and targets do not have one common first dimension of samples")
@@ -321,93 +300,3 @@ def _reduce(mode: str, host: list[FloatArray], width: int, starts: npt.NDArray[n
             return sums * width
         case _:
             return sums * width / rows
-
-
-def _base_of(loss_fn: Any) -> Any:
-    """Give the type of a loss module, or the function inside partials."""
-    while isinstance(loss_fn, functools.partial):
-        loss_fn = loss_fn.func
-    return type(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
-
-
-def _twins(loss_fn: LossFn) -> list[_Twin]:
-    twins = []
-    unreduced: dict[str, Any] = {"reduction": "none"}
-    if isinstance(loss_fn, nn.Module) and isinstance(getattr(loss_fn, "reduction", None), str):
-        twin: Any = copy.copy(loss_fn)
-        twin.reduction = "none"
-        twin._forward_hooks = OrderedDict()  # noqa: SLF001  # the user's hooks are for the user's calls
-        twin._forward_pre_hooks = OrderedDict()  # noqa: SLF001
-        rows_last = type(loss_fn) in (nn.CrossEntropyLoss, nn.NLLLoss)
-        call = _with_rows_last(twin) if rows_last else twin
-        twins.append(_Twin(how="module", call=call, weigh=_weigher(loss_fn)))
-    elif _takes_reduction(loss_fn):
-        call = functools.partial(loss_fn, **unreduced)
-        weigh = _weigher(loss_fn)
-        twins.append(_Twin(how="function", call=_with_rows_last(call) if weigh else call, weigh=weigh))
-    twins.append(_Twin(how="vmap", call=_vectorised(loss_fn)))
-    return twins
-
-
-def _with_rows_last(call: LossFn) -> LossFn:
-    """Lay few classes of many rows out as one sample with the rows as positions: up to 8 times faster on a CPU."""
-
-    def losses(outputs: Any, targets: Any) -> Any:
-        if (
-            outputs.ndim != 2
-            or targets.ndim != 1
-            or not outputs.is_cpu
-            or not 1 < outputs.shape[1] < _FEW_CLASSES
-        ):
-            return call(outputs, targets)
-        return call(outputs.t().contiguous().unsqueeze(0), targets.unsqueeze(0)).squeeze(0)
-
-    return losses
-
-
-def _takes_reduction(loss_fn: Any) -> bool:
-    if isinstance(loss_fn, nn.Module):
-        return False
-    try:
-        return "reduction" in inspect.signature(loss_fn).parameters
-    except (TypeError, ValueError):
-        return False
-
-
-def _weigher(loss_fn: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """For losses over class indices, how much each target adds to the divisor of their mean."""
-    read: Callable[[str, Any], Any]
-    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
-        read = functools.partial(getattr, loss_fn)
-    elif _base_of(loss_fn) in (F.cross_entropy, F.nll_loss):
-        read = (loss_fn.keywords if isinstance(loss_fn, functools.partial) else dict[str, Any]()).get
-    else:
-        return None
-
-    def weigh(targets: Tensor) -> tuple[Tensor, Tensor]:
-        if targets.is_floating_point():
-            raise DataError("class probabilities as targets have no class weights to divide by")
-        counted = targets != read("ignore_index", -100)
-        weight = read("weight", None)
-        if weight is None:
-            return counted.float(), counted
-        return weight[targets.clamp(0, len(weight) - 1)] * counted, counted
-
-    return weigh
-
-
-def _vectorised(loss_fn: LossFn) -> LossFn:
-    shell = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else None
-
-    def single(output: Any, target: Any) -> Any:
-        output, target = map_tensors(lambda tensor: tensor.unsqueeze(0), (output, target))
-        if shell is None:
-            value = loss_fn(output, target)
-        else:
-            # A loss that keeps state may change it here; it changes the shell's, from the user's live values.
-            assert isinstance(loss_fn, nn.Module)
-            live = {**dict(loss_fn.named_parameters()), **dict(loss_fn.named_buffers())}
-            value = torch.func.functional_call(shell, live, (output, target))
-        return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
-
-    return torch.func.vmap(single, randomness="error")
