@@ -197,7 +197,7 @@ def _told(file: str, read: Callable[[str], T]) -> T:
     try:
         return read(read_text(file))
     except CardError as error:
-        raise CardError(f"{shown(file)}: {error}") from error
+        raise CardError(f"{shown(file, 400)}: {error}") from error
 
 
 def _ask_about(

@@ -28,7 +28,7 @@ def check(file: str) -> None:
     """Validate a policy (a file, or a preset's name) and say how it differs from the default."""
     found = load_policy(file)
     chosen(found)
-    click.echo(f"{shown(file)} is a valid policy: {shown(found.name)}, digest {found.digest}")
+    click.echo(f"{shown(file, 400)} is a valid policy: {shown(found.name)}, digest {found.digest}")
     changed = differences(Policy(), found)
     click.echo("it is the default policy" if not changed else "it differs from the default in:")
     for line in changed:
@@ -69,7 +69,7 @@ def load_policy(name: str) -> Policy:
     try:
         return policy_from_yaml(text)
     except PolicyError as error:
-        raise PolicyError(f"{shown(name)}: {error}") from error
+        raise PolicyError(f"{shown(name, 400)}: {error}") from error
 
 
 def differences(a: Policy, b: Policy) -> list[str]:

@@ -142,7 +142,8 @@ class _Place:
             wanted = f"{wanted}, finite"
         schema = _plain(self.schema, self.defs)
         hint = _guess(self.node.text, [str(v) for v in schema.get("enum", ())]) if self.node.text else ""
-        if schema.get("type") == "string" and self.node.kind == "scalar" and self.node.plain and not hint:
+        scalar = self.node.data() if self.node.kind == "scalar" else None
+        if schema.get("type") == "string" and isinstance(scalar, bool | int | float):
             hint = f'; if you mean the text, write "{shown(self.node.text)}" in quotes'
         return f"expected {wanted}, came {came}{hint}"
 
