@@ -1,7 +1,7 @@
 """The scheduler room: which candidate trains next, to which resource, and what it may cost.
 
 :class:`ASHA` decides, :class:`Lockstep` makes its decisions independent of real speed, :class:`Ledger` counts and
-caps what is spent, :func:`worst_case_resource` and :func:`fit_ladder` size a card before it is admitted.
+caps what is spent, :class:`Candidates` draws them from a search space, :func:`worst_case_resource` and :func:`fit_ladder` size a card before it is admitted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from automode.scheduler.accounts import (
 from automode.scheduler.asha import ASHA
 from automode.scheduler.bounds import LadderFit, NoFit, fit_ladder, worst_case_resource
 from automode.scheduler.bracket import RungView
+from automode.scheduler.candidates import Candidate, Candidates
 from automode.scheduler.decisions import (
     Best,
     Decision,
@@ -50,6 +51,8 @@ __all__ = [
     "ASHA",
     "Account",
     "Best",
+    "Candidate",
+    "Candidates",
     "Charge",
     "Decision",
     "Diverged",

@@ -202,19 +202,16 @@ class Ledger:
             UsageError: ``amount`` is no whole number >= 0.
         """
         spent = whole("amount", amount, least=0)
-        self._automode += spent
         if account.card is None:
             self._general[account.purpose] = self._general.get(account.purpose, 0) + spent
-            return
-        entry = self._admitted(account.card)
-        before = self.left(account.card)
-        key = (account.purpose, account.trial)
-        entry.spent[key] = entry.spent.get(key, 0) + spent
-        if entry.is_open:
+        else:
+            entry = self._admitted(account.card)
+            before = self.left(account.card)
+            key = (account.purpose, account.trial)
+            entry.spent[key] = entry.spent.get(key, 0) + spent
             entry.reserved = max(entry.reserved, entry.total)
             self._held += self.left(account.card) - before
-        else:
-            entry.reserved = max(entry.reserved, entry.total)
+        self._automode += spent
 
     def refund(self, account: Account, amount: int) -> None:
         """Take back units that were charged and then not spent, as when a segment broke off.
