@@ -1,7 +1,7 @@
 """Train on scikit-learn's digits in four views with automode on, and print everything that it did and why.
 
-The views are plain, rotated by a quarter, inverted and permuted; permuted digits are rare, every tenth training label is
-wrong, and a quarter of all samples is held out. Run it with ``make demo``; the session that it leaves can be replayed,
+The views are plain, rotated by a quarter, inverted and permuted; permuted digits are rare, every tenth label is wrong,
+held-out ones too, and a quarter of all samples is held out. Run it with ``make demo``; the session that it leaves can be replayed,
 asked for its cards, and asked why: ``automode replay last``, ``automode cards last``, ``automode story last CARD``.
 """
 
@@ -19,6 +19,21 @@ from automode import Policy, Trainer, replay
 from automode.planner.events import Clustered, Scanned
 
 VIEWS = ("plain", "rotated", "inverted", "permuted")
+
+DEMO_POLICY = {
+    "name": "demo",
+    "reasons": [
+        "instability_spike",
+        "label_noise",
+        "slice_underperformance",
+        "residual_cluster",
+        "loss_plateau",
+        "high_loss_tail",
+        "merge_cadence",
+    ],
+    "pacing": {"exploration_share": 0.25, "total_share": 0.5},
+}
+"""The default policy with more rules, and more compute to explore with than one would give a long run."""
 
 
 def digits4(
@@ -40,13 +55,13 @@ def digits4(
     view = np.repeat(np.arange(len(views)), len(labels))
     held_out = rng.random(len(y)) < 0.25
     train = ~held_out & ((view < 3) | (rng.random(len(y)) < keep_rare))
-    wrong = train & (rng.random(len(y)) < noise)
-    y_train = np.where(wrong, (y + rng.integers(1, 10, len(y))) % 10, y)
+    wrong = rng.random(len(y)) < noise
+    given = np.where(wrong, (y + rng.integers(1, 10, len(y))) % 10, y)
 
     def dataset(where: np.ndarray, targets: np.ndarray) -> TensorDataset:
         return TensorDataset(torch.from_numpy(x[where]), torch.from_numpy(targets[where]))
 
-    return dataset(train, y_train), dataset(held_out, y), view[held_out]
+    return dataset(train, given), dataset(held_out, given), view[held_out]
 
 
 def main() -> None:
@@ -65,9 +80,7 @@ def main() -> None:
         run_name="four-views",
         max_epochs=arguments.epochs,
         automode=True,
-        policy=Policy.model_validate(
-            {"name": "demo", "pacing": {"exploration_share": 0.25, "total_share": 0.5}}
-        ),
+        policy=Policy.model_validate(DEMO_POLICY),
         session_dir=arguments.session_dir,
         val_every_n_epochs=2,
         seed=arguments.seed,

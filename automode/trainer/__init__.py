@@ -1,1 +1,9 @@
-"""The trainer room."""
+"""The trainer room: the loop, what watches it, and what carries decisions out."""
+
+from __future__ import annotations
+
+from automode.trainer.quickstart import quickstart
+from automode.trainer.result import FitResult
+from automode.trainer.trainer import Trainer
+
+__all__ = ["FitResult", "Trainer", "quickstart"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any, Protocol, assert_never
 
@@ -19,6 +19,7 @@ from automode.planner.events import (
     Acknowledged,
     Adopt,
     AskApproval,
+    Command,
     CommandFailed,
     Decided,
     Envelope,
@@ -26,6 +27,7 @@ from automode.planner.events import (
     FitGate,
     Input,
     Merge,
+    Mode,
     Resolve,
     RollBack,
     Rows,
@@ -42,9 +44,10 @@ from automode.planner.events import (
 )
 from automode.session import SessionStore
 from automode.session.inbox import Inbox
+from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.narrator import Narrator
-from automode.trainer.performer import Performer
 from automode.trainer.observation_block import Block
+from automode.trainer.performer import Performer
 from automode.trainer.recorder import Recorder
 
 TRUNK = "trunk"
@@ -81,7 +84,7 @@ class Driver:
         state: The fold's state, not started yet.
         store: The session's single writer.
         log: The session's logger.
-        performer: Carries out commands that touch models and data; None where nothing but recording is wanted.
+        performer: Carries out commands that touch models and data.
         backend: Runs trials; None where forks are refused.
         narrator: Tells people what happens.
         total_steps: Steps that the user asked for.
@@ -101,7 +104,7 @@ class Driver:
         state: State,
         store: SessionStore,
         log: Any,
-        performer: Performer | None,
+        performer: Performer,
         backend: Backend | None,
         narrator: Narrator,
         total_steps: int,
@@ -142,6 +145,24 @@ class Driver:
     def busy(self) -> bool:
         """Whether something needs every step boundary: trials in time slices, or a snapshot at an exact step."""
         return bool(self._scheduled) or (self._backend is not None and self._backend.busy)
+
+    @property
+    def mode(self) -> Mode:
+        """The mode in force."""
+        return self.state.mode
+
+    @property
+    def compute(self) -> dict[str, int]:
+        """Sample passes by account: the trunk's, automode's in all, and each part of that."""
+        ledger = self.state.ledger
+        found = {"trunk": ledger.trunk, "automode": ledger.automode}
+        for account, amount in ledger.accounts().items():
+            owner = "outside cards" if account.card is None else f"card {account.card}"
+            name = f"  {owner}: {account.purpose}"
+            if account.trial is not None:
+                name += f" {account.trial}"
+            found[name] = amount
+        return found
 
     @property
     def charged_steps(self) -> float:
@@ -196,10 +217,12 @@ class Driver:
         """An optimizer step was applied: the row of skipped ones is broken."""
         self._skipped = 0
 
-    def validated(self, step: int, body: Input) -> None:
-        """The trunk was evaluated on val-A."""
-        self._feed(body)
-        self._settle(step)
+    def validated(self, step: int, scores: PerSampleScores) -> None:
+        """The user's validation came to this; val-A of it is for the signals, val-B is not looked at."""
+        body = self._performer.validated(step, scores)
+        if body is not None:
+            self._feed(body)
+            self._settle(step)
 
     def finish(self, step: int, why: str) -> None:
         """The trunk took its last step: end what is pending, finish merges, close the log.
@@ -216,7 +239,7 @@ class Driver:
         self._at_end.clear()
         if self._backend is not None:
             self._backend.close()
-        weights = self._performer.save_final(step) if self._performer is not None else None
+        weights = self._performer.save_final(step)
         self._feed(RunEnded(step=step, why=why, weights=weights))
         self._settle(step)
         self._recorder.close()
@@ -294,7 +317,8 @@ class Driver:
             )
 
     def _carry_out(self, command: Envelope, step: int) -> list[tuple[Input, bool]]:
-        body, performer = command.body, self._performer
+        """Return the answers, the last one marked; none where the answer comes later."""
+        body = command.body
         match body:
             case AskApproval():
                 path = self._narrator.ask(self.state.cards[body.card].card, self._store.path)
@@ -303,39 +327,42 @@ class Driver:
                 self.stop_requested = body.why
                 return [(Acknowledged(command=body.kind), True)]
             case StopTrial():
-                spent = 0.0
-                if self._backend is not None:
-                    spent = self._backend.cancel(body.card, body.trial, body.rung_attempt)
-                self._trials.pop((body.card, body.trial, body.rung_attempt), None)
-                return [(Acknowledged(command=body.kind, card=body.card, passes=spent), True)]
-            case _ if performer is None:
-                raise AutomodeError(f"this run only records, so it cannot {body.kind.replace('_', ' ')}")
+                return [(self._stop_trial(body), True)]
+            case StartTrial():
+                self._start_trial(body, command.command_id or "")
+                return []
             case Snapshot() if body.at_step is not None and body.at_step > step:
                 self._scheduled.append(command)
                 return []
             case Merge() if body.at_end and not self.state.trunk_ended:
                 self._at_end.append(command)
                 return []
-            case StartTrial():
-                self._start_trial(body, command.command_id or "")
-                return []
-            case Scan():
-                answers = performer.scan(body, step)
+            case _:
+                answers = self._performed(body, step)
                 return [(answer, i == len(answers) - 1) for i, answer in enumerate(answers)]
+
+    def _performed(self, body: Command, step: int) -> Sequence[Input]:
+        """Carry out what touches models and data."""
+        performer = self._performer
+        match body:
+            case Scan():
+                return performer.scan(body, step)
             case Snapshot():
-                return [(performer.snapshot(body, step), True)]
+                return [performer.snapshot(body, step)]
             case Resolve():
-                return [(performer.resolve(self.state.cards[body.card].card, step), True)]
+                return [performer.resolve(self.state.cards[body.card].card, step)]
             case FitGate():
-                return [(performer.fit_gate(self.state.cards[body.card].card, body), True)]
+                return [performer.fit_gate(self.state.cards[body.card].card, body)]
             case Merge():
-                return [(performer.merge(self.state.cards[body.card].card, body, step), True)]
+                return [performer.merge(self.state.cards[body.card].card, body, step)]
             case Evaluate():
-                return [(performer.evaluate(self.state.cards[body.card].card, body), True)]
+                return [performer.evaluate(self.state.cards[body.card].card, body)]
             case Adopt():
-                return [(performer.adopt(self.state.cards[body.card].card, body, step), True)]
+                return [performer.adopt(self.state.cards[body.card].card, body, step)]
             case RollBack():
-                return [(performer.roll_back(body, step), True)]
+                return [performer.roll_back(body, step)]
+            case AskApproval() | StopRun() | StopTrial() | StartTrial():
+                raise AutomodeError(f"{body.kind} is not carried out here")
             case _:
                 assert_never(body)
 
@@ -359,6 +386,12 @@ class Driver:
                 per_trunk_step=body.per_trunk_step,
             )
         )
+
+    def _stop_trial(self, body: StopTrial) -> Acknowledged:
+        key = (body.card, body.trial, body.rung_attempt)
+        self._trials.pop(key, None)
+        spent = self._backend.cancel(*key) if self._backend is not None else 0.0
+        return Acknowledged(command=body.kind, card=body.card, passes=spent)
 
     def _pump(self, step: int) -> None:
         assert self._backend is not None

@@ -96,14 +96,15 @@ class Evaluator:
                     loss, outputs, targets = self.step_fn(model, batch)
                 found.append((ids, *self._batch(loss, outputs, targets, len(ids))))
         if not found:
-            raise DataError(f"the held-out {'set' if part is None else f'half val-{part}'} holds no sample to judge by")
-        ids, losses, utilities, correct, p_true = zip(*found, strict=True)
+            raise DataError(
+                f"the held-out {'set' if part is None else f'half val-{part}'} holds no sample to judge by"
+            )
         return PerSampleScores(
-            ids=np.concatenate(ids),
-            loss=np.concatenate(losses),
-            utility=np.concatenate(utilities),
-            correct=_joined(correct),
-            p_true=_joined(p_true),
+            ids=np.concatenate([row[0] for row in found]),
+            loss=np.concatenate([row[1] for row in found]),
+            utility=np.concatenate([row[2] for row in found]),
+            correct=_joined([row[3] for row in found]),
+            p_true=_joined([row[4] for row in found]),
         )
 
     def _batch(
@@ -114,7 +115,9 @@ class Evaluator:
         losses = self._losses(loss, outputs, targets, n)
         match self.task:
             case "classification" | "binary":
-                p, right = _probabilities(outputs, targets, self.task, probabilities=self.per_sample.probabilities)
+                p, right = _probabilities(
+                    outputs, targets, self.task, probabilities=self.per_sample.probabilities
+                )
                 return losses, utility_classification(right, np.clip(np.nan_to_num(p), 0.0, 1.0)), right, p
             case "regression":
                 return losses, -self._huber(outputs, targets), None, None
@@ -138,7 +141,9 @@ class Evaluator:
         return np.asarray(error.reshape(error.shape[0], -1).mean(dim=1).cpu().numpy(), dtype=np.float64)
 
 
-def _probabilities(outputs: Tensor, targets: Tensor, task: Task, *, probabilities: bool) -> tuple[Floats, Floats]:
+def _probabilities(
+    outputs: Tensor, targets: Tensor, task: Task, *, probabilities: bool
+) -> tuple[Floats, Floats]:
     """Return (probability of the true class, 1 where the most probable class is right)."""
     if task == "classification":
         p = torch.softmax(outputs.double(), dim=1)
@@ -157,6 +162,6 @@ def _probabilities(outputs: Tensor, targets: Tensor, task: Task, *, probabilitie
     )
 
 
-def _joined(parts: tuple[Floats | None, ...]) -> Floats | None:
+def _joined(parts: list[Floats | None]) -> Floats | None:
     known = [part for part in parts if part is not None]
     return np.concatenate(known) if len(known) == len(parts) else None

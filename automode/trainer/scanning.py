@@ -35,7 +35,7 @@ class Scanner:
 
     Attributes:
         trunk: The run.
-        ledger: Per-sample losses and margins of training.
+        ledger: Gives per-sample losses and margins of training, up to date.
         source: Training samples by id.
         train_ids: Every training sample.
         val_a: A fresh pass over val-A; None where there is none.
@@ -47,7 +47,7 @@ class Scanner:
     """
 
     trunk: Trunk
-    ledger: SampleLedger
+    ledger: Callable[[], SampleLedger]
     source: SampleSource
     train_ids: Ids
     val_a: Batches | None
@@ -102,13 +102,14 @@ class Scanner:
             if probabilities is not None and held is not None:
                 rate = confident_rate(probabilities, held)
                 passes = float(held.size)
-        seen = self.ledger.seen()
-        margins = np.asarray(self.ledger.column("margin", seen), dtype=np.float64)
+        ledger = self.ledger()
+        seen = ledger.seen()
+        margins = np.asarray(ledger.column("margin", seen), dtype=np.float64)
         disagreement = neighbour_disagreement(features, labels) if labels is not None else None
         return weigh(rate=rate, ids=seen, margins=margins, probe=probe, disagreement=disagreement), passes
 
     def _scanned(self, command: Scan, step: int, noise: NoiseEvidence, passes: float) -> Scanned:
-        ledger = self.ledger
+        ledger = self.ledger()
         seen = ledger.n_seen
         tail_mean, tail = None, np.empty(0, dtype=np.int64)
         if seen:
@@ -142,7 +143,7 @@ class Scanner:
         if fitted is None:
             return None
         self.clusters = fitted
-        losses = np.asarray(self.ledger.column("ema_loss", probe), dtype=np.float64)
+        losses = np.asarray(self.ledger().column("ema_loss", probe), dtype=np.float64)
         suspect = np.isin(probe, noise.suspects)
         means, errors = losses_by_cluster(fitted.labels, losses, ~suspect, fitted.k)
         sizes = np.bincount(fitted.labels, minlength=fitted.k)

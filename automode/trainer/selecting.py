@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -53,7 +53,7 @@ class Selector:
 
     Attributes:
         train_ids: Every training sample, ascending.
-        ledger: Per-sample losses; None where they are not exact.
+        ledger: Gives per-sample losses, up to date; None where they are not exact.
         scanner: The last scan; None where nothing is scanned.
         artifacts: Id lists and centroids by digest.
         slices: Named training slices, by id.
@@ -61,7 +61,7 @@ class Selector:
     """
 
     train_ids: Ids
-    ledger: SampleLedger | None
+    ledger: Callable[[], SampleLedger] | None
     scanner: Scanner | None
     artifacts: ArtifactStore
     slices: Mapping[str, Ids]
@@ -108,7 +108,7 @@ class Selector:
     def _quantile(self, selection: SelectQuantile) -> Ids:
         if self.ledger is None:
             raise NotExecutableError("quantiles need exact per-sample losses, and this run has none")
-        ids = self.ledger.ids_in_quantile(selection.metric, selection.from_, selection.to)
+        ids = self.ledger().ids_in_quantile(selection.metric, selection.from_, selection.to)
         if not selection.exclude_suspects:
             return ids
         if self.scanner is None or self.scanner.noise is None:
@@ -123,7 +123,9 @@ class Selector:
         if self.scanner is None:
             raise NotExecutableError("clusters of embeddings need a scan, and this run is not scanned")
         if selection.artifact is not None:
-            clusters = Clusters.unpacked(np.asarray(self.artifacts.get_array(selection.artifact), dtype=np.float64))
+            clusters = Clusters.unpacked(
+                np.asarray(self.artifacts.get_array(selection.artifact), dtype=np.float64)
+            )
         elif self.scanner.clusters is not None:
             clusters = self.scanner.clusters
         else:
@@ -145,9 +147,10 @@ class Selector:
         from sklearn.cluster import KMeans
         from threadpoolctl import threadpool_limits
 
-        ids = self.ledger.seen()
+        ledger = self.ledger()
+        ids = ledger.seen()
         name = "ema_loss" if selection.feature == "loss" else "margin"
-        values = np.asarray(self.ledger.column(name, ids), dtype=np.float64)
+        values = np.asarray(ledger.column(name, ids), dtype=np.float64)
         ids, values = ids[np.isfinite(values)], values[np.isfinite(values)]
         if ids.size < selection.k:
             raise NotExecutableError(
@@ -181,7 +184,7 @@ class Selector:
             search.parameters, sampler=search.sampler, seed=(self.seed ^ int(card.id, 16)) & 0x7FFFFFFF
         )
         found: list[Variant] = []
-        for i in range(search.n):
+        for i in range(min(search.n, drawn.size or search.n)):
             values: dict[str, Any] = dict(drawn.ask().values)
             found.append(Variant(name=f"draw{i}", **values))
         return tuple(found)

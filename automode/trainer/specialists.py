@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from automode.backends.base import SegmentDone, SegmentJob
 from automode.errors import NotExecutableError
 from automode.planner.recipes import EarlyStopping, TrainingRecipe
-from automode.trainer.random_state import forked_rng
 from automode.trainer.optimizers import apply_variant, scale_schedule, sharpness_aware_gradients
 from automode.trainer.per_sample import PerSampleLoss
+from automode.trainer.random_state import forked_rng
 from automode.trainer.sample_source import BatchPlan, Ids, SampleSource
 from automode.trainer.trunk import Trunk, autocast, candidates_of, copy_of, trainable
 

@@ -58,7 +58,10 @@ class Taken(NamedTuple):
 class Guarded(Protocol):
     """Says whether the guard is on."""
 
-    guard: bool
+    @property
+    def guard(self) -> bool:
+        """Whether a loss or gradient that is not finite must not reach the weights."""
+        ...
 
 
 class Scaler(torch.amp.GradScaler):

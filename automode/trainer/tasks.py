@@ -58,20 +58,21 @@ def margins(outputs: Tensor, targets: Tensor, *, probabilities: bool = False) ->
     Returns:
         Float tensor [n], NaN where the class is outside [0, C) (an ignored target).
     """
-    with torch.no_grad():
-        if outputs.ndim != 2 or outputs.shape[1] == 1:
-            score = outputs.detach().reshape(-1) - (0.5 if probabilities else 0.0)
-            return torch.where(targets.reshape(-1) > 0.5, score, -score)
-        classes = outputs.shape[1]
-        column = targets.reshape(-1, 1)
-        if classes == 2:
-            gap = outputs[:, 1] - outputs[:, 0]
-            margin = gap * (2 * targets - 1)
-        else:
-            inside = column.clamp(0, classes - 1)
-            true = outputs.gather(1, inside).squeeze(1)
-            margin = true - outputs.scatter(1, inside, float("-inf")).amax(1)
-        return margin.masked_fill((targets < 0) | (targets >= classes), float("nan"))
+    outputs, targets = outputs.detach(), targets.detach()
+    if outputs.dtype in (torch.float16, torch.bfloat16):
+        outputs = outputs.float()
+    if outputs.ndim != 2 or outputs.shape[1] == 1:
+        score = outputs.reshape(-1) - (0.5 if probabilities else 0.0)
+        return torch.where(targets.reshape(-1) > 0.5, score, -score)
+    classes = outputs.shape[1]
+    if classes == 2:
+        sign = targets.to(outputs.dtype)
+        margin = (outputs[:, 1] - outputs[:, 0]) * (sign + sign - 1)
+    else:
+        column = targets.long().clamp(0, classes - 1).unsqueeze(1)
+        true = outputs.gather(1, column).squeeze(1)
+        margin = true - outputs.scatter(1, column, float("-inf")).amax(1)
+    return margin.masked_fill_((targets < 0) | (targets >= classes), float("nan"))
 
 
 def is_probability_loss(outputs: Tensor, targets: Tensor, loss: float, mode: str) -> bool:

@@ -1,0 +1,231 @@
+"""Held-out data: split once a session by sample id into val-A and val-B, and checked for training samples among it.
+
+val-A chooses (rungs, averages, the gate), val-B judges (one look a card). The split is stratified by class and seeded
+(DECISIONS 13). A validation set that shares samples with the training set proves nothing, so that is looked for: by
+identity of the root dataset and ids, and where the roots differ, by the content of the samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from automode.errors import DataError
+from automode.merges.batches import move
+from automode.trainer.evaluation import Ids, Part
+from automode.trainer.ids import root_of
+from automode.trainer.random_state import forked_rng
+
+COMPARED = 2000
+"""Validation samples, at the most, whose content is looked for in the training set."""
+
+SEARCHED = 20_000
+"""Training samples, at the most, that are read one by one for that; all rows of a TensorDataset are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlap:
+    """Validation samples that are training samples too.
+
+    Attributes:
+        n: How many of those looked at.
+        share: Of those looked at, 0 to 1.
+        how: ``ids`` (same root dataset), ``content``, or ``unknown`` where it could not be looked for.
+    """
+
+    n: int
+    share: float
+    how: str
+
+
+class HeldOut:
+    """The validation set in two halves, read by a loader of our own.
+
+    The user's loader is not iterated: samples are read in the order of their ids, by the same collate function and in batches of
+    the same size, without workers, inside a forked random state.
+
+    Args:
+        loader: The user's validation loader.
+        device: Where batches go.
+        seed: Of the split.
+
+    Attributes:
+        ids: Sample ids (positions in the root dataset), in the order in which they are read.
+        reason: Why there is no held-out evidence; None where there is.
+    """
+
+    def __init__(self, loader: Any, device: torch.device, seed: int) -> None:
+        self.reason: str | None = None
+        self.ids: Ids = np.empty(0, dtype=np.int64)
+        self._device = device
+        self._loader = loader
+        self._positions: Ids = np.empty(0, dtype=np.int64)
+        self._in_a: npt.NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
+        self.reason = _refusal(loader)
+        if self.reason is None:
+            self._split(seed)
+
+    @property
+    def n_a(self) -> int:
+        """Samples of val-A."""
+        return int(self._in_a.sum())
+
+    @property
+    def n_b(self) -> int:
+        """Samples of val-B."""
+        return int(self._in_a.size - self._in_a.sum())
+
+    def is_a(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Mark which ids belong to val-A."""
+        return np.isin(ids, self.ids[self._in_a])
+
+    def batches(self, part: Part | None) -> Iterator[tuple[Any, Ids]]:
+        """A fresh pass over a half (the whole set for None): collated batches on the device, each with its ids."""
+        if self.reason is not None:
+            yield from self._as_they_come()
+            return
+        chosen = np.ones_like(self._in_a) if part is None else self._in_a == (part == "A")
+        positions, ids = self._positions[chosen], self.ids[chosen]
+        dataset, size = self._loader.dataset, self._loader.batch_size or 256
+        with forked_rng():
+            for start in range(0, positions.size, size):
+                rows = positions[start : start + size]
+                batch = self._loader.collate_fn([dataset[int(i)] for i in rows])
+                yield move(batch, self._device), ids[start : start + size]
+
+    def _as_they_come(self) -> Iterator[tuple[Any, Ids]]:
+        """Batches of a loader without ids, numbered as they come; for the user's own validation only."""
+        seen = 0
+        with forked_rng():
+            for batch in self._loader:
+                n = len(batch[0]) if isinstance(batch, list | tuple) else len(batch)
+                yield move(batch, self._device), np.arange(seen, seen + n, dtype=np.int64)
+                seen += n
+
+    def _split(self, seed: int) -> None:
+        dataset: Any = self._loader.dataset
+        n = len(dataset)
+        _, mapped = root_of(dataset)
+        positions = np.arange(n, dtype=np.int64)
+        ids = positions if mapped is None else np.asarray(mapped, dtype=np.int64)
+        order = np.argsort(ids, kind="stable")
+        self._positions, self.ids = positions[order], ids[order]
+        rng = np.random.default_rng(np.random.SeedSequence([seed, 0xA]))
+        self._in_a = _halves(_strata(dataset, self._positions), rng)
+
+
+def _refusal(loader: Any) -> str | None:
+    if not isinstance(loader, DataLoader):
+        return f"the validation loader is a {type(loader).__name__}, whose samples have no ids"
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__"):
+        return "the validation dataset is iterable only, so its samples have no ids"
+    if loader.batch_size is None and loader.batch_sampler is None:
+        return "the validation loader does not batch (batch_size=None), so its samples have no ids"
+    try:
+        n = len(loader.dataset)  # type: ignore[arg-type]  # a dataset may have no length; that is what is asked
+    except TypeError:
+        return "the validation dataset has no length"
+    return "the validation set is empty" if n == 0 else None
+
+
+def _strata(dataset: Any, positions: Ids) -> npt.NDArray[np.int64]:
+    """Class of each sample where the samples are (input, class) pairs, else all one stratum."""
+    one = np.zeros(positions.size, dtype=np.int64)
+    try:
+        with forked_rng():
+            labels = _targets(dataset, positions)
+    except (DataError, TypeError, IndexError, KeyError, ValueError, RuntimeError):
+        return one
+    return one if labels is None else labels
+
+
+def _targets(dataset: Any, positions: Ids) -> npt.NDArray[np.int64] | None:
+    root, mapped = root_of(dataset)
+    if type(root) is TensorDataset and len(root.tensors) > 1:
+        target = root.tensors[-1]
+        if target.is_floating_point() or target.dim() != 1:
+            return None
+        rows = positions if mapped is None else np.asarray(mapped)[positions]
+        return np.asarray(target[torch.from_numpy(rows)].cpu().numpy(), dtype=np.int64)
+    first = dataset[int(positions[0])]
+    if not isinstance(first, list | tuple) or len(first) < 2 or not _is_class(first[-1]):
+        return None
+    return np.array([int(dataset[int(i)][-1]) for i in positions], dtype=np.int64)
+
+
+def _is_class(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and not value.is_floating_point()
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _halves(strata: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """Mark half of each stratum; odd ones out take turns, so that the halves differ by one at the most."""
+    in_a = np.zeros(strata.size, dtype=np.bool_)
+    turn = 0
+    for value in np.unique(strata):
+        mine = rng.permutation(np.flatnonzero(strata == value))
+        take, odd = divmod(mine.size, 2)
+        if odd:
+            take += turn
+            turn = 1 - turn
+        in_a[mine[:take]] = True
+    return in_a
+
+
+def find_overlap(train: Any, val: Any) -> Overlap:
+    """Look for validation samples in the training set.
+
+    Args:
+        train: The training dataset.
+        val: The validation dataset.
+    """
+    try:
+        train_root, train_ids = root_of(train)
+        val_root, val_ids = root_of(val)
+        n_train, n_val = len(train), len(val)
+    except (TypeError, AttributeError):
+        return Overlap(n=0, share=0.0, how="unknown")
+    if train_root is val_root:
+        mine = np.arange(n_train) if train_ids is None else np.asarray(train_ids)
+        theirs = np.arange(n_val) if val_ids is None else np.asarray(val_ids)
+        n = int(np.isin(theirs, mine).sum())
+        return Overlap(n=n, share=n / max(1, n_val), how="ids")
+    try:
+        with forked_rng():
+            return _by_content(train, val, n_train, n_val)
+    except Exception:  # a dataset of any kind may fail to be read here; then nothing is known, which is said
+        return Overlap(n=0, share=0.0, how="unknown")
+
+
+def _by_content(train: Any, val: Any, n_train: int, n_val: int) -> Overlap:
+    rng = np.random.default_rng(0)
+    asked = np.arange(n_val) if n_val <= COMPARED else np.sort(rng.choice(n_val, COMPARED, replace=False))
+    root, _ = root_of(train)
+    everything = type(root) is TensorDataset or n_train <= SEARCHED
+    rows = np.arange(n_train) if everything else np.sort(rng.choice(n_train, SEARCHED, replace=False))
+    known = {_digest(train[int(i)]) for i in rows}
+    known.discard(None)
+    n = sum(1 for i in asked if _digest(val[int(i)]) in known)
+    return Overlap(n=n, share=n / max(1, asked.size), how="content")
+
+
+def _digest(sample: Any) -> bytes | None:
+    """Digest of a sample's input; None where it holds no array to compare."""
+    value = sample[0] if isinstance(sample, list | tuple) and sample else sample
+    if isinstance(value, torch.Tensor):
+        value = (
+            value.detach().cpu().contiguous().numpy()
+            if value.dtype != torch.bfloat16
+            else value.float().numpy()
+        )
+    if not isinstance(value, np.ndarray) or value.size < 2:
+        return None
+    return hashlib.blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).digest()
