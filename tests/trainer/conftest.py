@@ -31,6 +31,7 @@ class RecordingObserver:
     stop_requested: str | None = None
     mode: Mode = "observe"
     path: Path | None = None
+    compute: dict[str, int] = field(default_factory=dict)
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
 
