@@ -25,7 +25,7 @@ from automode.planner.pacing import (
     quote,
 )
 from automode.planner.policy import Policy
-from automode.planner.pricing import worst_case
+from automode.planner.pricing import WorstCase, worst_case
 from automode.planner.recipes import Base, MergeSwa, TrainingRecipe, Variant
 from automode.planner.rules import PRIORITY
 from automode.planner.rules.base import Proposal, View
@@ -219,7 +219,7 @@ def test_expected_seconds_and_memory_stand_on_the_card() -> None:
 @given(
     remaining=st.integers(1, 5000),
     budget=st.integers(10, 1000),
-    batch=st.integers(1, 256),
+    batch=st.floats(1, 256),
     val=st.integers(30, 2000),
     n=st.integers(1, 9),
     eta=st.integers(2, 4),
@@ -230,7 +230,7 @@ def test_expected_seconds_and_memory_stand_on_the_card() -> None:
 def test_every_admitted_card_fits_its_caps_and_its_time(
     remaining: int,
     budget: int,
-    batch: int,
+    batch: float,
     val: int,
     n: int,
     eta: int,
@@ -423,6 +423,12 @@ def test_making_a_card_counts_it() -> None:
     state.made(card)
     state.made(card)
     assert state.counts == {"loss_plateau": 2}
+
+
+def test_a_part_of_a_sample_pass_does_not_slip_under_the_cap() -> None:
+    policy, funds = Policy(), Funds(remaining=1e6, total=1e6, spent=0)
+    assert unaffordable(WorstCase(train=100.4), 100.4, funds, policy) is not None  # the ledger would need 101
+    assert unaffordable(WorstCase(train=100.4), 101.0, funds, policy) is None
 
 
 def test_the_limits_are_inclusive() -> None:

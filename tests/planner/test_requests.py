@@ -207,6 +207,9 @@ def test_an_edit_after_approval_asks_for_approval_again() -> None:
 def test_an_edit_that_changes_nothing_does_nothing() -> None:
     record = record_of()
     assert ask("edit", record, rev=1, body=record.card.dump()) == Response()
+    assert (
+        ask("edit", record, rev=1, body={"cost": {"sample_passes": 1, "share_of_remaining": 0}}) == Response()
+    )
 
 
 @pytest.mark.parametrize(
