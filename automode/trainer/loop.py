@@ -168,7 +168,7 @@ class Loop:
         console: The progress bar.
 
     Attributes:
-        epoch: The running epoch, from 0.
+        epoch: The running epoch, from 0; at the end, how many were trained on to their end.
         batches: Batches trained on.
         history: What each epoch came to.
         reason: Why the run ended; empty until it has.
@@ -227,7 +227,7 @@ class Loop:
             if self.batches == before and complete:
                 raise _no_batches(self.epoch)
             self._end_epoch(complete)
-            self.epoch += 1
+            self.epoch += complete
         self.reason = self._why()
         if self._validated_at != self._trunk.step and self.reason != "max_epochs":
             self._validate_last()

@@ -117,7 +117,10 @@ def test_a_slow_step_is_followed_by_a_boundary_at_once(tmp_path: Path, observer_
     assert at == [[], [2], [2], [2], [2, 5]]
 
 
-def test_a_shrinking_limit_ends_the_run_and_the_end_is_validated(tmp_path: Path, observer_of: Any) -> None:
+@pytest.mark.parametrize(("limit", "epochs"), [(9, [6, 9]), (15, [6, 12, 15]), (12, [6, 12])])
+def test_a_shrinking_limit_ends_the_run_and_the_end_is_validated(
+    limit: int, epochs: list[int], tmp_path: Path, observer_of: Any
+) -> None:
     held_out = TensorDataset(torch.randn(12, 5), torch.arange(12) % 2)
     made = script() | {"val_loader": DataLoader(held_out, batch_size=4)}
     parts = prepared(tmp_path, made, max_epochs=3, val_every_n_epochs=1)
@@ -125,11 +128,11 @@ def test_a_shrinking_limit_ends_the_run_and_the_end_is_validated(tmp_path: Path,
     loop = begin(parts, observer)
     for step in loop.steps():
         if step == 7:
-            observer.limit = 9
+            observer.limit = limit
     assert loop.reason == "budget"
-    assert parts.trunk.step == 9
-    assert loop.history.step == [6, 9]
-    assert [call[1] for call in observer.told("validated")] == [6, 9]
+    assert parts.trunk.step == limit
+    assert loop.history.step == epochs
+    assert [call[1] for call in observer.told("validated")] == epochs
     assert all(loss > 0 for loss in loop.history.val_loss)
 
 
