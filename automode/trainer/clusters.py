@@ -67,10 +67,11 @@ def fit_clusters(features: Features, *, seed: int) -> Clusters | None:
         seed: Of the starts and of the silhouette's subsample.
 
     Returns:
-        The clusters; None where there are too few samples, or no k leaves every cluster 2 % of them.
+        The clusters; None where there are too few samples, features that are not finite (a network that has
+        diverged), or no k that leaves every cluster 2 % of the samples.
     """
     n = features.shape[0]
-    if n < 4 * max(CANDIDATES):
+    if n < 4 * max(CANDIDATES) or not np.isfinite(features).all():
         return None
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale = np.where(scale > 1e-12 * np.maximum(1.0, np.abs(mean)), scale, 1.0)

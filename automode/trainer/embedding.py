@@ -14,9 +14,11 @@ from automode.errors import NotExecutableError
 from automode.merges.batches import training_flags_kept
 from automode.merges.moe import last_layer
 from automode.trainer.random_state import forked_rng
+from automode.trainer.trees import rows_in
 from automode.trainer.trunk import StepFn
 
 DIMENSIONS = 64
+_CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)  # noqa: SLF001  # the only common bases
 
 Features = npt.NDArray[np.float64]
 
@@ -65,7 +67,7 @@ def embeddings(
                     raise NotExecutableError(
                         "the last layer with parameters takes no part in the forward pass"
                     )
-                rows.append(_flat(seen[-1]))
+                rows.append(_one_row_each(seen[-1], layer, rows_in(target) or rows_in(out)))
                 outputs.append(out)
                 targets.append(target)
         finally:
@@ -76,12 +78,25 @@ def embeddings(
     return _projected(features, seed, dimensions), outputs, targets
 
 
-def _flat(features: Tensor) -> Tensor:
-    return (
-        features
-        if features.dim() == 2
-        else features.reshape(features.shape[0], -1, features.shape[-1]).mean(dim=1)
-    )
+def _one_row_each(features: Tensor, layer: nn.Module, n: int | None) -> Tensor:
+    """Average what a layer is given over its positions, so that each sample has one row.
+
+    Args:
+        features: Input of the layer: channels last, or second for a convolution or batch norm.
+        layer: The layer.
+        n: Samples in the batch, or None where that is not known.
+    """
+    if isinstance(layer, _CHANNELS_SECOND) and features.dim() > 2:
+        features = features.flatten(2).mean(dim=2)
+    width = features.shape[-1]
+    rows = features.shape[0] if n is None else n
+    if not rows or features.numel() % (rows * width) or features.shape[0] % rows:
+        raise NotExecutableError(
+            f"the last layer with parameters is given {tuple(features.shape)} for a batch of {rows} samples, so that no"
+            " row of features is one sample's"
+        )
+    # A model that flattens sequences gives positions as rows, sample after sample.
+    return features.reshape(rows, -1, width).mean(dim=1)
 
 
 def _projected(features: Features, seed: int, dimensions: int) -> Features:

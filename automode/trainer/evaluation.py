@@ -20,7 +20,7 @@ from automode.merges.batches import training_flags_kept
 from automode.planner.acceptance import utility_classification
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.random_state import forked_rng
-from automode.trainer.tasks import Task, task_of
+from automode.trainer.tasks import Task
 from automode.trainer.trunk import StepFn
 
 Part = Literal["A", "B"]
@@ -110,9 +110,9 @@ class Evaluator:
     def _batch(
         self, loss: Tensor, outputs: Any, targets: Any, n: int
     ) -> tuple[Floats, Floats, Floats | None, Floats | None]:
-        if self.task is None:
-            self.task = task_of(outputs, targets)
         losses = self._losses(loss, outputs, targets, n)
+        if self.task is None:
+            self.task = self.per_sample.task(outputs, targets)
         match self.task:
             case "classification" | "binary":
                 p, right = _probabilities(

@@ -15,19 +15,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from automode.errors import DataError
 from automode.merges.batches import move
 from automode.trainer.evaluation import Ids, Part
 from automode.trainer.ids import root_of
-from automode.trainer.random_state import forked_rng
+from automode.trainer.random_state import forked_rng, seeded_rng
 
 COMPARED = 2000
 """Validation samples, at the most, whose content is looked for in the training set."""
 
 SEARCHED = 20_000
-"""Training samples, at the most, that are read one by one for that; all rows of a TensorDataset are."""
+"""Training samples, at the most, that are read one by one for that; of TensorDatasets all rows are compared."""
+
+HASHED_AT_ONCE = 65_536
+
+READ_FOR_CLASSES = 5000
+"""Samples, at the most, that are read one by one to split them by class, where a dataset does not keep its targets."""
+
+
+_END = object()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +73,7 @@ class HeldOut:
         self.reason: str | None = None
         self.ids: Ids = np.empty(0, dtype=np.int64)
         self._device = device
+        self._seed = seed
         self._loader = loader
         self._positions: Ids = np.empty(0, dtype=np.int64)
         self._in_a: npt.NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
@@ -93,21 +102,35 @@ class HeldOut:
             return
         chosen = np.ones_like(self._in_a) if part is None else self._in_a == (part == "A")
         positions, ids = self._positions[chosen], self.ids[chosen]
-        dataset, size = self._loader.dataset, self._loader.batch_size or 256
-        with forked_rng():
-            for start in range(0, positions.size, size):
-                rows = positions[start : start + size]
-                batch = self._loader.collate_fn([dataset[int(i)] for i in rows])
-                yield move(batch, self._device), ids[start : start + size]
+        size = self._loader.batch_size or 256
+        for start in range(0, positions.size, size):
+            batch = self._fetch(positions[start : start + size])
+            yield move(batch, self._device), ids[start : start + size]
+
+    def _fetch(self, positions: Ids) -> Any:
+        dataset, collate = self._loader.dataset, self._loader.collate_fn
+        if type(dataset) is TensorDataset and collate is default_collate:
+            rows = torch.from_numpy(positions)
+            return [tensor[rows.to(tensor.device)] for tensor in dataset.tensors]
+        # Seeded by where it begins: what a dataset draws for a sample (an augmentation) is the same for every network
+        # that is judged on it. Around each fetch alone, since a pass may be left half-way.
+        with seeded_rng(self._seed + int(positions[0])):
+            return collate([dataset[int(i)] for i in positions])
 
     def _as_they_come(self) -> Iterator[tuple[Any, Ids]]:
         """Batches of a loader without ids, numbered as they come; for the user's own validation only."""
         seen = 0
-        with forked_rng():
-            for batch in self._loader:
-                n = len(batch[0]) if isinstance(batch, list | tuple) else len(batch)
-                yield move(batch, self._device), np.arange(seen, seen + n, dtype=np.int64)
-                seen += n
+        # Around each fetch alone, since a pass may be left half-way.
+        with seeded_rng(self._seed):
+            batches = iter(self._loader)
+        while True:
+            with seeded_rng(self._seed + seen):
+                batch: Any = next(batches, _END)
+            if batch is _END:
+                return
+            n = len(batch[0]) if isinstance(batch, list | tuple) else len(batch)
+            yield move(batch, self._device), np.arange(seen, seen + n, dtype=np.int64)
+            seen += n
 
     def _split(self, seed: int) -> None:
         dataset: Any = self._loader.dataset
@@ -148,16 +171,27 @@ def _strata(dataset: Any, positions: Ids) -> npt.NDArray[np.int64]:
 
 def _targets(dataset: Any, positions: Ids) -> npt.NDArray[np.int64] | None:
     root, mapped = root_of(dataset)
-    if type(root) is TensorDataset and len(root.tensors) > 1:
-        target = root.tensors[-1]
-        if target.is_floating_point() or target.dim() != 1:
+    kept = root.tensors[-1] if type(root) is TensorDataset and len(root.tensors) > 1 else _kept_targets(root)
+    if kept is not None:
+        if kept.dtype.is_floating_point or kept.dim() != 1:
             return None
-        rows = positions if mapped is None else np.asarray(mapped)[positions]
-        return np.asarray(target[torch.from_numpy(rows)].cpu().numpy(), dtype=np.int64)
+        rows = positions if mapped is None else mapped[positions]
+        return np.asarray(kept[torch.from_numpy(rows)].cpu().numpy(), dtype=np.int64)
+    if positions.size > READ_FOR_CLASSES:
+        return None
     first = dataset[int(positions[0])]
     if not isinstance(first, list | tuple) or len(first) < 2 or not _is_class(first[-1]):
         return None
     return np.array([int(dataset[int(i)][-1]) for i in positions], dtype=np.int64)
+
+
+def _kept_targets(root: Any) -> torch.Tensor | None:
+    """Classes that a dataset keeps in view, as torchvision's do."""
+    for name in ("targets", "labels"):
+        value = getattr(root, name, None)
+        if isinstance(value, list | torch.Tensor | np.ndarray) and len(value) == len(root):
+            return torch.as_tensor(value)
+    return None
 
 
 def _is_class(value: Any) -> bool:
@@ -208,17 +242,53 @@ def find_overlap(train: Any, val: Any) -> Overlap:
 def _by_content(train: Any, val: Any, n_train: int, n_val: int) -> Overlap:
     rng = np.random.default_rng(0)
     asked = np.arange(n_val) if n_val <= COMPARED else np.sort(rng.choice(n_val, COMPARED, replace=False))
-    root, _ = root_of(train)
-    everything = type(root) is TensorDataset or n_train <= SEARCHED
-    rows = np.arange(n_train) if everything else np.sort(rng.choice(n_train, SEARCHED, replace=False))
+    train_rows, val_rows = _input_rows(train), _input_rows(val)
+    if train_rows is not None and val_rows is not None:
+        if train_rows.shape[1:] != val_rows.shape[1:] or train_rows.dtype != val_rows.dtype:
+            return Overlap(n=0, share=0.0, how="content")
+        n = int(np.isin(_row_hashes(val_rows[torch.from_numpy(asked)]), _row_hashes(train_rows)).sum())
+        return Overlap(n=n, share=n / max(1, asked.size), how="content")
+    rows = (
+        np.arange(n_train) if n_train <= SEARCHED else np.sort(rng.choice(n_train, SEARCHED, replace=False))
+    )
+    wanted = [_digest(val[int(i)]) for i in asked]
+    if not any(wanted):
+        return Overlap(n=0, share=0.0, how="unknown")
     known = {_digest(train[int(i)]) for i in rows}
-    known.discard(None)
-    n = sum(1 for i in asked if _digest(val[int(i)]) in known)
+    n = sum(1 for digest in wanted if digest is not None and digest in known)
     return Overlap(n=n, share=n / max(1, asked.size), how="content")
 
 
+def _input_rows(dataset: Any) -> torch.Tensor | None:
+    """Inputs of a TensorDataset, or of a subset of one, with more than one number a sample."""
+    root, mapped = root_of(dataset)
+    if type(root) is not TensorDataset or root.tensors[0].layout is not torch.strided:
+        return None
+    inputs = root.tensors[0].detach()
+    if inputs[:1].numel() < 2:
+        return None
+    return inputs if mapped is None else inputs[torch.from_numpy(mapped).to(inputs.device)]
+
+
+def _row_hashes(rows: torch.Tensor) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of the bytes of each row; equal rows have equal hashes."""
+    found = []
+    for start in range(0, len(rows), HASHED_AT_ONCE):
+        chunk = rows[start : start + HASHED_AT_ONCE]
+        raw = chunk.reshape(len(chunk), -1).cpu().contiguous().view(torch.uint8).numpy()
+        words = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 8))).view(np.uint64)
+        odd = (
+            np.random.default_rng(0x0A5).integers(1 << 62, size=(2, words.shape[1]), dtype=np.uint64) * 2 + 1
+        )
+        # Numbers of few significant bits are zero in their low ones: fold the high bits down before multiplying.
+        words = (words ^ (words >> np.uint64(31))) * odd[0]
+        words = (words ^ (words >> np.uint64(29))) * odd[1]
+        found.append(words.sum(axis=1, dtype=np.uint64))
+    return np.concatenate(found) if found else np.empty(0, dtype=np.uint64)
+
+
 def _digest(sample: Any) -> bytes | None:
-    """Digest of a sample's input; None where it holds no array to compare."""
+    """Digest of a sample's input; None where it holds no array of more than one number to compare."""
     value = sample[0] if isinstance(sample, list | tuple) and sample else sample
     if isinstance(value, torch.Tensor):
         value = (

@@ -23,7 +23,7 @@ from torch import Tensor
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.sample_ledger import SampleLedger
-from automode.trainer.tasks import margins, task_of
+from automode.trainer.tasks import margins
 from automode.trainer.trees import map_tensors, rows_in, signature_of, tensors_in
 
 # Outputs, targets, positions in the loader's dataset, loss, and the versions of outputs and targets. A plain tuple,
@@ -112,7 +112,7 @@ class LedgerFeed:
         if not self._per_sample.exact:
             if not self._per_sample.check(outputs, targets, loss):
                 return
-            self._has_margins = task_of(outputs, targets) in ("classification", "binary")
+            self._has_margins = self._per_sample.task(outputs, targets) in ("classification", "binary")
         if not self.visits:
             rows, size = rows_in((outputs, targets)) or 1, _bytes_in((outputs, targets)) or 1
             self.max_visits = max(1, min(_FLUSH_VISITS, _FLUSH_ROWS // rows, self._max_bytes // size))

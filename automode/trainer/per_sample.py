@@ -23,12 +23,16 @@ from torch import Tensor, nn
 from automode.errors import DataError
 from automode.trainer.loss_twins import LossFn, Twin, base_of, twins_of
 from automode.trainer.random_state import RandomState
-from automode.trainer.tasks import is_probability_loss, task_of
+from automode.trainer.tasks import Task, scores_are, task_of
 from automode.trainer.trees import map_tensors, rows_in, tensors_in
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
 _TOLERANCE = 1e-5
+_OF_VALUES = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss,
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss,
+)  # fmt: skip
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _NEEDS = "pass a loss whose mean or sum over samples is the training loss to get per-sample losses"
 
@@ -73,6 +77,7 @@ class PerSampleLoss:
         self.how: str | None = None
         self.reason: str | None = None
         self.probabilities = base_of(loss_fn) in (nn.BCELoss, F.binary_cross_entropy)
+        self._of_values = base_of(loss_fn) in _OF_VALUES
 
     @property
     def exact(self) -> bool:
@@ -114,6 +119,14 @@ class PerSampleLoss:
             )
         elements: Tensor = self._twin.call(outputs, targets)
         return elements.reshape(elements.shape[0], -1).mean(1)
+
+    def task(self, outputs: Any, targets: Any) -> Task:
+        """Tell the kind of task, as :func:`~automode.trainer.tasks.task_of`, with what the loss says about it.
+
+        A squared error on targets that happen to be 0 and 1 is a regression: its outputs are no logits.
+        """
+        found = task_of(outputs, targets)
+        return "regression" if found == "binary" and self._of_values else found
 
     def check(self, outputs: Any, targets: Any, loss: Tensor | float) -> bool:
         """Compare with a training loss, and on the first finite one choose the twin.
@@ -173,8 +186,9 @@ class PerSampleLoss:
             self._modes = self._fitting_modes(twin, outputs, targets, loss, failures)
             if self._modes:
                 self._twin, self.how = twin, twin.how
-                if task_of(outputs, targets) == "binary" and twin.how == "vmap":
-                    self.probabilities = is_probability_loss(outputs, targets, loss, self._modes[0])
+                if twin.how == "vmap" and task_of(outputs, targets) == "binary":
+                    meant = scores_are(outputs, targets, loss, self._modes[0])
+                    self.probabilities, self._of_values = meant == "probabilities", meant == "values"
                 return
         self.reason = f"no per-sample losses: {'; '.join(failures)}; {_NEEDS}"
 

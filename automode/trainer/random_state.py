@@ -71,3 +71,18 @@ def forked_rng() -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+@contextlib.contextmanager
+def seeded_rng(seed: int) -> Iterator[None]:
+    """Run a block under fixed global CPU random states, and put the states back, also on an exception.
+
+    Args:
+        seed: At least 0; the same seed gives the block the same random numbers.
+    """
+    with forked_rng():
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+        # Not torch.manual_seed: before CUDA has started, that would leave a seed behind for it.
+        torch.default_generator.manual_seed(seed)
+        yield

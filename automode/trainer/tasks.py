@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -75,12 +76,28 @@ def margins(outputs: Tensor, targets: Tensor, *, probabilities: bool = False) ->
     return margin.masked_fill_((targets < 0) | (targets >= classes), float("nan"))
 
 
-def is_probability_loss(outputs: Tensor, targets: Tensor, loss: float, mode: str) -> bool:
-    """Tell whether a hand-written binary loss takes probabilities: whether it is the cross-entropy of them."""
+def scores_are(
+    outputs: Tensor, targets: Tensor, loss: float, mode: str
+) -> Literal["logits", "probabilities", "values"]:
+    """Tell from a loss of unknown kind how single scores with targets 0 and 1 are meant.
+
+    Args:
+        outputs: One score a sample.
+        targets: 0 or 1 each.
+        loss: The training loss on them.
+        mode: ``sum`` where the loss is a sum, else a mean.
+
+    Returns:
+        ``values`` where the loss is a squared or absolute error, ``probabilities`` where it is closer to the
+        cross-entropy of probabilities than of logits.
+    """
     scores, labels = outputs.detach().reshape(-1).double(), targets.detach().reshape(-1).double()
-    if bool(((scores < 0) | (scores > 1)).any()):
-        return False
     reduction = "sum" if mode == "sum" else "mean"
+    for error in (F.mse_loss, F.l1_loss):
+        if math.isclose(float(error(scores, labels, reduction=reduction)), loss, rel_tol=1e-4):
+            return "values"
+    if bool(((scores < 0) | (scores > 1)).any()):
+        return "logits"
     as_probability = float(F.binary_cross_entropy(scores, labels, reduction=reduction))
     as_logit = float(F.binary_cross_entropy_with_logits(scores, labels, reduction=reduction))
-    return abs(as_probability - loss) < abs(as_logit - loss)
+    return "probabilities" if abs(as_probability - loss) < abs(as_logit - loss) else "logits"
