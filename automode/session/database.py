@@ -148,6 +148,17 @@ def check_version(connection: sqlite3.Connection, database: Path) -> None:
         )
 
 
+def check_tables(connection: sqlite3.Connection, database: Path) -> None:
+    """Refuse a file of this version that holds other tables, views or triggers than a session has.
+
+    Raises:
+        SessionCorruptError: It does.
+    """
+    found = {row[0] for row in connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
+    if found != set(_TABLES):
+        raise SessionCorruptError(f"{database} does not have the tables of a session; do not trust this file")
+
+
 @contextmanager
 def storage_errors(folder: Path, doing: str) -> Iterator[None]:
     """Turn errors of SQLite and of the operating system into a `SessionError` that says what to do."""

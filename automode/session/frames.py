@@ -56,7 +56,7 @@ def live_spans(dead: list[Span], end: int) -> list[Span]:
     for first, stop in [*dead, (end, end)]:
         if start < min(first, end):
             spans.append((start, min(first, end)))
-        start = max(start, stop)
+        start = stop
     return spans
 
 

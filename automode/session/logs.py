@@ -22,8 +22,8 @@ from structlog.typing import FilteringBoundLogger
 
 from automode.errors import UsageError
 from automode.session.database import storage_errors
+from automode.session.session import LOG_NAME
 
-LOG_NAME = "log.jsonl"
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 

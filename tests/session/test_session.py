@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from automode.errors import SessionCorruptError, SessionError, UsageError
-from automode.session import CardRow, LineageRow, Record, Session, SessionStore, database
+from automode.session import CardRow, LineageRow, Record, Session, SessionStore, database, replay_feed
 
 MakeRecord = Callable[..., Record]
 
@@ -103,6 +103,8 @@ def test_a_session_of_a_newer_version_is_refused_by_reader_and_writer(ended: Pat
         ("DELETE FROM blocks WHERE first_row = 300", lambda s: list(s.iter_replay())),
         ("DELETE FROM blocks WHERE first_row = 0", lambda s: s.frame("loss")),
         ("DELETE FROM blocks WHERE first_row = 2700", lambda s: list(s.iter_replay())),
+        ("DELETE FROM events WHERE seq = 7", Session.verify),
+        ("DROP TABLE dead_rows", Session.verify),
         ("UPDATE events SET body = '{}' WHERE seq = 7", lambda s: list(s.events())),
         ("UPDATE events SET kind = 'other' WHERE seq = 7", lambda s: list(s.iter_replay())),
         ("UPDATE events SET t_mono = t_mono + 1 WHERE seq = 7", lambda s: list(s.events())),
@@ -114,8 +116,10 @@ def test_a_changed_block_or_record_is_found(
     with sqlite3.connect(ended / "session.db") as other:
         other.execute(statement)
     other.close()
-    with Session.open(ended) as session, pytest.raises(SessionCorruptError):
-        reading(session)
+    with Session.open(ended) as session:
+        for look in (reading, Session.verify):
+            with pytest.raises(SessionCorruptError):
+                look(session)
 
 
 def test_damaged_bytes_give_an_error_of_ours_and_never_other_numbers_or_records(
@@ -185,20 +189,23 @@ with SessionStore.create(sys.argv[1], header={}) as store:
 
 
 def test_a_slow_reader_does_not_stop_the_writer_and_sees_one_state(
-    store: SessionStore, record: MakeRecord
+    store: SessionStore, record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(replay_feed, "_RECORDS_PAGE", 4)
+    monkeypatch.setattr(replay_feed, "_BLOCKS_PAGE", 4)
     for i in range(30):
         store.add_rows("trunk", 1, ("n",), np.arange(300.0 * i, 300.0 * (i + 1))[:, None])
         store.write([record(i + 1, frame_cursor=300 * (i + 1))], durable=False)
+    store.supersede(20)
     with Session.open(store.path) as session:
         replay = session.iter_replay()
         first = [next(replay) for _ in range(4)]
         store.add_rows("trunk", 1, ("n",), np.zeros((5, 1)))
         store.write([record(31, frame_cursor=9005)], durable=True, supersede_after=3)
         items = [*first, *replay]
-        assert [i[1].seq for i in items if i[0] == "record"] == list(range(1, 31))
+        assert [i[1].seq for i in items if i[0] == "record"] == list(range(1, 21))
         table = np.concatenate([i[3][:, 0] for i in items if i[0] == "rows"])
-        assert table.tolist() == list(range(9000))
+        assert table.tolist() == list(range(6000))
         assert [i[1].seq for i in session.iter_replay() if i[0] == "record"] == [1, 2, 3, 31]
 
 

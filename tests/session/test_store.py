@@ -83,6 +83,18 @@ def test_frequent_flushes_leave_few_blocks(store: SessionStore, record: MakeReco
     assert blocks == [(0, 256), (256, 256), (512, 88)]
 
 
+def test_how_far_a_stream_was_is_noted_only_where_it_has_moved(
+    store: SessionStore, record: MakeRecord
+) -> None:
+    store.add_rows("trial", 1, NAMES, _rows(1))
+    for seq in range(1, 5):
+        store.add_rows("trunk", 1, NAMES, _rows(1))
+        store.write([record(seq)], durable=False)
+    with Session.open(store.path) as session:
+        marks = session._fetch("SELECT stream, seq, rows FROM cursors ORDER BY stream, seq")
+    assert marks == [("trial", 1, 1), *(("trunk", n, n) for n in range(1, 5))]
+
+
 def test_a_long_gap_between_flushes_is_cut_into_blocks_of_bounded_size(store: SessionStore) -> None:
     store.add_rows("trunk", 1, NAMES, _rows(10_000))
     store.flush()

@@ -54,7 +54,8 @@ class StoreAgreesWithModel(RuleBasedStateMachine):
 
     @initialize()
     def create(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
+        # In memory where there is such a place: the disk's patience is not what is tested here.
+        self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         self.path = Path(self.folder.name) / "run"
         self.store = SessionStore.create(self.path, header={"n": 1})
         self.model = _Model()
@@ -222,7 +223,7 @@ def _check_frames(frames: dict[str, np.ndarray], rows: list[_Row]) -> None:
 
 
 StoreAgreesWithModel.TestCase.settings = settings(
-    max_examples=40,
+    max_examples=120,
     stateful_step_count=20,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
