@@ -59,6 +59,14 @@ def test_the_order_of_members_does_not_matter(seeds: list[int], order: object) -
         torch.testing.assert_close(one[key], other[key], rtol=1e-6, atol=1e-7)
 
 
+def test_rounding_in_double_precision_does_not_leave_the_bounds() -> None:
+    low = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    high = torch.nextafter(low, torch.tensor(2.0, dtype=torch.float64))
+    states = [{"w": low}] * 6 + [{"w": high}]
+    for merged in (uniform(states), weighted(states, [0.1, 0.2, 0.3, 0.1, 0.1, 0.1, 0.1])):
+        assert bool(((merged["w"] >= low) & (merged["w"] <= high)).all())
+
+
 @pytest.mark.parametrize("copies", [1, 2, 3, 7])
 def test_merging_copies_of_one_state_gives_it_back_bit_by_bit(copies: int) -> None:
     state = random_state(3)
