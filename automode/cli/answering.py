@@ -10,6 +10,7 @@ import getpass
 import time
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any, Final, TypeVar
 
 import click
@@ -152,7 +153,7 @@ def edit(session: Path, card: str, file: str | None, note: str, actor: str | Non
         if after.rev != before.rev:
             raise ConflictError(
                 f"this edit is of revision {after.rev}, and card {before.id} is at revision {before.rev}: "
-                f"edit the latest (automode show {session} {before.id})"
+                f"edit the latest (automode show {quote(str(session))} {before.id})"
             )
         changed = _checked(before, after)
         if not changed:
@@ -220,7 +221,7 @@ def _ask_about(
         if rev is not None and rev != row.rev:
             raise ConflictError(
                 f"card {row.card_id} is at revision {row.rev}, and you have read {rev}: "
-                f"read it again (automode show {session} {row.card_id})"
+                f"read it again (automode show {quote(str(session))} {row.card_id})"
             )
         if verb == "approve":
             click.echo(card_summary(card_of(row)))

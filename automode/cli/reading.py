@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -55,7 +56,7 @@ def cards(context: click.Context, session: Path) -> None:
     if waiting:
         first = waiting[0]
         click.echo(
-            f"\n{len(waiting)} waiting: automode show {session} {first.card_id}, then approve, reject, revise or edit"
+            f"\n{len(waiting)} waiting: automode show {quote(str(session))} {first.card_id}, then approve, reject, revise or edit"
         )
         context.exit(CARDS_WAIT)
 

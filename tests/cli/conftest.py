@@ -57,22 +57,25 @@ def cli() -> Cli:
     return call
 
 
-def make_card(**changes: Any) -> PlanCard:
-    data = {
-        "id": "c7f3a1e0",
-        "session": "test",
-        "step": 100,
-        "action": "fork",
-        "reason": "loss_plateau",
-        "because": "The loss is flat.",
-        "training_recipe": {"variants": [{"name": "plain"}, {"name": "gentle", "lr_mul": 0.5}]},
-        "budget_steps": 20,
-        "asha": {"max_steps": 60},
-        "cost": {"sample_passes": 31_000, "share_of_remaining": 0.11},
-        "cooldown_steps": 50,
-        "base": {"step": 100, "policy": Policy().digest},
-    }
-    return PlanCard.model_validate(data | changes)
+@pytest.fixture
+def card() -> PlanCard:
+    """A small card."""
+    return PlanCard.model_validate(
+        {
+            "id": "c7f3a1e0",
+            "session": "test",
+            "step": 100,
+            "action": "fork",
+            "reason": "loss_plateau",
+            "because": "The loss is flat.",
+            "training_recipe": {"variants": [{"name": "plain"}, {"name": "gentle", "lr_mul": 0.5}]},
+            "budget_steps": 20,
+            "asha": {"max_steps": 60},
+            "cost": {"sample_passes": 31_000, "share_of_remaining": 0.11},
+            "cooldown_steps": 50,
+            "base": {"step": 100, "policy": Policy().digest},
+        }
+    )
 
 
 def start(**changes: Any) -> SessionStarted:

@@ -11,6 +11,7 @@ import pytest
 
 from automode.planner.card_text import from_yaml, to_yaml
 from automode.planner.cards import CardState
+from automode.presets import preset_text
 from automode.session import Session
 
 OWN = """\
@@ -32,7 +33,7 @@ def own(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def card(cli: Any, live: Any, own: Path) -> str:
+def card(cli: Any, live: Any, own: Path) -> str:  # in place of the whole card that other files want
     """The id of a card that waits in a running session."""
     cli("submit", live.path, own, "--as", "alice")
     (made,) = live.state.cards
@@ -124,7 +125,7 @@ def test_only_an_adopted_card_can_be_rolled_back(cli: Any, live: Any, card: str)
 
 
 def test_an_adopted_cards_rollback_is_asked_for(cli: Any, told: Any) -> None:
-    card = from_yaml(Path("plans/cards/loss_plateau.yaml").read_text())
+    card = from_yaml(preset_text("cards/loss_plateau"))
     told.propose(card)
     for before, after in (
         ("proposed", "approved"),
@@ -140,7 +141,7 @@ def test_an_adopted_cards_rollback_is_asked_for(cli: Any, told: Any) -> None:
 
 
 def test_a_running_card_is_cancelled_and_not_rejected(cli: Any, told: Any) -> None:
-    card = from_yaml(Path("plans/cards/loss_plateau.yaml").read_text())
+    card = from_yaml(preset_text("cards/loss_plateau"))
     told.propose(card)
     told.move(card, "proposed", "approved")
     told.move(card, "approved", "running")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import click
 import pytest
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 import automode
 from automode.cli.main import COMMANDS, CommandSource, LazyGroup, main
 from automode.errors import AutomodeError, CardError, UsageError
+from automode.session import SessionStore
 
 HEAVY = ("torch", "numpy", "pydantic", "yaml", "sklearn", "scipy", "optuna", "lightning", "sqlite3")
 
@@ -33,6 +35,24 @@ print(*(name for name in {HEAVY!r} if name in sys.modules), sep=",", file=sys.st
     )
     assert (done.returncode, done.stderr) == (0, "\n")
     assert "automode" in done.stdout
+
+
+def test_no_command_needs_torch(tmp_path: Path) -> None:
+    SessionStore.create(tmp_path / "run", header={}).close()
+    code = f"""
+import sys
+from importlib import import_module
+from automode.cli.main import COMMANDS, main
+for source in COMMANDS.values():
+    import_module(source.module)
+for command in ("cards", "log", "lineage", "trials", "replay"):
+    main([command, {str(tmp_path / "run")!r}], standalone_mode=False)
+print("torch" in sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "False\n")
 
 
 def test_version_is_the_one_of_the_package() -> None:

@@ -17,25 +17,6 @@ from automode.planner.recipes import Variant
 from automode.session import SessionStore
 
 
-@pytest.fixture
-def card() -> PlanCard:
-    from_plain = {
-        "id": "c7f3a1e0",
-        "session": "test",
-        "step": 100,
-        "action": "fork",
-        "reason": "loss_plateau",
-        "because": "The loss is flat.",
-        "training_recipe": {"variants": [{"name": "plain"}, {"name": "gentle", "lr_mul": 0.5}]},
-        "budget_steps": 20,
-        "asha": {"max_steps": 60},
-        "cost": {"sample_passes": 31_000, "share_of_remaining": 0.11},
-        "cooldown_steps": 50,
-        "base": {"step": 100, "policy": "sha256:" + "0" * 64},
-    }
-    return PlanCard.model_validate(from_plain)
-
-
 def other(card: PlanCard, card_id: str) -> PlanCard:
     return card.model_copy(update={"id": card_id})
 
