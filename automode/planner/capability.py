@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pydantic import ValidationError
 
-from automode.planner.events import Run
+from automode.planner.inputs import Run, Task
 from automode.planner.recipes import (
     MergeRecipe,
     SearchSpace,
@@ -71,7 +71,12 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("variant.batch_mul", "*", False, "trials draw batches of the trunk's size: leave it at 1"),
     Ability("variant.schedule", "keep"),
     Ability("variant.schedule", "constant"),
-    Ability("variant.schedule", "anneal"),
+    Ability(
+        "variant.schedule",
+        "anneal",
+        False,
+        "an annealed trial beats any control that is not annealed alike, and no such control runs yet: use constant",
+    ),
     Ability("training_recipe.replay", "*"),
     Ability("training_recipe.variants", "*"),
     Ability("training_recipe.search", "*"),
@@ -89,6 +94,9 @@ TABLE: Final[tuple[Ability, ...]] = (
 )
 """Every part of a card that asks for work. The first entry that matches part and value counts."""
 
+
+ROUTED: Final[tuple[Task, ...]] = ("classification", "regression")
+"""Tasks whose answers a router can mix."""
 
 Planned: TypeAlias = "PlanCard | Proposal"
 """Whatever asks for work: a card, or a rule's proposal."""
@@ -110,10 +118,8 @@ def refusals(planned: Planned, run: Run, *, min_held_out: int = 2) -> list[str]:
         found += _training(planned.training_recipe, planned.selection, run)
     if planned.gate_recipe is not None:
         found += _unable("gate_recipe", planned.gate_recipe.kind)
-        if run.task not in ("classification", "sequence"):
-            found.append(
-                f"gate_recipe: a router mixes class probabilities, and this run's task is {run.task}"
-            )
+        if run.task not in ROUTED:
+            found.append(f"gate_recipe: a router mixes classes or values, and this run's task is {run.task}")
     if planned.merge_recipe is not None:
         found += _merge(planned.merge_recipe, planned.action)
     return found
@@ -163,6 +169,11 @@ def _selection(part: str, selection: Selection, run: Run) -> Iterator[str]:
         if named_only and selection.slice not in run.slices:
             known = ", ".join(sorted(run.slices)) or "none"
             yield f"{part}: there is no slice {selection.slice!r}; this run has {known}"
+        elif named_only and selection.slice not in run.train_slices:
+            yield (
+                f"{part}: slice {selection.slice!r} is a list of held-out samples, so its training samples are not known: "
+                "give the slice as a function of (inputs, targets)"
+            )
 
 
 def _training(recipe: TrainingRecipe, selection: Selection, run: Run) -> Iterator[str]:

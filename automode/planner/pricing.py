@@ -40,14 +40,14 @@ TRAIN_PASSES: Final = 3.0
 TRUNK_AVERAGES: Final = 3
 """EMA at two horizons and the tail average, each judged beside the raw weights."""
 
-GATE_SIZE: Final = 0.5
+GATE_SIZE: Final = 1.0
 """A router's size relative to the trunk, at the most; 32 hidden units are far less on any network worth routing."""
 
-GATE_READS: Final = 2.0
-"""How often an epoch reads val-A: once over both halves of the cross-fit, once for the router that is kept."""
+CROSS_FIT: Final = 2
+"""Halves of val-A on which a router is fitted and judged crosswise; another one on all of it is kept."""
 
-REFRESH_SAMPLES: Final = 2048
-"""Training samples, at the most, that pass through a merged network to recompute its norm statistics."""
+FISHER_PASSES: Final = 4.0
+"""Of one sample's Fisher information: one forward pass to draw a label, then a forward and a backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,9 +133,10 @@ def price_fork(
     retry_steps = max(segments)
     states = 1 + (TRUNK_AVERAGES if run.averages else 0)
     own = 1 if any(v.ema is not None for v in recipe.variants) or recipe.search is not None else 0
-    reports = sum(counts) + 1
     experts = counts[-1]
     per_step = step_passes(run)
+    report = _judged(states + own, run)
+    looks = 1 if gate is None else experts + 1  # a mixture answers with every expert
     gate_passes = _gate(gate, experts, run)
     top = levels[-1]
     several = gate is not None or isinstance(merge, MergeUniform | MergeGreedy | MergeFisherSoup)
@@ -143,7 +144,9 @@ def price_fork(
     return WorstCase(
         train=train_steps * per_step,
         retry=retry_steps * per_step,
-        evaluate=float(reports * (states + own) * run.val_a + 2 * states * run.val_a + 2 * run.val_b),
+        evaluate=(sum(counts) + 1) * report
+        + _judged(states, run)
+        + (looks + 1) * float(run.val_b + run.refresh),
         resolve=_resolve(recipe, selection, run),
         gate=gate_passes,
         merge=_merge(merge, experts, run),
@@ -156,7 +159,7 @@ def price_merge(merge: MergeRecipe, run: Run) -> WorstCase:
     """Price a card that merges what the trunk carries: evaluations only."""
     states = 1 + (TRUNK_AVERAGES if run.averages else 0)
     return WorstCase(
-        evaluate=float(states * run.val_a + 2 * run.val_b),
+        evaluate=_judged(states, run) + 2.0 * (run.val_b + run.refresh),
         merge=_merge(merge, 0, run),
     )
 
@@ -193,35 +196,35 @@ def _resolve(recipe: TrainingRecipe, selection: Selection | None, run: Run) -> f
     return float(needing * (run.train_samples or 0))
 
 
+def _judged(states: int, run: Run) -> float:
+    """Raw weights and averages, judged on val-A; all but the raw ones get norm statistics of their own first."""
+    return float(states * run.val_a + (states - 1) * run.refresh)
+
+
 def _gate(gate: GateRecipe | None, experts: int, run: Run) -> float:
     if gate is None:
         return 0.0
-    outputs = (experts + 2) * run.val_a  # the experts, the control, and the parent's features
-    training = TRAIN_PASSES * GATE_SIZE * GATE_READS * gate.epochs * run.val_a
+    members = experts + 1  # the control is one
+    outputs = members * (run.refresh + (1 + CROSS_FIT) * run.val_a)
+    training = TRAIN_PASSES * GATE_SIZE * (CROSS_FIT * 0.5 + 1.0) * gate.epochs * run.val_a
     return float(outputs + training)
 
 
-def _refresh(run: Run) -> float:
-    return float(min(REFRESH_SAMPLES, run.train_samples or REFRESH_SAMPLES))
-
-
 def _merge(merge: MergeRecipe | None, experts: int, run: Run) -> float:
-    judged = run.val_a + _refresh(run)
+    judged = float(run.val_a + run.refresh)
     members = experts + 1  # the control is one
     match merge:
-        case None:
+        case None | MergeSwa():
             return 0.0
-        case MergeSwa():
-            return TRUNK_AVERAGES * _refresh(run)
         case MergeUniform() | MergeAdapterFuse():
-            return judged
+            return judged + run.refresh
         case MergeGreedy():
-            return (2 * members - 1) * judged
+            return (2 * members - 1) * judged + run.refresh
         case MergeInterpolate():
-            return len(merge.weights) * judged
+            return len(merge.weights) * judged + run.refresh
         case MergeFisherSoup():
-            return judged + TRAIN_PASSES * members * merge.samples
+            return judged + run.refresh + FISHER_PASSES * members * merge.samples
         case MergeDistill():
-            return judged + merge.steps * run.batch * (TRAIN_PASSES + experts + 1)
+            return judged + run.refresh + merge.steps * run.batch * (TRAIN_PASSES + members)
         case _:
             assert_never(merge)

@@ -41,6 +41,7 @@ def run_of(**changes: Any) -> Run:
             "has_ids": True,
             "exact_losses": True,
             "slices": {"rotated": 40},
+            "train_slices": ["rotated"],
         }
         | changes
     )
@@ -143,7 +144,7 @@ def test_a_plain_fork_can_run() -> None:
             run_of(has_ids=False),
             ["training_recipe.exclude: quantile needs sample ids"],
         ),
-        (fork(gate_recipe=GateRecipe()), run_of(task="regression"), ["gate_recipe", "task is regression"]),
+        (fork(gate_recipe=GateRecipe()), run_of(task="sequence"), ["gate_recipe", "task is sequence"]),
         (fork(), run_of(why_no_forks="the model cannot be copied"), ["the model cannot be copied"]),
         (fork(), run_of(why_no_evidence="no validation loader"), ["no validation loader"]),
         (fork(), run_of(val_b=1), ["100 and 1 samples"]),

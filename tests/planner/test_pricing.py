@@ -50,13 +50,13 @@ def recipe_of(n: int) -> TrainingRecipe:
 
 def test_a_ladder_priced_by_hand() -> None:
     # Three trials to 20, one of them on to 60: 3 * 20 + 40 steps, the longest segment of 40 once more; 30 passes a step.
-    # Five reports (one repeated) and two snapshots on val-A (100), and two networks on val-B (50).
+    # Five reports (one repeated) and the control's snapshot on val-A (100), and two networks on val-B (50).
     worst = price_fork(recipe=recipe_of(3), levels=(20, 60), reduction_factor=3, run=run_of())
     assert worst.train == 100 * 30
     assert worst.retry == 40 * 30
-    assert worst.evaluate == 5 * 100 + 2 * 100 + 2 * 50
+    assert worst.evaluate == 5 * 100 + 100 + 2 * 50
     assert (worst.resolve, worst.gate, worst.merge) == (0, 0, 0)
-    assert worst.passes == 3000 + 1200 + 800
+    assert worst.passes == 3000 + 1200 + 700
     assert worst.resource_steps == 140
     assert worst.control_steps == 60
 
@@ -64,14 +64,21 @@ def test_a_ladder_priced_by_hand() -> None:
 def test_averages_are_judged_beside_raw_weights() -> None:
     plain = price_fork(recipe=recipe_of(1), levels=(10,), reduction_factor=3, run=run_of())
     averaged = price_fork(recipe=recipe_of(1), levels=(10,), reduction_factor=3, run=run_of(averages=True))
-    assert plain.evaluate == (2 + 2) * 100 + 100
-    assert averaged.evaluate == (2 + 2) * 4 * 100 + 100
+    assert plain.evaluate == (2 + 1) * 100 + 100
+    assert averaged.evaluate == (2 + 1) * 4 * 100 + 100
+
+
+def test_norm_statistics_are_recomputed_for_everything_but_raw_weights() -> None:
+    worst = price_fork(
+        recipe=recipe_of(1), levels=(10,), reduction_factor=3, run=run_of(averages=True, refresh=160)
+    )
+    assert worst.evaluate == (2 + 1) * (4 * 100 + 3 * 160) + 2 * (50 + 160)
 
 
 def test_an_average_of_the_variants_own_is_one_more_candidate() -> None:
     own = TrainingRecipe(variants=(Variant(name="own", ema=0.9),))
     worst = price_fork(recipe=own, levels=(10,), reduction_factor=3, run=run_of(averages=True))
-    assert worst.evaluate == 2 * 5 * 100 + 2 * 4 * 100 + 100
+    assert worst.evaluate == 2 * 5 * 100 + 4 * 100 + 100
 
 
 def test_clusters_by_embedding_need_every_training_sample_once() -> None:
@@ -94,31 +101,35 @@ def test_a_routers_control_gets_the_sum_of_its_experts_and_the_router() -> None:
         recipe=recipe_of(9), levels=(10, 30), reduction_factor=3, run=run_of(), gate=GateRecipe(epochs=4)
     )
     assert climbers(9, 2, 3) == (9, 3)
-    assert gated.gate == (3 + 2) * 100 + 3 * 0.5 * 2 * 4 * 100
+    # Four networks answer val-A three times: for the fit, and mixed by either half's router.
+    assert gated.gate == 4 * 3 * 100 + 3 * 2 * 4 * 100
     assert gated.control_steps == 3 * 30 + -(-int(gated.gate) // 30)
+    plain = price_fork(recipe=recipe_of(9), levels=(10, 30), reduction_factor=3, run=run_of())
+    assert gated.evaluate == plain.evaluate + 3 * 50  # a mixture of four networks looks at val-B
 
 
 @pytest.mark.parametrize(
     ("merge", "passes", "control"),
     [
         (None, 0, 30),
-        (MergeInterpolate(weights=(0.5, 1.0)), 2 * (100 + 500), 30),
-        (MergeUniform(), 100 + 500, 30),
-        (MergeGreedy(), 3 * (100 + 500), 30),
-        (MergeFisherSoup(samples=64), 600 + 3 * 2 * 64, 30),
+        (MergeInterpolate(weights=(0.5, 1.0)), 2 * (100 + 160) + 160, 30),
+        (MergeUniform(), 100 + 160 + 160, 30),
+        (MergeGreedy(), 3 * (100 + 160) + 160, 30),
+        (MergeFisherSoup(samples=64), 100 + 160 + 160 + 4 * 2 * 64, 30),
     ],
 )
 def test_merges_of_one_specialist_with_the_control(
     merge: MergeRecipe | None, passes: int, control: int
 ) -> None:
-    worst = price_fork(recipe=recipe_of(3), levels=(10, 30), reduction_factor=3, run=run_of(), merge=merge)
+    run = run_of(refresh=160)
+    worst = price_fork(recipe=recipe_of(3), levels=(10, 30), reduction_factor=3, run=run, merge=merge)
     assert worst.merge == passes
     assert worst.control_steps == control
 
 
 def test_a_merge_of_the_trunks_averages_costs_evaluations_only() -> None:
-    worst = price_merge(MergeSwa(), run_of(averages=True))
-    assert worst.passes == 4 * 100 + 2 * 50 + 3 * 500
+    worst = price_merge(MergeSwa(), run_of(averages=True, refresh=160))
+    assert worst.passes == 4 * 100 + 3 * 160 + 2 * (50 + 160)
     assert worst.resource_steps == worst.control_steps == 0
 
 

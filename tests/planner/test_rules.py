@@ -67,6 +67,7 @@ def view_of(case: dict[str, Any]) -> View:
             "exact_losses": True,
             "averages": True,
             "slices": {"rotated": 80},
+            "train_slices": ["rotated"],
         }
         | asked.pop("run", {})
     )

@@ -15,7 +15,6 @@ VARIANTS = (
     Variant(name="flat", optimizer="sam"),
     Variant(name="slow averaged", lr_mul=0.3, ema=0.99),
     Variant(name="decayed more", weight_decay=0.1),
-    Variant(name="anneal", schedule="anneal"),
 )
 
 

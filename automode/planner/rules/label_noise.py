@@ -13,7 +13,6 @@ from automode.planner.rules.execution import if_executable
 VARIANTS = (
     Variant(name="constant", schedule="constant"),
     Variant(name="gentle", lr_mul=0.5),
-    Variant(name="anneal", schedule="anneal"),
     Variant(name="averaged", schedule="constant", ema=0.99),
 )
 

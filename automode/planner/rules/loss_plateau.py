@@ -11,7 +11,6 @@ from automode.planner.rules.execution import if_executable
 from automode.planner.signals.trend import MIN_BLOCKS, BlockTrend, TrendState
 
 VARIANTS = (
-    Variant(name="anneal", schedule="anneal"),
     Variant(name="third", lr_mul=1 / 3),
     Variant(name="double", lr_mul=2.0),
     Variant(name="tenth", lr_mul=0.1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import hypot, inf, isfinite
 
+from automode.planner.capability import ROUTED
 from automode.planner.cards import Reason
 from automode.planner.events import Clustered
 from automode.planner.recipes import GateRecipe, MergeInterpolate, SelectKMeans, TrainingRecipe, Variant
@@ -71,7 +72,7 @@ class ResidualCluster:
 
     def _proposal(self, view: View, last: Clustered, found: _Cluster) -> Proposal:
         scans = len(view.clustered)
-        classes = view.run.task in ("classification", "sequence")
+        routed = view.run.task in ROUTED
         ari = "" if last.ari is None else f"; stable over {scans} scans (ARI {last.ari:.2f})"
         holds = f", {found.holds}" if found.holds else ""
         return Proposal(
@@ -89,7 +90,7 @@ class ResidualCluster:
                 artifact=last.artifact,
             ),
             training_recipe=TrainingRecipe(replay=0.1, variants=VARIANTS[: view.policy.pacing.variants]),
-            gate_recipe=GateRecipe() if classes else None,
+            gate_recipe=GateRecipe() if routed else None,
             merge_recipe=MergeInterpolate(),
             diagnostics={
                 "cluster": found.number,

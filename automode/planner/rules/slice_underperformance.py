@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from automode.planner.capability import ROUTED
 from automode.planner.cards import Reason
 from automode.planner.recipes import GateRecipe, MergeInterpolate, SelectIndices, TrainingRecipe, Variant
 from automode.planner.rules.base import Proposal, Silence, View
@@ -41,7 +42,7 @@ class SliceUnderperformance:
             *weighted,
             Variant(name="flat", lr_mul=0.5, optimizer="sam"),
         ]
-        classes = view.run.task in ("classification", "sequence")
+        routed = view.run.task in ROUTED
         return Proposal(
             reason=self.id,
             action="fork",
@@ -53,7 +54,7 @@ class SliceUnderperformance:
             training_recipe=TrainingRecipe(
                 replay=0.1, variants=tuple(variants[: view.policy.pacing.variants])
             ),
-            gate_recipe=GateRecipe() if classes else None,
+            gate_recipe=GateRecipe() if routed else None,
             merge_recipe=MergeInterpolate(),
             diagnostics={
                 "slice": name,
