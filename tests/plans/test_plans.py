@@ -34,6 +34,7 @@ RUN = Run(
     has_ids=True,
     exact_losses=True,
     slices={"rare": 180},
+    train_slices=("rare",),
     averages=True,
 )
 
