@@ -66,7 +66,7 @@ def resolved(state: State, body: Resolved, out: Emission) -> None:
         card.asha.reduction_factor,
         mode="max",
         candidates=len(body.variants),
-        seed=(state.seed ^ int(card.id, 16)) & 0x7FFFFFFF,
+        seed=(state.seed + card.step) & 0x7FFFFFFF,
         quota=True,
         budget=price.resource_steps,
     )

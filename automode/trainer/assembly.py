@@ -18,6 +18,7 @@ from automode.backends.inline import InlineBackend
 from automode.engine import initial
 from automode.errors import AutomodeError
 from automode.merges.batches import training_flags_kept
+from automode.merges.norm_statistics import norm_layers
 from automode.merges.trajectory import TrajectoryAverages
 from automode.planner.events import Mode, Run, SessionStarted, Task
 from automode.planner.policy import PLANNER_VERSION
@@ -44,6 +45,7 @@ from automode.trainer.specialists import SpecialistRunner
 from automode.trainer.states import States
 from automode.trainer.tasks import task_of
 from automode.trainer.trunk import Trunk, trainable
+from automode.trainer.validation import SliceFn
 
 REFRESH_BATCHES = 16
 """Training batches, at the most, that refresh norm statistics and feed Fisher information."""
@@ -208,6 +210,7 @@ def _run(parts: RunParts, held: _Held) -> Run:
         why_no_evidence=held.why_no_evidence,
         why_no_forks=why_no_forks,
         slices={name: int(ids_.size) for name, ids_ in parts.slices.items()},
+        train_slices=tuple(_functions(parts)),
         scheduled=trunk.scheduler is not None,
         known_drops=known_drops(
             trunk.scheduler, parts.settings.scheduler_interval, plan.steps_per_epoch, total
@@ -215,9 +218,17 @@ def _run(parts: RunParts, held: _Held) -> Run:
         if total
         else (),
         averages=trunk.averages is not None,
+        refresh=min(int(ids.size), REFRESH_BATCHES * max(2, round(_batch_size(parts))))
+        if norm_layers(trunk.model)
+        else 0,
         slots=1,
         bf16=True,
     )
+
+
+def _functions(parts: RunParts) -> dict[str, SliceFn]:
+    """Slices that are functions, and so know the training samples too."""
+    return {name: part for name, part in (parts.request.slices or {}).items() if callable(part)}
 
 
 def _batch_size(parts: RunParts) -> float:
@@ -273,7 +284,8 @@ def _performer(
         ledger=ledger,
         scanner=performer.scanner,
         artifacts=artifacts,
-        slices={},
+        slices=_functions(parts),
+        source=source,
         seed=seed,
     )
     if performer.evidence is None:

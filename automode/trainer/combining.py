@@ -80,7 +80,7 @@ class Combiner:
             passes += spent
         layer = last_layer(models[0])
         seen = gather_evidence(models, self._val_a(), feature_layer=layer, task=self._task)
-        seed = (self._seed ^ int(card.id, 16)) & 0x7FFFFFFF
+        seed = (self._seed + card.step) & 0x7FFFFFFF
         value = self._cross_fitted(models, seen, recipe, layer, seed)
         gate, report = fit_gate(
             seen.features,

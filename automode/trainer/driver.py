@@ -8,47 +8,40 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import ceil
-from typing import Any, Protocol, assert_never
+from typing import Any, Protocol
 
-from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentJob
+from automode.backends.base import Backend
 from automode.engine import State, handle
 from automode.errors import AutomodeError
 from automode.planner.events import (
     Acknowledged,
-    Adopt,
     AskApproval,
-    Command,
     CommandFailed,
     Decided,
     Envelope,
-    Evaluate,
-    FitGate,
     Input,
     Merge,
     Mode,
-    Resolve,
-    RollBack,
     Rows,
     RunEnded,
     Safeguarded,
-    Scan,
     Snapshot,
     StartTrial,
     StopRun,
     StopTrial,
-    TrialFailed,
-    TrialReported,
     TrunkEnded,
 )
 from automode.session import SessionStore
 from automode.session.inbox import Inbox
+from automode.session.logs import SessionLog
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.narrator import Narrator
 from automode.trainer.observation_block import Block
 from automode.trainer.performer import Performer
 from automode.trainer.recorder import Recorder
+from automode.trainer.trial_desk import TrialDesk
 
 TRUNK = "trunk"
 
@@ -83,12 +76,11 @@ class Driver:
     Args:
         state: The fold's state, not started yet.
         store: The session's single writer.
-        log: The session's logger.
+        log: The session's log file, closed with it.
         performer: Carries out commands that touch models and data.
         backend: Runs trials; None where forks are refused.
         narrator: Tells people what happens.
         total_steps: Steps that the user asked for.
-        samples: Mean samples a step, for rows of loaders that do not tell.
         guard: Whether non-finite steps are skipped in act mode.
         within: Whether automode's spending shortens the trunk.
         clock: For tests.
@@ -103,7 +95,7 @@ class Driver:
         *,
         state: State,
         store: SessionStore,
-        log: Any,
+        log: SessionLog,
         performer: Performer,
         backend: Backend | None,
         narrator: Narrator,
@@ -119,17 +111,17 @@ class Driver:
         self._within = within
         self._total = total_steps
         self._store = store
-        self._log = log
+        self._session_log = log
+        self._log = log.logger
         self._performer = performer
-        self._backend = backend
+        self._trials = TrialDesk(backend)
         self._narrator = narrator
         self._clock: Clock = clock or SystemClock()
-        self._recorder = Recorder(store, log)
+        self._recorder = Recorder(store, log.logger)
         self._inbox = Inbox(store.path)
         self._queue: deque[Envelope] = deque()
         self._scheduled: list[Envelope] = []
         self._at_end: list[Envelope] = []
-        self._trials: dict[tuple[str, int, int], str] = {}
         self._requests: list[str] = []
         self._pumped_at = 0
         self._skipped = 0
@@ -144,7 +136,7 @@ class Driver:
     @property
     def busy(self) -> bool:
         """Whether something needs every step boundary: trials in time slices, or a snapshot at an exact step."""
-        return bool(self._scheduled) or (self._backend is not None and self._backend.busy)
+        return bool(self._scheduled) or self._trials.busy
 
     @property
     def mode(self) -> Mode:
@@ -199,8 +191,8 @@ class Driver:
         self._settle(step)
         if self._scheduled:
             self._perform_due(step)
-        if self._backend is not None and self._backend.busy:
-            self._pump(step)
+        for answer, command_id in self._trials.pump(max(1, step - self._pumped_at)):
+            self._feed(answer, command_id, effective_at=step)
         self._pumped_at = step
         self._settle(step)
         self._recorder.flush_if_due(now)
@@ -237,18 +229,19 @@ class Driver:
             self._perform(command, step)
             self._settle(step)
         self._at_end.clear()
-        if self._backend is not None:
-            self._backend.close()
+        self._trials.close()
         weights = self._performer.save_final(step)
         self._feed(RunEnded(step=step, why=why, weights=weights))
         self._settle(step)
-        self._recorder.close()
+        try:
+            self._recorder.close()
+        finally:
+            self._session_log.close()
 
     def abort(self, step: int, error: BaseException) -> None:
         """Close the log after an error, without ever hiding it."""
         try:
-            if self._backend is not None:
-                self._backend.close()
+            self._trials.close()
             self._log.error("run_failed", step=step, error=f"{type(error).__name__}: {error}")
             if not self.state.ended:
                 self._feed(RunEnded(step=step, why=f"failed: {type(error).__name__}: {str(error)[:500]}"))
@@ -256,6 +249,8 @@ class Driver:
             self._recorder.close()
         except Exception as second:
             self._log.error("session_not_closed", error=f"{type(second).__name__}: {second}")
+        finally:
+            self._session_log.close()
 
     # Events in, commands out.
 
@@ -327,9 +322,9 @@ class Driver:
                 self.stop_requested = body.why
                 return [(Acknowledged(command=body.kind), True)]
             case StopTrial():
-                return [(self._stop_trial(body), True)]
+                return [(self._trials.stop(body), True)]
             case StartTrial():
-                self._start_trial(body, command.command_id or "")
+                self._trials.start(body, command.command_id or "")
                 return []
             case Snapshot() if body.at_step is not None and body.at_step > step:
                 self._scheduled.append(command)
@@ -338,66 +333,8 @@ class Driver:
                 self._at_end.append(command)
                 return []
             case _:
-                answers = self._performed(body, step)
+                answers = self._performer.carry_out(body, self.state, step)
                 return [(answer, i == len(answers) - 1) for i, answer in enumerate(answers)]
-
-    def _performed(self, body: Command, step: int) -> Sequence[Input]:
-        """Carry out what touches models and data."""
-        performer = self._performer
-        match body:
-            case Scan():
-                return performer.scan(body, step)
-            case Snapshot():
-                return [performer.snapshot(body, step)]
-            case Resolve():
-                return [performer.resolve(self.state.cards[body.card].card, step)]
-            case FitGate():
-                return [performer.fit_gate(self.state.cards[body.card].card, body)]
-            case Merge():
-                return [performer.merge(self.state.cards[body.card].card, body, step)]
-            case Evaluate():
-                return [performer.evaluate(self.state.cards[body.card].card, body)]
-            case Adopt():
-                return [performer.adopt(self.state.cards[body.card].card, body, step)]
-            case RollBack():
-                return [performer.roll_back(body, step)]
-            case AskApproval() | StopRun() | StopTrial() | StartTrial():
-                raise AutomodeError(f"{body.kind} is not carried out here")
-            case _:
-                assert_never(body)
-
-    # Trials.
-
-    def _start_trial(self, body: StartTrial, command_id: str) -> None:
-        if self._backend is None:
-            raise AutomodeError("this run has no backend for trials")
-        self._trials[(body.card, body.trial, body.rung_attempt)] = command_id
-        self._backend.submit(
-            SegmentJob(
-                card=body.card,
-                trial=body.trial,
-                attempt=body.rung_attempt,
-                variant=body.variant,
-                base=body.base,
-                checkpoint=body.checkpoint,
-                from_resource=body.from_resource,
-                to_resource=body.to_resource,
-                top_resource=body.top_resource,
-                per_trunk_step=body.per_trunk_step,
-            )
-        )
-
-    def _stop_trial(self, body: StopTrial) -> Acknowledged:
-        key = (body.card, body.trial, body.rung_attempt)
-        self._trials.pop(key, None)
-        spent = self._backend.cancel(*key) if self._backend is not None else 0.0
-        return Acknowledged(command=body.kind, card=body.card, passes=spent)
-
-    def _pump(self, step: int) -> None:
-        assert self._backend is not None
-        for result in self._backend.pump(max(1, step - self._pumped_at)):
-            command_id = self._trials.pop(result.job.key, None)
-            self._feed(_reported(result), command_id, effective_at=step)
 
     def _perform_due(self, step: int) -> None:
         due = [c for c in self._scheduled if c.body.at_step <= step]
@@ -416,32 +353,3 @@ class Driver:
             return
         self._requests.append(request)
         self._feed(decided)
-
-
-def _reported(result: SegmentDone | SegmentFailed) -> TrialReported | TrialFailed:
-    job = result.job
-    match result:
-        case SegmentDone():
-            return TrialReported(
-                card=job.card,
-                trial=job.trial,
-                rung_attempt=job.attempt,
-                resource=job.to_resource,
-                value=result.value,
-                choice=result.choice,
-                checkpoint=result.checkpoint,
-                passes=result.passes,
-                stopped_early=result.stopped_early,
-                seconds=result.seconds,
-            )
-        case SegmentFailed():
-            return TrialFailed(
-                card=job.card,
-                trial=job.trial,
-                rung_attempt=job.attempt,
-                error=result.error,
-                retryable=result.retryable,
-                passes=result.passes,
-            )
-        case _:
-            assert_never(result)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
+from zlib import crc32
 
 import numpy as np
 
+from automode.engine import State
 from automode.errors import NotExecutableError
 from automode.planner.cards import PlanCard
 from automode.planner.events import (
     Adopt,
     Adopted,
+    AskApproval,
     Clustered,
+    Command,
     Evaluate,
-    Evaluated,
     FitGate,
-    GateFitted,
+    Input,
     Merge,
     Merged,
+    Resolve,
     Resolved,
     RollBack,
     RolledBack,
@@ -27,6 +31,9 @@ from automode.planner.events import (
     Scanned,
     Snapshot,
     Snapshotted,
+    StartTrial,
+    StopRun,
+    StopTrial,
     Validated,
 )
 from automode.planner.recipes import Variant
@@ -41,6 +48,11 @@ from automode.trainer.selecting import Selector
 from automode.trainer.specialists import CardData, Checkpoints, SpecialistRunner
 from automode.trainer.states import States
 from automode.trainer.trunk import Trunk, trainable
+
+
+def entropy_of(seed: int, card: PlanCard) -> tuple[int, ...]:
+    """Seed material of a card: the same for the same card of another run with the same seed."""
+    return (seed, card.step, crc32(card.reason.encode()))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,6 +82,34 @@ class Performer:
     scanner: Scanner | None = None
     combiner: Combiner | None = None
     is_val_a: Callable[[Ids], np.ndarray[Any, np.dtype[np.bool_]]] | None = None
+
+    def carry_out(self, body: Command, state: State, step: int) -> Sequence[Input]:
+        """Carry out a command that touches models or data; returns its answers.
+
+        Raises:
+            NotExecutableError: This run lacks what the command needs.
+        """
+        match body:
+            case Scan():
+                return self.scan(body, step)
+            case Snapshot():
+                return [self.snapshot(body, step)]
+            case Resolve():
+                return [self.resolve(state.cards[body.card].card, step)]
+            case FitGate():
+                return [self._combiner().fit_gate(state.cards[body.card].card, body)]
+            case Merge():
+                return [self.merge(state.cards[body.card].card, body, step)]
+            case Evaluate():
+                return [self._combiner().evaluate(state.cards[body.card].card, body)]
+            case Adopt():
+                return [self.adopt(state.cards[body.card].card, body, step)]
+            case RollBack():
+                return [self.roll_back(body, step)]
+            case AskApproval() | StopRun() | StopTrial() | StartTrial():
+                raise NotExecutableError(f"{body.kind} touches neither model nor data")
+            case _:
+                assert_never(body)
 
     # What the loop brings.
 
@@ -122,7 +162,7 @@ class Performer:
             recipe=card.training_recipe,
             selected=chosen.selected,
             others=chosen.others,
-            entropy=(self.seed, int(card.id, 16)),
+            entropy=entropy_of(self.seed, card),
             step=step,
         )
         return Resolved(
@@ -142,10 +182,6 @@ class Performer:
 
     # Candidates.
 
-    def fit_gate(self, card: PlanCard, command: FitGate) -> GateFitted:
-        """Fit the router on val-A."""
-        return self._combiner().fit_gate(card, command)
-
     def merge(self, card: PlanCard, command: Merge, step: int) -> Merged:
         """Make one state of several, or of the trunk's own trajectory."""
         combiner = self._combiner()
@@ -157,10 +193,6 @@ class Performer:
             )
         self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
         return combiner.merge_trunk(card, self._save("control", step), self.trunk.candidates(), step)
-
-    def evaluate(self, card: PlanCard, command: Evaluate) -> Evaluated:
-        """Look once at val-B: candidate against control, sample by sample."""
-        return self._combiner().evaluate(card, command)
 
     def _combiner(self) -> Combiner:
         if self.combiner is None:

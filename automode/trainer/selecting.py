@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 import numpy as np
+import torch
 
 from automode.errors import NotExecutableError
 from automode.planner.cards import PlanCard
@@ -23,9 +24,11 @@ from automode.planner.recipes import (
 from automode.scheduler.candidates import Candidates
 from automode.session.artifacts import ArtifactStore
 from automode.trainer.clusters import Clusters
+from automode.trainer.random_state import forked_rng
 from automode.trainer.sample_ledger import SampleLedger
-from automode.trainer.sample_source import Ids
-from automode.trainer.scanning import Scanner
+from automode.trainer.sample_source import Ids, SampleSource
+from automode.trainer.scanning import READ_BATCH, Scanner
+from automode.trainer.validation import SliceFn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,8 @@ class Selector:
         ledger: Gives per-sample losses, up to date; None where they are not exact.
         scanner: The last scan; None where nothing is scanned.
         artifacts: Id lists and centroids by digest.
-        slices: Named training slices, by id.
+        slices: Slices whose members among the training samples can be found: functions of (inputs, targets).
+        source: Training samples by id.
         seed: The session's seed.
     """
 
@@ -64,7 +68,8 @@ class Selector:
     ledger: Callable[[], SampleLedger] | None
     scanner: Scanner | None
     artifacts: ArtifactStore
-    slices: Mapping[str, Ids]
+    slices: Mapping[str, SliceFn]
+    source: SampleSource
     seed: int
 
     def select(self, card: PlanCard) -> Selected:
@@ -174,14 +179,25 @@ class Selector:
             raise NotExecutableError(
                 f"no slice of the training data is called {selection.slice!r}; there are: {known}"
             )
-        return self.slices[selection.slice]
+        return self._members(self.slices[selection.slice])
+
+    def _members(self, function: SliceFn) -> Ids:
+        """The training samples that a slice's function marks; no model is asked."""
+        found = []
+        with forked_rng(), torch.no_grad():
+            for start in range(0, self.train_ids.size, READ_BATCH):
+                ids = self.train_ids[start : start + READ_BATCH]
+                inputs, targets = self.source.batch(ids)
+                mask = torch.as_tensor(function(inputs, targets)).cpu().numpy().astype(bool)
+                found.append(ids[mask])
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
     def _variants(self, card: PlanCard, recipe: TrainingRecipe) -> tuple[Variant, ...]:
         if recipe.search is None:
             return recipe.variants
         search = recipe.search
         drawn = Candidates(
-            search.parameters, sampler=search.sampler, seed=(self.seed ^ int(card.id, 16)) & 0x7FFFFFFF
+            search.parameters, sampler=search.sampler, seed=(self.seed + card.step) & 0x7FFFFFFF
         )
         found: list[Variant] = []
         for i in range(min(search.n, drawn.size or search.n)):
