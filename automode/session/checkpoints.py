@@ -7,6 +7,7 @@ remembered. A checkpoint is put together under a temporary name, read back and c
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import re
@@ -40,6 +41,7 @@ FORMAT = "automode-checkpoint/1"
 _WEIGHTS, _REST, _MANIFEST = "weights.safetensors", "rest.pt", "manifest.json"
 _FILES = frozenset((_WEIGHTS, _REST, _MANIFEST))
 _FOLDER = re.compile(r"[0-9a-f]{64}")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _HALF_WRITTEN = re.compile(r"\.tmp\w+")  # how safetensors calls a file that it is still writing
 
 Checkpoint = tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]
@@ -231,7 +233,10 @@ def _write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> FileDigest:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"the weights cannot be stored as safetensors: {error}") from error
     except safetensors.SafetensorError as error:
-        raise OSError(None, f"safetensors could not write {path.name}: {error}") from error
+        # The library tells the operating system's error only in words: "... (os error 28)".
+        number = _OS_ERROR.search(str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, f"safetensors could not write {path.name}: {error}") from error
     sync_file(path)
     check_stored(path, tensors)
     return file_digest(path)

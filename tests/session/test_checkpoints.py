@@ -274,7 +274,14 @@ def test_sweeping_takes_half_written_folders_and_leaves_others(store: Checkpoint
     }
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EIO: "check the disk",
+    errno.EACCES: "check its permissions",
+}
+
+
+@pytest.mark.parametrize("code", _ADVICE)
 @pytest.mark.parametrize("call", ["mkdir", "open", "fsync", "replace", "safetensors", "write"])
 def test_whichever_call_fails_nothing_is_left_behind_and_the_next_try_succeeds(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, call: str, code: int
@@ -288,14 +295,14 @@ def test_whichever_call_fails_nothing_is_left_behind_and_the_next_try_succeeds(
                 digest = store.save(*content)
             except SessionError as error:
                 failures += 1
-                messages.add(str(error).partition(" in ")[0])
+                messages.add((str(error).partition(" in ")[0], _ADVICE[code] in str(error)))
                 # The last thing to happen is the fsync after the rename: then the checkpoint is there already.
                 assert all(not p.name.startswith(".tmp") for p in store.root.iterdir())
                 for left in store.digests():
                     store.verify(left)
                 continue
         assert failures >= 1
-        assert messages == {"saving a checkpoint"}
+        assert messages == {("saving a checkpoint", True)}
         store.load(digest)
         return
     pytest.fail("saving never got through")
@@ -322,7 +329,7 @@ def _fail(patched: pytest.MonkeyPatch, call: str, at: int, code: int) -> None:
                 nonlocal calls
                 calls += 1
                 if calls == at:
-                    raise safetensors.SafetensorError(f"I/O error: {os.strerror(code)}")
+                    raise safetensors.SafetensorError(f"I/O error: {os.strerror(code)} (os error {code})")
                 real(*args, **kwargs)
 
             patched.setattr(safetensors.torch, "save_file", save_file)
