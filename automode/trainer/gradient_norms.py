@@ -1,6 +1,6 @@
 """The norm of the gradients at each step, for little.
 
-On a small model the norm's own calls cost as much as a good part of the step, and twenty steps' norms cost hardly more
+On a small model the norm's own calls cost as much as a good part of the step, and thirty steps' norms cost hardly more
 than one's. So the gradients of a small model are held by reference and their norms taken together when a block is
 closed. That is right only while nothing writes to them: it is done after the first steps have shown that every step makes
 new gradients (``zero_grad(set_to_none=True)``, torch's default) and that nothing changes the old ones; a tensor's version
@@ -56,14 +56,14 @@ class HeldGradients:
 
     Args:
         parameters: Parameters whose gradients count.
-        max_bytes: Bytes of gradients that may be held; a model with more than a twentieth of it a step never holds.
+        max_bytes: Bytes of gradients that may be held; a model with more than a 32nd of it a step never holds.
     """
 
     def __init__(self, parameters: Iterable[Tensor], max_bytes: int = 1 << 20) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         held_bytes = sum(parameter.nbytes for parameter in self.parameters)
         on_cpu = all(parameter.is_cpu and parameter.dtype == torch.float32 for parameter in self.parameters)
-        self._may_hold = on_cpu and 0 < held_bytes * 20 <= max_bytes
+        self._may_hold = on_cpu and 0 < held_bytes * 32 <= max_bytes
         self._trial = _TRIAL_STEPS
         self._previous: tuple[list[Tensor], list[int]] | None = None
         self._held: list[tuple[int, list[Tensor], list[int]]] = []
@@ -87,15 +87,15 @@ class HeldGradients:
         self._held.append((row, gradients, versions))
         return math.nan
 
-    def close(self) -> list[tuple[int, float]]:
+    def close(self) -> dict[int, float]:
         """Take the norms of everything held.
 
         Returns:
-            (row, norm) of each step held; NaN where the gradients were written to since.
+            Norm by row of each step held; NaN where the gradients were written to since.
         """
         held, self._held = self._held, []
         if not held:
-            return []
+            return {}
         if all(len(gradients) == len(self.parameters) for _, gradients, _ in held):
             # No gradient is missing anywhere, so that every row has as many numbers as the next.
             every = [gradient for _, gradients, _ in held for gradient in gradients]
@@ -107,7 +107,7 @@ class HeldGradients:
             if list(map(_version, gradients)) != versions:
                 norms[index] = math.nan
                 self._may_hold = False
-        return [(row, norm) for (row, _, _), norm in zip(held, norms, strict=True)]
+        return {row: norm for (row, _, _), norm in zip(held, norms, strict=True)}
 
     def _try(self, gradients: list[Tensor], versions: list[int]) -> None:
         """See whether the step before left its gradients alone and this one made new ones."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from automode.trainer.trees import map_tensors, rows_in, signature_of, tensors_i
 _Visit = tuple[Any, Any, Sequence[Any], float | Tensor, int, int]
 
 _FLUSH_VISITS, _FLUSH_ROWS = 128, 16384
+_version_of_tensor = operator.attrgetter("_version")  # no public name
 
 
 class LedgerFeed:
@@ -81,7 +83,7 @@ class LedgerFeed:
         """
         try:
             if self._fast and type(outputs) is Tensor and type(targets) is Tensor:
-                visit = (outputs.detach(), targets, ids, value, outputs._version, targets._version)  # noqa: SLF001  # no public name
+                visit = (outputs.detach(), targets, ids, value, outputs._version, targets._version)  # noqa: SLF001
                 self.visits.append(visit)
             elif self.reason is None:
                 self._keep_with_care(outputs, targets, ids, value, loss)
@@ -91,11 +93,14 @@ class LedgerFeed:
     def flush(self) -> None:
         """Enter every visit kept in the ledger."""
         visits, self.visits = self.visits, []
+        # Batches may have grown: the next one that is kept is measured again.
+        self._fast = False
         if not visits or self.reason is not None:
-            self._fast = False
             return
         try:
-            self._enter(self._unspoilt(visits))
+            if _are_as_they_were(visits) and self._enter_run(visits):
+                return
+            self._enter_by_shape(self._unspoilt(visits))
         except Exception as error:  # whatever the outputs are, observing them must not end the run
             self._refuse(f"no per-sample losses: {type(error).__name__}: {error}")
 
@@ -124,91 +129,86 @@ class LedgerFeed:
 
     def _unspoilt(self, visits: list[_Visit]) -> list[_Visit]:
         """Leave out visits whose tensors are not what they were; refuse those of other samples than they came with."""
-        # Batches may have grown: the next one that is kept is measured again.
-        self._fast = False
-        if all(map(_is_as_it_was, visits)) and len({_address(visit[0]) for visit in visits}) == len(visits):
-            return visits
         kept = []
         # The last of several outputs at one address is the one that its memory still holds.
         last_at = {_address(visit[0]): visit for visit in visits}
         for visit in visits:
-            rows = len(visit[2])
-            if not _has_rows(visit[0], rows) or not _has_rows(visit[1], rows):
+            outputs, targets, ids, _, outputs_version, targets_version = visit
+            rows = len(ids)
+            if rows_in(outputs) != rows or rows_in(targets) != rows:
                 self._refuse(
                     f"outputs and targets do not have a row for each of the {rows} samples of a batch"
                 )
                 return []
-            if not _is_as_it_was(visit) or last_at[_address(visit[0])] is not visit:
+            unchanged = _version(outputs) == outputs_version and _version(targets) == targets_version
+            if not unchanged or last_at[_address(outputs)] is not visit:
                 self.overwritten += rows
                 self._copies = True
             elif rows:
                 kept.append(visit)
         return kept
 
-    def _enter(self, visits: list[_Visit]) -> None:
-        # Outputs of one shape can be put end to end; sequences of other lengths cannot.
+    def _enter_by_shape(self, visits: list[_Visit]) -> None:
         for _, run in itertools.groupby(visits, key=_shape_of_rows):
             if self.reason is None:
                 self._enter_run(list(run))
 
-    def _enter_run(self, run: list[_Visit]) -> None:
-        outputs = map_tensors(lambda *parts: torch.cat(parts), *[visit[0] for visit in run])
-        targets = map_tensors(lambda *parts: torch.cat(parts), *[visit[1] for visit in run])
-        starts = np.cumsum([0, *[len(visit[2]) for visit in run[:-1]]])
+    def _enter_run(self, run: list[_Visit]) -> bool:
+        """Enter steps whose outputs can be put end to end; False where they cannot."""
+        try:
+            outputs = map_tensors(lambda *parts: torch.cat(parts), *[visit[0] for visit in run])
+            targets = map_tensors(lambda *parts: torch.cat(parts), *[visit[1] for visit in run])
+        except RuntimeError:
+            return False
+        starts = np.zeros(len(run), np.int64)
+        np.cumsum([len(visit[2]) for visit in run[:-1]], out=starts[1:])
         losses = _floats([visit[3] for visit in run])
         terms = self._per_sample.terms(outputs, targets)
         if not self._per_sample.agrees(_to_host(terms.tensors()), terms.width, starts, losses):
             for visit, loss in zip(run, losses.tolist(), strict=True):
                 if math.isfinite(loss) and not self._per_sample.check(visit[0], visit[1], loss):
-                    return
+                    return True
             terms = self._per_sample.terms(outputs, targets)
         ids = self._id_source.root_ids([visit[2] for visit in run])
         if ids is None:
-            return
+            return True
         if self._has_margins:
             gaps = margins(outputs, targets, probabilities=self._per_sample.probabilities)
             values, gap = _to_host([terms.values, gaps])
             self.ledger.update(ids, values, gap, gap > 0)
         else:
             self.ledger.update(ids, _to_host([terms.values])[0], None, None)
+        return True
 
 
-def _is_as_it_was(visit: _Visit) -> bool:
-    """Tell whether a visit has a row for each of its samples, and nothing wrote to it."""
-    outputs, targets, ids, _, outputs_version, targets_version = visit
-    rows = len(ids)
-    if type(outputs) is Tensor and type(targets) is Tensor:
-        return (
-            len(outputs) == rows == len(targets) > 0
-            and outputs._version == outputs_version  # noqa: SLF001  # no public name
-            and targets._version == targets_version  # noqa: SLF001
-        )
-    if not rows or not _has_rows(outputs, rows) or not _has_rows(targets, rows):
+def _are_as_they_were(visits: list[_Visit]) -> bool:
+    """Tell at once whether all visits are of plain tensors with a row a sample, to which nothing wrote.
+
+    Column by column, so that Python's own loops run over them: this is looked at for every training step.
+    """
+    outputs, targets, ids, _, outputs_versions, targets_versions = zip(*visits, strict=True)
+    if {*map(type, outputs), *map(type, targets)} != {Tensor}:
         return False
-    return _version(outputs) == outputs_version and _version(targets) == targets_version
+    sizes = list(map(len, ids))
+    return (
+        all(sizes)
+        and list(map(len, outputs)) == sizes == list(map(len, targets))
+        and tuple(map(_version_of_tensor, outputs)) == outputs_versions
+        and tuple(map(_version_of_tensor, targets)) == targets_versions
+        and len(set(map(Tensor.data_ptr, outputs))) == len(visits)
+    )
 
 
 def _shape_of_rows(visit: _Visit) -> Any:
-    outputs, targets = visit[:2]
-    if type(outputs) is Tensor and type(targets) is Tensor and outputs.ndim == 2 and targets.ndim == 1:
-        return outputs.shape[1], outputs.dtype, targets.dtype
-    return signature_of((outputs, targets))
-
-
-def _has_rows(tree: Any, rows: int) -> bool:
-    return rows_in(tree) == rows
+    return signature_of(visit[:2])
 
 
 def _version(tree: Any) -> int:
     """Give a number that grows with every write through torch to the tensors of a structure."""
-    if type(tree) is Tensor:
-        return tree._version  # noqa: SLF001  # no public name
-    return sum(tensor._version for tensor in tensors_in(tree))  # noqa: SLF001
+    return sum(map(_version_of_tensor, tensors_in(tree)))
 
 
 def _address(tree: Any) -> int:
-    if type(tree) is Tensor:
-        return tree.data_ptr()
     return next(tensor.data_ptr() for tensor in tensors_in(tree))
 
 

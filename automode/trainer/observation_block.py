@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,12 +50,13 @@ class Block:
         return int(self.rows[0, 0])
 
 
-def blocks_of(rows: Sequence[Row], first_row: int) -> list[Block]:
+def blocks_of(rows: Sequence[Row], first_row: int, norms: Mapping[int, float]) -> list[Block]:
     """Turn rows into blocks of floats.
 
     Args:
         rows: Rows in order, at least one.
         first_row: Number of the first.
+        norms: Gradient norms that were taken later, by row number.
 
     Returns:
         One block, or more where the number of learning rates or the names of metrics change.
@@ -63,12 +64,12 @@ def blocks_of(rows: Sequence[Row], first_row: int) -> list[Block]:
     blocks: list[Block] = []
     values = array("d")
     lr_groups, metrics = len(rows[0][4]), rows[0][6]
-    for step, time, loss, norm, lr, applied, names, numbers in rows:
+    for row, (step, time, loss, norm, lr, applied, names, numbers) in enumerate(rows, first_row):
         if names != metrics or len(lr) != lr_groups:
             blocks.append(_block(values, lr_groups, metrics, first_row))
             first_row += len(blocks[-1].rows)
             values, lr_groups, metrics = array("d"), len(lr), names
-        values.extend((step, time, loss, norm, *lr, applied, 0.0, *numbers))
+        values.extend((step, time, loss, norms.get(row, norm), *lr, applied, 0.0, *numbers))
     blocks.append(_block(values, lr_groups, metrics, first_row))
     return blocks
 

@@ -52,7 +52,7 @@ class Probe:
         id_source: RecordedLoader | None = None,
         ledger: SampleLedger | None = None,
         *,
-        capacity: int = 20,
+        capacity: int = 32,
         max_age: float = 0.25,
         max_bytes: int = 4 << 20,
         clock: Callable[[], float] = time.perf_counter,
@@ -154,10 +154,8 @@ class Probe:
         if not raw:
             return []
         first_row = self.rows - len(raw)
-        for row, norm in self._gradients.close():
-            at = row - first_row
-            raw[at] = (*raw[at][:3], norm, *raw[at][4:])
-        blocks = blocks_of(read_devices(raw) if self._on_device else cast("list[Row]", raw), first_row)
+        rows = read_devices(raw) if self._on_device else cast("list[Row]", raw)
+        blocks = blocks_of(rows, first_row, self._gradients.close())
         feed = self._feed
         if feed is not None and feed.visits:
             now = self._clock()

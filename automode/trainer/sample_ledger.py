@@ -236,7 +236,9 @@ class SampleLedger:
         self._slot = np.zeros(grown, np.int32)
 
     def _distinct_run(self, ids: Ids) -> int:
-        """Give how many ids come before the first one that occurred already."""
+        """Give how many ids are known to come before the first one that occurred already."""
+        # No run is longer than there are ids.
+        ids = ids[: len(self._slot)]
         # Written back to front, each id's slot ends up with its first place.
         places = np.arange(len(ids), dtype=np.int32)
         self._slot[ids[::-1]] = places[::-1]

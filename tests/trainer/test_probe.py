@@ -189,7 +189,7 @@ def test_a_held_gradient_that_is_written_to_is_not_reported() -> None:
         assert isinstance(norm, float)
         found[row] = norm
     assert [math.isnan(norm) for norm in found.values()] == [False] * 4 + [True] * 4
-    closed = dict(held.close())
+    closed = held.close()
     assert closed[5] == 10.0
     assert math.isnan(closed[6])
     assert held.take(8) == 14.0  # holding is over
