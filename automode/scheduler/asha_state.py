@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from automode.errors import SchedulerError, UsageError
 from automode.scheduler.board import Board
+from automode.scheduler.bracket import Bracket
 from automode.scheduler.decisions import decode_value, encode_value
 from automode.scheduler.ladder import Ladder
-from automode.scheduler.rung import Entry
+from automode.scheduler.rung import Entry, is_usable
 from automode.scheduler.settings import Settings
 from automode.scheduler.trials import IN_FLIGHT, WITHDRAWN, Status, Trial
 
@@ -146,48 +147,77 @@ def load(data: object) -> Board:
 
 def _require(held: bool, what: str) -> None:
     if not held:
-        raise SchedulerError(f"the scheduler state contradicts itself: {what}")
+        raise _contradiction(what)
+
+
+def _contradiction(what: str) -> SchedulerError:
+    return SchedulerError(f"the scheduler state contradicts itself: {what}")
 
 
 def _load_trials(board: Board, columns: TrialState) -> None:
-    rows = list(
-        _rows(
-            columns.status,
-            columns.rung,
-            columns.target,
-            columns.origin,
-            columns.attempt,
-            columns.held,
-            what="trials",
-        )
-    )
-    candidates = board.settings.candidates
-    _require(candidates is None or len(rows) <= candidates, f"{len(rows)} trials of {candidates} candidates")
     names = {status.value: status for status in Status}
+    candidates = board.settings.candidates
+    _require(
+        candidates is None or len(columns.status) <= candidates,
+        f"{len(columns.status)} trials of {candidates} candidates",
+    )
+    rows = _rows(
+        columns.status,
+        columns.rung,
+        columns.target,
+        columns.origin,
+        columns.attempt,
+        columns.held,
+        what="trials",
+    )
     for number, (name, rung, target, origin, attempt, held) in enumerate(rows):
-        first = board.assign(number)
-        _require(name in names, f"trial {number} has the unknown status {name!r}")
-        _require(first <= target <= board.ladder.top, f"trial {number} goes to rung {target}")
-        status = names[name]
-        before = target - 1 if target > first else -1
-        expected = {before} if status in IN_FLIGHT else {before, target} if status in WITHDRAWN else {target}
-        _require(rung in expected, f"trial {number} is {name} at rung {rung} with target {target}")
-        origins = {0, board.ladder.levels[target - 1]} if target > first else {0}
-        _require(origin in origins, f"trial {number} starts its segment from {origin}")
-        _require(1 <= attempt <= board.settings.max_attempts, f"trial {number} has attempt {attempt}")
-        _require(0 <= held < 1 << (board.ladder.top + 1), f"trial {number} holds checkpoints {held:b}")
+        if name not in names:
+            raise _contradiction(f"trial {number} has the unknown status {name!r}")
+        bracket, status = board.assign(number), names[name]
         trial = Trial(
-            bracket=first, status=status, rung=rung, target=target, origin=origin, attempt=attempt, held=held
+            bracket=bracket,
+            status=status,
+            rung=rung,
+            target=target,
+            origin=origin,
+            attempt=attempt,
+            held=held,
         )
+        problem = _trial_problem(board, trial)
+        if problem is not None:
+            raise _contradiction(f"trial {number} is {name} and {problem}")
         board.trials.append(trial)
         if status in IN_FLIGHT:
-            board.brackets[first].depart(target)
+            board.brackets[bracket].depart(target)
             board.in_flight += 1
+
+
+def _trial_problem(board: Board, trial: Trial) -> str | None:
+    """Say what cannot be about a trial taken by itself."""
+    first, top, target, status = trial.bracket, board.ladder.top, trial.target, trial.status
+    if not first <= target <= top:
+        return f"goes to rung {target}"
+    if status in (Status.PAUSED, Status.FINISHED) and (status is Status.FINISHED) != (target == top):
+        return f"has target {target} of {top}"
+    before = target - 1 if target > first else -1
+    if not (
+        (trial.rung == before and (status in IN_FLIGHT or status in WITHDRAWN))
+        or (trial.rung == target and status not in IN_FLIGHT)
+    ):
+        return f"stands at rung {trial.rung} with target {target}"
+    if trial.origin != 0 and (target == first or trial.origin != board.ladder.levels[target - 1]):
+        return f"starts its segment from {trial.origin}"
+    if not 1 <= trial.attempt <= board.settings.max_attempts:
+        return f"has attempt {trial.attempt}"
+    if not 0 <= trial.held < 1 << (top + 1):
+        return f"holds checkpoints {trial.held:b}"
+    return None
 
 
 def _load_reports(board: Board, brackets: list[list[ReportState]]) -> None:
     _require(len(brackets) == len(board.brackets), f"{len(brackets)} brackets")
     seen: set[int] = set()
+    counts = [0] * len(board.trials)
     for bracket, columns in zip(board.brackets, brackets, strict=True):
         _require(len(columns) == len(bracket.rungs), f"{len(columns)} rungs in bracket {bracket.first}")
         for index, (rung, column) in enumerate(zip(bracket.rungs, columns, strict=True), start=bracket.first):
@@ -195,34 +225,35 @@ def _load_reports(board: Board, brackets: list[list[ReportState]]) -> None:
                 column.trial, column.value, column.seq, column.attempt, column.promoted, what="reports"
             )
             for number, encoded, seq, attempt, promoted in rows:
-                where = f"trial {number} at {rung.level}"
-                _require(
-                    0 <= number < len(board.trials) and number not in rung.entries,
-                    f"{where} is unknown or double",
-                )
-                trial = board.trials[number]
-                _require(
-                    trial.bracket == bracket.first and trial.status not in WITHDRAWN,
-                    f"{where} is not its place",
-                )
-                _require(1 <= seq <= board.seq and seq not in seen, f"{where} has the sequence number {seq}")
-                _require(index <= trial.rung and promoted == (index < trial.target), f"{where} is misplaced")
-                seen.add(seq)
                 value = decode_value(encoded)
-                rung.record(
-                    number, board.loss(value), Entry(value=value, seq=seq, attempt=attempt, promoted=promoted)
-                )
-                _require(
-                    not promoted or rung.rank(number) is not None,
-                    f"{where} was promoted without a finite value",
-                )
-    for number, trial in enumerate(board.trials):
-        if trial.status not in WITHDRAWN:
-            reports = [number in rung.entries for rung in board.brackets[trial.bracket].rungs]
-            count = max(0, trial.rung - trial.bracket + 1)
-            _require(
-                sum(reports) == count, f"trial {number} has {sum(reports)} reports and should have {count}"
-            )
+                entry = Entry(value=value, seq=seq, attempt=attempt, promoted=promoted)
+                problem = _report_problem(board, bracket, index, number, entry)
+                if problem is not None or seq in seen:
+                    raise _contradiction(f"trial {number} at {rung.level} {problem or 'has a number twice'}")
+                seen.add(seq)
+                counts[number] += 1
+                rung.record(number, board.loss(value), entry)
+    for number, (trial, count) in enumerate(zip(board.trials, counts, strict=True)):
+        wanted = 0 if trial.status in WITHDRAWN else max(0, trial.rung - trial.bracket + 1)
+        if count != wanted:
+            raise _contradiction(f"trial {number} has {count} reports and should have {wanted}")
+
+
+def _report_problem(board: Board, bracket: Bracket, index: int, number: int, entry: Entry) -> str | None:
+    """Say what cannot be about a report, the trials being known already."""
+    if not 0 <= number < len(board.trials) or number in bracket.rung(index).entries:
+        return "is unknown or double"
+    trial = board.trials[number]
+    if trial.bracket != bracket.first or trial.status in WITHDRAWN:
+        return "is not its place"
+    if not (1 <= entry.seq <= board.seq and 1 <= entry.attempt <= board.settings.max_attempts):
+        return f"has the sequence number {entry.seq} and attempt {entry.attempt}"
+    if index > trial.rung or entry.promoted != (index < trial.target):
+        return "is misplaced"
+    diverged = trial.status is Status.DIVERGED and index == trial.rung
+    if is_usable(entry.value) == diverged:
+        return f"reported {entry.value} and {'diverged' if diverged else 'went on'}"
+    return None
 
 
 def _load_retries(board: Board, retries: list[int]) -> None:

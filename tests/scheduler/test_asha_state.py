@@ -94,6 +94,9 @@ DAMAGES: dict[str, Callable[[State], Any]] = {
     ),
     "a report lost": lambda s: [column.pop() for column in s["reports"][0][0].values()],
     "a lost trial's report kept": lambda s: s["trials"]["status"].__setitem__(paused(s), "lost"),
+    "a paused trial that diverged": lambda s: s["trials"]["status"].__setitem__(paused(s), "diverged"),
+    "a trial finished below the top": lambda s: s["trials"]["status"].__setitem__(paused(s), "finished"),
+    "an impossible attempt of a report": lambda s: s["reports"][0][0]["attempt"].__setitem__(0, 0),
     "a promoted trial without a value": lambda s: s["reports"][0][0]["value"].__setitem__(
         s["reports"][0][0]["promoted"].index(True), None
     ),
