@@ -27,11 +27,15 @@ from automode.planner.events import (
     StopTrial,
     TrunkEnded,
 )
-from automode.planner.fitting import Funds, quote
+from automode.planner.fitting import Funds, Held, quote
 from automode.planner.pricing import worst_case
 from automode.planner.recipes import Base
 from automode.planner.requests import Desk, respond
 from automode.scheduler import Account, Purpose, Refusal
+
+FORK_COPIES: Final = 10
+"""A fork's memory in copies of the weights, at the most: weights, gradients, two moments, three averages, and the candidates
+that are judged at a rung."""
 
 OPEN: Final = WAITING
 """States in which a card still waits for something other than compute."""
@@ -58,6 +62,10 @@ def funds_of(state: State, *, waits: int = 0) -> Funds:
         remaining=max(0.0, float(later)),
         total=float(state.ledger.total),
         spent=float(state.ledger.automode + state.ledger.held),
+        seconds_per_step=state.seconds_per_step,
+        memory_mib=None
+        if state.run is None or state.run.model_mib is None
+        else FORK_COPIES * state.run.model_mib,
     )
 
 
@@ -130,6 +138,23 @@ def start(state: State, card: PlanCard, out: Emission, *, cause: int | None = No
     assert state.run is not None
     record = state.cards[card.id]
     price = worst_case(card, state.run)
+    fits = quote(
+        card,
+        policy=state.policy,
+        run=state.run,
+        funds=funds_of(state),
+        remaining_steps=steps_left(state),
+    )
+    if isinstance(fits, Held):
+        finish(
+            state,
+            card.id,
+            CardState.FAILED,
+            f"it does not fit any more ({fits.code}): {fits.why}",
+            out,
+            cause=cause,
+        )
+        return
     granted = state.ledger.reserve(card.id, ceil(price.passes))
     if isinstance(granted, Refusal):
         finish(

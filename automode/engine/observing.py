@@ -28,9 +28,12 @@ def take_rows(state: State, rows: Rows, out: Emission) -> None:
         state.step = int(step_[-1]) if step_ else state.step
         return
     observe = state.suite.observe
+    if state.first_time is None and time_:
+        state.first_time = time_[0]
     for i, step in enumerate(step_):
         state.rows += 1
         state.step = number = int(step)
+        state.row_time = time_[i]
         changed = observe(number, loss_[i], norm_[i], lr_[i], applied_[i] != 0.0)
         if changed is None and number < state.next_look:
             continue
@@ -161,6 +164,7 @@ def tell(changed: tuple[Reading, ...] | None, out: Emission) -> None:
                 value=reading.value,
                 threshold=reading.threshold,
                 window=reading.window,
+                details=dict(reading.details),
             )
         )
 

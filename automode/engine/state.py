@@ -85,6 +85,8 @@ class State:
     rows: int = 0
     step: int = 0
     t_mono: float = 0.0
+    first_time: float | None = None
+    row_time: float = 0.0
     t_wall: float = 0.0
     session: str = ""
     seed: int = 0
@@ -129,6 +131,13 @@ class State:
     def passes_per_step(self) -> float:
         """Forward-equivalents of one trunk step."""
         return 3.0 * (self.run.batch if self.run is not None else 1.0)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean seconds of a trunk step so far, by the rows' clock; None before there are two rows."""
+        if self.first_time is None or self.rows < 2:
+            return None
+        return max(0.0, self.row_time - self.first_time) / (self.rows - 1)
 
     @property
     def fork(self) -> Execution | None:

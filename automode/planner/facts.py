@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from automode.planner.cards import CardState, PlanCard
+from automode.planner.cards import CardState, Number, PlanCard
 from automode.planner.inputs import Mode, Verb
 from automode.planner.recipes import Digest, Part
 
@@ -21,6 +21,7 @@ class ReadingChanged(Part):
     value: float
     threshold: float | None = None
     window: int | None = None
+    details: dict[str, Number] = Field(default_factory=dict)
 
 
 class RuleEvaluated(Part):
@@ -101,7 +102,16 @@ class TrialDecided(Part):
     trial: int
     resource: int
     decision: Literal[
-        "started", "promoted", "retried", "paused", "finished", "diverged", "requeued", "lost", "stopped", "ignored"
+        "started",
+        "promoted",
+        "retried",
+        "paused",
+        "finished",
+        "diverged",
+        "requeued",
+        "lost",
+        "stopped",
+        "ignored",
     ]
     rank: int | None = None
     why: str

@@ -50,7 +50,9 @@ class Run(Part):
     why_no_evidence: str | None = None
     why_no_forks: str | None = Field(default=None, description="why no specialist can be trained in this run")
     slices: dict[str, int] = Field(default_factory=dict, description="held-out samples in each named slice")
-    train_slices: tuple[str, ...] = Field(default=(), description="slices whose training samples can be found too")
+    train_slices: tuple[str, ...] = Field(
+        default=(), description="slices whose training samples can be found too"
+    )
     scheduled: bool = Field(default=False, description="the user drives the rate by a scheduler")
     known_drops: tuple[int, ...] = Field(default=(), description="steps at which the schedule drops the rate")
     averages: bool = False
@@ -58,7 +60,7 @@ class Run(Part):
         default=0, ge=0, description="training samples that recompute norm statistics; 0: the model has none"
     )
     slots: int = Field(default=1, ge=1, description="segments that the backend runs at once")
-    seconds: float | None = None
+    model_mib: float | None = Field(default=None, description="memory of the weights, MiB")
     bf16: bool = False
 
 
@@ -74,6 +76,9 @@ class SessionStarted(Part):
     policy: dict[str, Any]
     policy_digest: Digest
     planner_version: int
+    plugins: tuple[str, ...] = Field(
+        default=(), description="distributions whose rules took part, with their versions"
+    )
     run: Run
 
 

@@ -265,5 +265,7 @@ class Policy(Part):
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
     def planning_budget(self, total_steps: int) -> int:
-        """B, in steps: given, or 800 but at most a fifth of the run (and at least 40: forty blocks of one step)."""
-        return self.trend.budget or max(40, min(800, total_steps // 5))
+        """B, in steps: given, or 800 but at most a fifth of the run where its length is known (and at least 40)."""
+        if self.trend.budget is not None:
+            return self.trend.budget
+        return max(40, min(800, total_steps // 5)) if total_steps > 0 else 800

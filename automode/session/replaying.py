@@ -12,8 +12,12 @@ from pydantic import ValidationError
 
 from automode.engine import Difference, fold
 from automode.engine import story as tell
-from automode.errors import ReplayDifferenceError, SessionCorruptError, UsageError
+from automode.errors import ReplayDifferenceError, SessionCorruptError, SessionError, UsageError
 from automode.planner.events import COMMAND, EVENT_VERSION, FACT, INPUT, Envelope, Rows
+from automode.planner.policy import Policy
+from automode.planner.rules import BUILT_IN, chosen
+from automode.planner.rules.base import Rule
+from automode.plugins import plugins
 from automode.session.records import Record
 from automode.session.session import Session
 
@@ -116,7 +120,7 @@ def replay(session: Session | str | os.PathLike[str]) -> ReplayReport:
         with Session.open(session) as opened:
             return replay(opened)
     began = time.process_time()
-    outcome = fold(_items(session))
+    outcome = fold(_items(session), rules=_rules(session))
     seconds = time.process_time() - began
     first = None
     if outcome.shown:
@@ -149,6 +153,27 @@ def story(session: Session | str | os.PathLike[str], card: str) -> str:
         known = ", ".join(row.card_id for row in session.cards()) or "none"
         raise UsageError(f"there is no card {card} in this session; its cards: {known}")
     return told
+
+
+def _rules(session: Session) -> tuple[Rule, ...]:
+    """The rules that took part; a plugin of another version than the session's makes the replay a what-if.
+
+    Raises:
+        SessionError: A plugin that took part is not installed, or is of another version.
+    """
+    for record in session.events(kind="session_started"):
+        recorded = list(record.body.get("plugins", ()))
+        if not recorded:
+            return BUILT_IN
+        installed = plugins()
+        missing = sorted(set(recorded) - {plugin.distribution for plugin in installed})
+        if missing:
+            raise SessionError(
+                f"the session ran with rules of {', '.join(missing)}: install them to replay it"
+            )
+        used = [plugin.rule for plugin in installed if plugin.distribution in recorded]
+        return chosen(Policy.model_validate(record.body["policy"]), used)
+    return BUILT_IN
 
 
 def _items(session: Session) -> Iterator[Rows | Envelope]:

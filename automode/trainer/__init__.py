@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from automode.trainer.quickstart import quickstart
+from automode.trainer.one_call import quickstart
 from automode.trainer.result import FitResult
 from automode.trainer.trainer import Trainer
 

@@ -22,6 +22,8 @@ from automode.merges.norm_statistics import norm_layers
 from automode.merges.trajectory import TrajectoryAverages
 from automode.planner.events import Mode, Run, SessionStarted, Task
 from automode.planner.policy import PLANNER_VERSION
+from automode.planner.rules import chosen
+from automode.plugins import plugins
 from automode.session import SessionStore
 from automode.session.artifacts import ArtifactStore
 from automode.session.checkpoints import CheckpointStore
@@ -78,7 +80,8 @@ def open_driver(parts: RunParts) -> Driver:
         store = SessionStore.create(parts.session_path, header=_header(parts, mode))
         log = SessionLog(parts.session_path, console=parts.console.event, level="warning")
         performer, runner = _performer(parts, held, store)
-        state = initial()
+        offered = plugins()
+        state = initial(chosen(policy, [plugin.rule for plugin in offered]))
         driver = Driver(
             state=state,
             store=store,
@@ -100,6 +103,7 @@ def open_driver(parts: RunParts) -> Driver:
                 policy=policy.dump(),
                 policy_digest=policy.digest,
                 planner_version=PLANNER_VERSION,
+                plugins=tuple(plugin.distribution for plugin in offered),
                 run=_run(parts, held),
             )
         )
@@ -222,8 +226,13 @@ def _run(parts: RunParts, held: _Held) -> Run:
         if norm_layers(trunk.model)
         else 0,
         slots=1,
+        model_mib=_mebibytes(trunk),
         bf16=True,
     )
+
+
+def _mebibytes(trunk: Trunk) -> float:
+    return float(sum(t.numel() * t.element_size() for t in trunk.model.state_dict().values())) / 2**20
 
 
 def _functions(parts: RunParts) -> dict[str, SliceFn]:

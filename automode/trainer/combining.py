@@ -81,7 +81,7 @@ class Combiner:
         layer = last_layer(models[0])
         seen = gather_evidence(models, self._val_a(), feature_layer=layer, task=self._task)
         seed = (self._seed + card.step) & 0x7FFFFFFF
-        value = self._cross_fitted(models, seen, recipe, layer, seed)
+        value, judged = self._cross_fitted(models, seen, recipe, layer, seed)
         gate, report = fit_gate(
             seen.features,
             seen.log_lik,
@@ -114,19 +114,20 @@ class Combiner:
             entropy=report.entropy,
             experts=("control", *(f"expert {i}" for i in range(1, len(references)))),
             checkpoint=digest,
-            passes=passes + seen.passes + seen.samples + math.ceil(training),
+            passes=passes + seen.passes + judged + math.ceil(training),
         )
 
     def _cross_fitted(
         self, models: list[nn.Module], seen: GateEvidence, recipe: GateRecipe, layer: str, seed: int
-    ) -> float:
-        """Mean utility on val-A where each half is answered by the router fitted on the other.
+    ) -> tuple[float, float]:
+        """Return (mean utility, sample passes) on val-A where each half is answered by the router fitted on the other.
 
         The experts' outputs are mixed again for each half by the mixture itself, so that value and candidate are the same thing.
         """
         order = np.random.default_rng(np.random.SeedSequence([seed, 2])).permutation(seen.features.shape[0])
         halves = (order[: order.size // 2], order[order.size // 2 :])
         utility: Tensor | None = None
+        passes = 0.0
         for fit_on, judge_on in (halves, halves[::-1]):
             index = torch.from_numpy(fit_on.copy())
             gate, _ = fit_gate(
@@ -144,8 +145,9 @@ class Combiner:
             values = torch.from_numpy(np.asarray(scores.utility, dtype=np.float64))
             utility = torch.zeros_like(values) if utility is None else utility
             utility[torch.from_numpy(judge_on.copy())] = values[torch.from_numpy(judge_on.copy())]
+            passes += float(scores.n * len(models))
         assert utility is not None
-        return float(utility.mean())
+        return float(utility.mean()), passes
 
     @property
     def _mixture_task(self) -> Any:
@@ -204,7 +206,7 @@ class Combiner:
                 value = score(merged)
             case method:
                 raise NotExecutableError(f"this version cannot merge specialists by {method!r}")
-        self._states.put(model, merged, averaged=True)
+        passes += self._states.put(model, merged, averaged=True)
         digest = self._checkpoints.save(
             model.state_dict(), {}, {"kind": "merge", "card": card.id, "method": command.method, "step": step}
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,81 +16,19 @@ import numpy as np
 
 from automode.errors import DataError
 from automode.merges.trajectory import TrajectoryAverages
-from automode.planner.events import Mode
-from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.observation_block import Block
+from automode.trainer.observer import Observer
 from automode.trainer.probe import Probe
 from automode.trainer.progress import Console
 from automode.trainer.schedule import Schedule
 from automode.trainer.steps import Taken
 from automode.trainer.trunk import Trunk, trainable
+from automode.trainer.user_warning import warn_user
 from automode.trainer.validation import Validation, ValidationResult
 
 BOUNDARY_SECONDS = 0.2
 """Longest time between two boundaries, the length of one step apart."""
-
-
-class Observer(Protocol):
-    """What the loop tells, and what it asks."""
-
-    @property
-    def limit(self) -> int:
-        """Step up to which the trunk may train; may shrink during the run."""
-        ...
-
-    @property
-    def guard(self) -> bool:
-        """Whether a loss or gradient that is not finite must not reach the weights."""
-        ...
-
-    @property
-    def busy(self) -> bool:
-        """Whether something needs every step boundary now."""
-        ...
-
-    @property
-    def charged_steps(self) -> float:
-        """Steps' worth of compute that automode has spent."""
-        ...
-
-    @property
-    def stop_requested(self) -> str | None:
-        """Why the run shall stop at once, or None."""
-        ...
-
-    @property
-    def mode(self) -> Mode:
-        """The mode that the run is in."""
-        ...
-
-    def block(self, block: Block) -> None:
-        """Take the rows of consecutive steps; always before :meth:`boundary`."""
-        ...
-
-    def boundary(self, step: int) -> None:
-        """Do everything that may happen between two steps."""
-        ...
-
-    def skipped(self, step: int, why: str) -> None:
-        """Know that the guard kept a step from the weights."""
-        ...
-
-    def stepped(self) -> None:
-        """Know that a step reached the weights again after skipped ones."""
-        ...
-
-    def validated(self, step: int, scores: PerSampleScores) -> None:
-        """Know the scores of all validation samples."""
-        ...
-
-    def finish(self, step: int, why: str) -> None:
-        """Know that the trunk took its last step; bring what is pending to an end."""
-        ...
-
-    def abort(self, step: int, error: BaseException) -> None:
-        """Know that an exception leaves ``fit``."""
-        ...
 
 
 class Train(Protocol):
@@ -318,11 +255,10 @@ class Loop:
         if not self._warned and not self._observer.guard and not np.isfinite(losses).all():
             self._warned = True
             step = int(block.rows[np.flatnonzero(~np.isfinite(losses))[0], 0])
-            warnings.warn(
+            warn_user(
                 f"the training loss is not finite from step {step} on; the run goes on as it was asked to "
                 '(automode="act" would keep such steps from the weights)',
                 RuntimeWarning,
-                stacklevel=2,
             )
         self._console.step(self._trunk.step, total=_shown(self._observer.limit), loss=recent)
 

@@ -15,7 +15,8 @@ from automode.session import Session
 from automode.trainer.assembly import open_driver
 from automode.trainer.driver import Driver
 from automode.trainer.fit_request import FitRequest
-from automode.trainer.loop import Loop, Observer
+from automode.trainer.loop import Loop
+from automode.trainer.observer import Observer
 from automode.trainer.progress import Progress
 from automode.trainer.random_state import forked_rng
 from automode.trainer.result import FitResult

@@ -19,10 +19,15 @@ def keyword(call: ast.Call, name: str) -> object:
 
 def is_unsafe(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
+    if name.endswith("safetensors.torch.load"):
+        return False
     if name.endswith("torch.load"):
         return keyword(call, "weights_only") is not True
     if name in {"np.load", "numpy.load"}:
-        return any(given.arg == "allow_pickle" for given in call.keywords)
+        return (
+            any(given.arg == "allow_pickle" for given in call.keywords)
+            and keyword(call, "allow_pickle") is not False
+        )
     if name in {"yaml.load", "yaml.load_all"}:
         # a loader of ours must be one of the safe family, which the name has to say
         return "Safe" not in ast.unparse(call)

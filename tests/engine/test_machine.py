@@ -195,7 +195,8 @@ def test_replay_names_the_first_difference(make_world, plateau_rows):
     world.start()
     world.rows(plateau_rows[:4500])
     forged = []
-    for item in world.log:
+    for recorded in world.log:
+        item = recorded
         if isinstance(item, Envelope) and item.body.kind == "verdict_given":
             item = Envelope(
                 seq=item.seq,

@@ -1,0 +1,71 @@
+"""What the training loop tells whoever observes it, and what it asks; the driver is one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from automode.planner.events import Mode
+from automode.trainer.evaluation import PerSampleScores
+from automode.trainer.observation_block import Block
+
+
+class Observer(Protocol):
+    """What the loop tells, and what it asks."""
+
+    @property
+    def limit(self) -> int:
+        """Step up to which the trunk may train; may shrink during the run."""
+        ...
+
+    @property
+    def guard(self) -> bool:
+        """Whether a loss or gradient that is not finite must not reach the weights."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether something needs every step boundary now."""
+        ...
+
+    @property
+    def charged_steps(self) -> float:
+        """Steps' worth of compute that automode has spent."""
+        ...
+
+    @property
+    def stop_requested(self) -> str | None:
+        """Why the run shall stop at once, or None."""
+        ...
+
+    @property
+    def mode(self) -> Mode:
+        """The mode that the run is in."""
+        ...
+
+    def block(self, block: Block) -> None:
+        """Take the rows of consecutive steps; always before :meth:`boundary`."""
+        ...
+
+    def boundary(self, step: int) -> None:
+        """Do everything that may happen between two steps."""
+        ...
+
+    def skipped(self, step: int, why: str) -> None:
+        """Know that the guard kept a step from the weights."""
+        ...
+
+    def stepped(self) -> None:
+        """Know that a step reached the weights again after skipped ones."""
+        ...
+
+    def validated(self, step: int, scores: PerSampleScores) -> None:
+        """Know the scores of all validation samples."""
+        ...
+
+    def finish(self, step: int, why: str) -> None:
+        """Know that the trunk took its last step; bring what is pending to an end."""
+        ...
+
+    def abort(self, step: int, error: BaseException) -> None:
+        """Know that an exception leaves ``fit``."""
+        ...
