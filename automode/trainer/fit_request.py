@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 from automode.errors import DataError, UsageError
 from automode.trainer.schedule import check_schedule
 from automode.trainer.settings import Settings
+from automode.trainer.user_warning import warn_user
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +106,9 @@ class FitRequest:
     def warn(self) -> None:
         """Point out what is probably a mistake, and is left as it is."""
         if not any(module.training for module in self.model.modules()):
-            warnings.warn(
+            warn_user(
                 "every module of the model is in evaluation mode (dropout off, fixed batch-norm statistics) and is trained "
-                "so; call model.train() before fit if that is not what you want",
-                UserWarning,
-                stacklevel=3,
+                "so; call model.train() before fit if that is not what you want"
             )
 
 

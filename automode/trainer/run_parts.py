@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import secrets
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.settings import Settings, device_of
 from automode.trainer.steps import TrainingStep, pair_step
 from automode.trainer.trunk import Trunk
+from automode.trainer.user_warning import warn_user
 from automode.trainer.validation import Validation, check_batches, resolve_slices
 
 
@@ -149,9 +149,7 @@ def _mode(asked: Mode, plan: Plan) -> tuple[Mode, str | None]:
     if asked not in ("propose", "act") or plan.total is not None:
         return asked, None
     why = "the training loader has no length, so the end of the run and its compute are not known beforehand"
-    warnings.warn(
-        f'automode="{asked}" becomes "observe": {why}; give max_steps to plan with', UserWarning, stacklevel=4
-    )
+    warn_user(f'automode="{asked}" becomes "observe": {why}; give max_steps to plan with')
     return "observe", why
 
 

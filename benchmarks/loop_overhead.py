@@ -1,0 +1,200 @@
+"""What watching costs: a training step under ``automode="observe"`` against the same step of a bare PyTorch loop.
+
+    python benchmarks/loop_overhead.py [--quick] [--processes 10] [--case small]
+
+Every process trains the same network in several loops at once, in turns of 20 steps (small) or one step (wide), the order
+rotating from turn to turn, so that a busy moment of the machine hits all of them. The measure is the process's CPU time,
+summed over every turn: what happens only now and then (a block of rows handed over, a commit, a scan) is in it. ``bare
+again`` is the bare loop against itself: its distance from 1 is the measurement's error. Rows are medians over fresh
+processes, with quartiles.
+
+The bare loop fetches a batch from a ``DataLoader`` and does zero_grad, forward, loss, backward, step, and nothing else.
+``observe`` adds, at every step, the loss, the gradient norm, the learning rate and the per-sample losses with their sample
+ids, all signals and rules, and the session's file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from automode.planner.policy import Policy, ScanPolicy
+from automode.trainer.assembly import open_driver
+from automode.trainer.fit_request import FitRequest
+from automode.trainer.run_parts import prepare
+from automode.trainer.settings import Settings
+from automode.trainer.trainer import begin
+
+BATCH = 128
+LONG = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One network, and how its steps are measured.
+
+    ``turn`` is in steps; ``turns`` and ``warm_up`` are in turns.
+    """
+
+    widths: tuple[int, ...]
+    rows: int
+    turn: int
+    turns: int
+    warm_up: int
+    target: str
+
+
+CASES = {
+    "small": Case(
+        widths=(32, 64, 2), rows=4096, turn=20, turns=120, warm_up=10, target="at most 60 us a step more"
+    ),
+    "wide": Case(
+        widths=(256, 1024, 1024, 2), rows=4096, turn=1, turns=160, warm_up=10, target="at most 1.02 times"
+    ),
+}
+LOOPS = ("bare", "bare again", "off", "observe, no scans", "observe")
+
+
+def training(case: Case) -> dict[str, Any]:
+    """Make what a user's script makes."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(case.widths, case.widths[1:], strict=False):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1])
+    features = torch.randn(case.rows, case.widths[0])
+    dataset = TensorDataset(features, (features[:, :6].sum(1) > 0).long())
+    return {
+        "model": model,
+        "optimizer": torch.optim.Adam(model.parameters(), lr=3e-4),
+        "loss_fn": nn.CrossEntropyLoss(),
+        "train_loader": DataLoader(dataset, batch_size=BATCH, shuffle=True),
+    }
+
+
+def bare_steps(case: Case) -> Iterator[int]:
+    made = training(case)
+    model, optimizer, loss_fn = made["model"], made["optimizer"], made["loss_fn"]
+    step = 0
+    while True:
+        for inputs, targets in made["train_loader"]:
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_fn(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            yield step
+
+
+def watched_steps(case: Case, name: str, folder: str) -> tuple[Iterator[int], Callable[[], None]]:
+    """Open a run as ``Trainer.fit`` does, held between two steps; also how to end it."""
+    mode: Any = name.partition(",")[0]
+    policy = Policy(scan=ScanPolicy(every=LONG)) if "no scans" in name else Policy()
+    settings = Settings(max_steps=LONG, automode=mode, session_dir=folder, progress=False, console=False)
+    parts = prepare(settings, policy, FitRequest(**training(case)), None)
+    driver = open_driver(parts)
+    loop = begin(parts, driver)
+
+    def end() -> None:
+        loop.flush()
+        driver.finish(parts.trunk.step, "measured")
+        loop.close()
+
+    return loop.steps(), end
+
+
+def measure(case: Case, turns: int) -> dict[str, float]:
+    """CPU microseconds a step of each loop, in one process."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        steps: dict[str, Iterator[int]] = {}
+        ends = []
+        for name in LOOPS:
+            if name.startswith("bare"):
+                steps[name] = bare_steps(case)
+            else:
+                steps[name], end = watched_steps(case, name, folder)
+                ends.append(end)
+        spent = dict.fromkeys(LOOPS, 0.0)
+        for turn in range(case.warm_up + turns):
+            first = turn % len(LOOPS)
+            order = LOOPS[first:] + LOOPS[:first]
+            # Neighbours change places too, so that each loop follows each other one as often.
+            for name in order if (turn // len(LOOPS)) % 2 else order[::-1]:
+                one = steps[name]
+                start = time.process_time()
+                for _ in range(case.turn):
+                    next(one)
+                if turn >= case.warm_up:
+                    spent[name] += time.process_time() - start
+        for end in ends:
+            end()
+    return {name: seconds / (turns * case.turn) * 1e6 for name, seconds in spent.items()}
+
+
+def in_fresh_processes(name: str, turns: int, processes: int) -> list[dict[str, float]]:
+    command = [sys.executable, __file__, "--measure", name, "--turns", str(turns)]
+    found = []
+    for _ in range(processes):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        sys.stderr.write(".")
+        sys.stderr.flush()
+    sys.stderr.write("\n")
+    return found
+
+
+def spread(values: list[float], digits: int) -> str:
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return f"{median(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def report(name: str, runs: list[dict[str, float]]) -> None:
+    case = CASES[name]
+    network = "-".join(map(str, case.widths))
+    print(f"\nMLP {network}, batch {BATCH}, Adam, DataLoader: {len(runs)} processes; target: {case.target}")
+    print(f"{'loop':<20}{'us a step':>28}{'us more than bare':>28}{'times bare':>26}")
+    for loop in LOOPS:
+        absolute = [run[loop] for run in runs]
+        more = [run[loop] - run["bare"] for run in runs]
+        ratio = [run[loop] / run["bare"] for run in runs]
+        print(f"{loop:<20}{spread(absolute, 1):>28}{spread(more, 1):>28}{spread(ratio, 3):>26}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--processes", type=int, default=10, help="fresh processes a case")
+    parser.add_argument("--case", choices=CASES, help="only this network")
+    parser.add_argument("--quick", action="store_true", help="three processes and a third of the turns")
+    parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--turns", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(measure(CASES[given.measure], given.turns)))
+        return 0
+    processes = 3 if given.quick else given.processes
+    for name, case in CASES.items():
+        if given.case in (None, name):
+            turns = case.turns // 3 if given.quick else case.turns
+            report(name, in_fresh_processes(name, turns, processes))
+    print(f"\n{Path(__file__).name}: torch {torch.__version__}, one thread, {os.cpu_count()} cores")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,88 @@
+"""What a person sees: a bar where there is a terminal or it was asked for, cards and events above it, or silence."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+from automode.trainer.progress import Console
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def bar_of(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, **given: Any) -> Console:
+    monkeypatch.setattr(sys, "stderr", stream)
+    console = Console(**given)
+    console.start(100)
+    console.step(10, loss=0.51234)
+    console.close()
+    return console
+
+
+def test_the_bar_shows_in_a_terminal_and_where_it_is_asked_for_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for stream, progress, shown in (
+        (Terminal(), "auto", True),
+        (io.StringIO(), "auto", False),
+        (io.StringIO(), True, True),
+        (Terminal(), False, False),
+    ):
+        bar_of(monkeypatch, stream, progress=progress)
+        assert ("10/100" in stream.getvalue()) == shown
+        assert ("loss=0.5123" in stream.getvalue()) == shown
+
+
+def test_the_bar_follows_a_limit_that_moves_and_shows_the_validation_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    console = Console(True, description="demo")
+    console.start(100)
+    console.step(40, total=90, loss=float("nan"))
+    console.validation(0.25)
+    console.close()
+    console.close()
+    said = stream.getvalue()
+    assert "demo" in said
+    assert "40/90" in said
+    assert "loss=nan" in said
+    assert "val=0.25" in said
+
+
+def test_cards_and_events_go_to_standard_output_with_or_without_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for progress in (True, False):
+        console = Console(progress)
+        console.start(5)
+        console.card("card: one\n")
+        console.event("it happened")
+        console.close()
+        assert capsys.readouterr().out == "\ncard: one\n\nit happened\n"
+
+
+def test_a_quiet_console_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(False, speak=False)
+    console.start(5)
+    console.step(3, loss=1.0)
+    console.validation(1.0)
+    console.card("card")
+    console.event("event")
+    console.close()
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_the_bar_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    bar_of(monkeypatch, Terminal(), progress=True)
+    assert threading.active_count() == before
