@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from automode.planner.policy import PacingPolicy, Policy, ScanPolicy
 from automode.trainer.random_state import RandomState
 from automode.trainer.trainer import Trainer
 
@@ -75,12 +76,14 @@ class Script:
         }
 
 
-def bare_loop(script: Script) -> tuple[list[float], dict[str, Tensor], RandomState, Any]:
+def bare_loop(
+    script: Script, epochs: int = EPOCHS
+) -> tuple[list[float], dict[str, Tensor], RandomState, Any]:
     """What a person writes by hand."""
     made = script.build()
     model, optimizer, loss_fn = made["model"], made["optimizer"], made["loss_fn"]
     losses = []
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for inputs, targets in made["train_loader"]:
             optimizer.zero_grad(set_to_none=True)
             loss = loss_fn(model(inputs), targets)
@@ -112,9 +115,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("mode", ["off", "observe"])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_watched_run_equals_the_plain_loop_bit_by_bit(
-    name: str, mode: Any, tmp_path: Path, observers: list[Any]
-) -> None:
+def test_a_watched_run_equals_the_plain_loop_bit_by_bit(name: str, mode: Any, tmp_path: Path) -> None:
     script = SCRIPTS[name]
     losses, weights, rng, bare = bare_loop(script)
     made = script.build()
@@ -131,7 +132,7 @@ def test_a_watched_run_equals_the_plain_loop_bit_by_bit(
     )
     result = trainer.fit(**made)
     assert RandomState.capture().same_as(rng)
-    assert observers[-1].column("loss") == losses
+    assert result.frame("loss").tolist() == losses
     assert all(torch.equal(value, weights[key]) for key, value in made["model"].state_dict().items())
     assert {key: module.training for key, module in made["model"].named_modules()} == flags
     assert made["optimizer"].param_groups[0]["lr"] == bare["optimizer"].param_groups[0]["lr"]
@@ -141,4 +142,27 @@ def test_a_watched_run_equals_the_plain_loop_bit_by_bit(
     assert result.steps == len(losses) == 18
     assert result.reason == "max_epochs"
     if script.validates:
-        assert len(observers[-1].told("validated")) == EPOCHS
+        assert all(loss > 0 for loss in result.history["val_loss"])
+
+
+def test_scans_and_rules_that_run_meanwhile_change_nothing(tmp_path: Path) -> None:
+    script = Script(scheduler="epoch", validates=True)
+    losses, weights, rng, _ = bare_loop(script, epochs=30)
+    made = script.build()
+    policy = Policy(scan=ScanPolicy(every=20, probe=64, min_visits=1.0), pacing=PacingPolicy(warmup_steps=0))
+    trainer = Trainer(
+        max_epochs=30,
+        automode="observe",
+        policy=policy,
+        session_dir=tmp_path,
+        val_every_n_epochs=1,
+        progress=False,
+        console=False,
+    )
+    result = trainer.fit(**made)
+    assert RandomState.capture().same_as(rng)
+    assert result.frame("loss").tolist() == losses
+    assert all(torch.equal(value, weights[key]) for key, value in made["model"].state_dict().items())
+    assert len(list(result.session.events("scanned"))) >= 5
+    assert len(list(result.session.events("clustered"))) >= 5
+    assert len(list(result.session.events("validated"))) == 30
