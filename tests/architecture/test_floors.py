@@ -77,7 +77,6 @@ def test_a_planted_violation_is_reported(copy: Path, violation: str) -> None:
 
 
 def test_no_room_may_look_at_the_test_builders(copy: Path) -> None:
-    (copy / "automode" / "testing.py").touch()
     (copy / "automode" / "cli" / "planted.py").write_text("import automode.testing\n", encoding="utf-8")
     code, report = lint(copy)
     assert code == 1, report
