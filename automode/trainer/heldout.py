@@ -30,6 +30,7 @@ SEARCHED = 20_000
 """Training samples, at the most, that are read one by one for that; of TensorDatasets all rows are compared."""
 
 HASHED_AT_ONCE = 65_536
+BRIEF_WORDS = 16
 
 READ_FOR_CLASSES = 5000
 """Samples, at the most, that are read one by one to split them by class, where a dataset does not keep its targets."""
@@ -246,7 +247,7 @@ def _by_content(train: Any, val: Any, n_train: int, n_val: int) -> Overlap:
     if train_rows is not None and val_rows is not None:
         if train_rows.shape[1:] != val_rows.shape[1:] or train_rows.dtype != val_rows.dtype:
             return Overlap(n=0, share=0.0, how="content")
-        n = int(np.isin(_row_hashes(val_rows[torch.from_numpy(asked)]), _row_hashes(train_rows)).sum())
+        n = _rows_in_common(val_rows[torch.from_numpy(asked).to(val_rows.device)], train_rows)
         return Overlap(n=n, share=n / max(1, asked.size), how="content")
     rows = (
         np.arange(n_train) if n_train <= SEARCHED else np.sort(rng.choice(n_train, SEARCHED, replace=False))
@@ -270,13 +271,26 @@ def _input_rows(dataset: Any) -> torch.Tensor | None:
     return inputs if mapped is None else inputs[torch.from_numpy(mapped).to(inputs.device)]
 
 
-def _row_hashes(rows: torch.Tensor) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of the bytes of each row; equal rows have equal hashes."""
+def _rows_in_common(asked: torch.Tensor, known: torch.Tensor) -> int:
+    """Count the rows of one tensor that are rows of another, by their bytes."""
+    # A few words of each row tell nearly all apart; only the rest is read in full.
+    asked_brief, known_brief = _row_hashes(asked, BRIEF_WORDS), _row_hashes(known, BRIEF_WORDS)
+    asked = asked[torch.from_numpy(np.isin(asked_brief, known_brief)).to(asked.device)]
+    known = known[torch.from_numpy(np.isin(known_brief, asked_brief)).to(known.device)]
+    return int(np.isin(_row_hashes(asked), _row_hashes(known)).sum())
+
+
+def _row_hashes(rows: torch.Tensor, words_read: int | None = None) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of the bytes of each row, or of some words spread over it; equal rows have equal hashes."""
     found = []
     for start in range(0, len(rows), HASHED_AT_ONCE):
         chunk = rows[start : start + HASHED_AT_ONCE]
         raw = chunk.reshape(len(chunk), -1).cpu().contiguous().view(torch.uint8).numpy()
-        words = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 8))).view(np.uint64)
+        if raw.shape[1] % 8:
+            raw = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 8)))
+        words = raw.view(np.uint64)
+        if words_read is not None and words.shape[1] > words_read:
+            words = words[:, np.linspace(0, words.shape[1] - 1, words_read).astype(np.intp)]
         odd = (
             np.random.default_rng(0x0A5).integers(1 << 62, size=(2, words.shape[1]), dtype=np.uint64) * 2 + 1
         )

@@ -203,6 +203,15 @@ def test_small_whole_numbers_do_not_collide() -> None:
         assert find_overlap(TensorDataset(data), TensorDataset(data[2000:].clone())).share == 1.0
 
 
+def test_rows_that_agree_in_a_few_words_are_compared_in_full() -> None:
+    train = torch.zeros(50, 400)
+    train[:, 1] = torch.arange(50)  # the brief hash reads other words than this one
+    assert find_overlap(TensorDataset(train), TensorDataset(train[:20] + 0.0)).n == 20
+    other = train[:20].clone()
+    other[:, 1] += 100
+    assert find_overlap(TensorDataset(train), TensorDataset(other)).n == 0
+
+
 def test_what_cannot_be_compared_is_unknown() -> None:
     assert find_overlap(Endless(), classes()).how == "unknown"
     single = Quiet(TensorDataset(torch.arange(5.0), torch.arange(5)))
