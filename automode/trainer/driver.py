@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 from automode.backends.base import Backend
 from automode.engine import State, handle
-from automode.errors import AutomodeError
+from automode.errors import AutomodeError, SessionError
 from automode.planner.events import (
     Acknowledged,
     AskApproval,
+    BudgetReleased,
     CommandFailed,
     Decided,
     Envelope,
@@ -125,6 +126,7 @@ class Driver:
         self._requests: list[str] = []
         self._pumped_at = 0
         self._skipped = 0
+        self._done_with: list[str] = []
 
     # What the loop reads.
 
@@ -186,12 +188,13 @@ class Driver:
     def boundary(self, step: int) -> None:
         """Do everything that may happen between two steps."""
         now = self._clock.mono()
+        since = step - self._pumped_at if self._trials.busy else 1
         for request, body in self._inbox.poll(now):
             self._requested(request, body)
         self._settle(step)
         if self._scheduled:
             self._perform_due(step)
-        for answer, command_id in self._trials.pump(max(1, step - self._pumped_at)):
+        for answer, command_id in self._trials.pump(max(1, since)):
             self._feed(answer, command_id, effective_at=step)
         self._pumped_at = step
         self._settle(step)
@@ -274,6 +277,8 @@ class Driver:
         self._recorder.add(self.state, envelopes)
         for envelope in envelopes:
             self._narrator.tell(envelope, self.state)
+            if isinstance(envelope.body, BudgetReleased):
+                self._done_with.append(envelope.body.card)
         if self._spends:
             spent = ceil(self.state.ledger.automode / self.state.passes_per_step)
             self.limit = max(0, self._total - spent)
@@ -288,8 +293,19 @@ class Driver:
             if not self._recorder.waiting:
                 self._requests.clear()
             if not self._queue:
-                return
+                break
             self._perform(self._queue.popleft(), step)
+        if self._done_with and not self._recorder.waiting:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Delete the lower rungs of cards that have ended, now that their end is on disk; nothing can go on from them."""
+        for card in self._done_with:
+            try:
+                self._performer.forget(card, self._trials.lower_rungs(card))
+            except SessionError as error:
+                self._log.warning("checkpoints_kept", card=card, why=str(error))
+        self._done_with.clear()
 
     def _perform(self, command: Envelope, step: int) -> None:
         """Carry out one command; an error is an answer too, and never the run's end."""

@@ -111,6 +111,13 @@ class Performer:
             case _:
                 assert_never(body)
 
+    def forget(self, card: str, checkpoints: set[str]) -> None:
+        """Drop a card's training data and the checkpoints that nothing can go on from."""
+        if self.runner is not None:
+            self.runner.cards.pop(card, None)
+        if checkpoints:
+            self.checkpoints.collect(set(self.checkpoints.digests()) - checkpoints)
+
     # What the loop brings.
 
     def validated(self, step: int, scores: PerSampleScores) -> Validated | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,6 +53,14 @@ class Checkpoints(Protocol):
 
     def load(self, digest: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """Return (weights, rest, manifest), verified."""
+        ...
+
+    def digests(self) -> list[str]:
+        """Every checkpoint that is stored."""
+        ...
+
+    def collect(self, keep: Iterable[str]) -> list[str]:
+        """Delete all but these; returns what was deleted."""
         ...
 
 

@@ -19,6 +19,7 @@ class TrialDesk:
     def __init__(self, backend: Backend | None) -> None:
         self._backend = backend
         self._commands: dict[tuple[str, int, int], str] = {}
+        self._lower: dict[str, set[str]] = {}
 
     @property
     def busy(self) -> bool:
@@ -59,7 +60,15 @@ class TrialDesk:
         """Let the backend work for so many trunk steps; returns what ended, each with the command that it answers."""
         if self._backend is None:
             return []
-        return [(_reported(r), self._commands.pop(r.job.key, None)) for r in self._backend.pump(trunk_steps)]
+        ended = self._backend.pump(trunk_steps)
+        for result in ended:
+            if isinstance(result, SegmentDone) and result.job.to_resource < result.job.top_resource:
+                self._lower.setdefault(result.job.card, set()).add(result.checkpoint)
+        return [(_reported(r), self._commands.pop(r.job.key, None)) for r in ended]
+
+    def lower_rungs(self, card: str) -> set[str]:
+        """Checkpoints below the top rung of a card that has ended; told once."""
+        return self._lower.pop(card, set())
 
     def close(self) -> None:
         """Give everything up."""
