@@ -199,14 +199,16 @@ def card_reason(text: str) -> str:
 
 def _ladders(session: Session) -> dict[str, list[list[str]]]:
     """Decisions on trials by card, in order, each with the report that it follows from."""
-    names: dict[tuple[str, int], str] = {}
+    # A trial's first decision stands before the command that names its variant.
+    names = {
+        (r.body["card"], r.body["trial"]): r.body["variant"]["name"]
+        for r in session.events(kind="start_trial")
+    }
     reports: dict[tuple[str, int, int], tuple[str, str]] = {}
     ladders: dict[str, list[list[str]]] = {}
     for record in session.events():
         body = record.body
         match record.kind:
-            case "start_trial":
-                names[body["card"], body["trial"]] = body["variant"]["name"]
             case "trial_reported":
                 reports[body["card"], body["trial"], body["resource"]] = (
                     f"{body['value']:.4f}" if isinstance(body["value"], float) else str(body["value"]),

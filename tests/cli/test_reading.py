@@ -12,7 +12,7 @@ import pytest
 from automode.cli.sessions import newest
 from automode.planner.card_text import from_yaml, to_yaml
 from automode.planner.cards import PlanCard
-from automode.planner.events import ReadingChanged
+from automode.planner.events import ReadingChanged, TrialDecided
 from automode.planner.recipes import Variant
 from automode.session import SessionStore
 
@@ -173,6 +173,14 @@ def test_trials_show_the_ladder_who_was_promoted_and_why(cli: Any, told: Any, ca
         ["1", "gentle", "20", "0.7500", "ema3", "promoted", "1", "first of two"],
         ["1", "gentle", "60", "nan", "ema3", "diverged", "-", "not finite"],
     ]
+
+
+def test_a_trial_has_its_variants_name_from_its_first_decision_on(cli: Any, told: Any, card: PlanCard) -> None:
+    told.propose(card)
+    told.tell(TrialDecided(card=card.id, trial=0, resource=20, decision="started", why="a free slot"))
+    told.trial(card.id, 0, Variant(name="plain"), 20, 0.5, decision="paused", rank=2, why="second of two")
+    lines = cli("trials", told.path).output.splitlines()
+    assert [line.split()[1:6:4] for line in lines[2:]] == [["plain", "started"], ["plain", "paused"]]
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
