@@ -133,19 +133,22 @@ class ASHA:
         """
         return screen_report(self._board, trial, whole("resource", resource, least=0), metric(value), attempt)
 
-    def screen_failure(self, trial: int, attempt: int | None = None) -> Ignored | None:
+    def screen_failure(
+        self, trial: int, attempt: int | None = None, *, resource: int | None = None
+    ) -> Ignored | None:
         """Judge a failure as :meth:`failed` would, without taking it; ``None`` means that it counts.
 
         Raises:
             SchedulerError: As :meth:`failed`.
         """
-        return screen_failure(self._board, trial, attempt)
+        return screen_failure(self._board, trial, attempt, resource)
 
     def failed(
         self,
         trial: int,
         attempt: int | None = None,
         *,
+        resource: int | None = None,
         retryable: bool = True,
         cause: str = "failed",
         spent: int | None = None,
@@ -155,6 +158,8 @@ class ASHA:
         Args:
             trial: The job's trial.
             attempt: The job's attempt; ``None`` for the latest one.
+            resource: The job's ``to_resource``. Attempts are counted anew for every segment, so a message that may come
+                late has to say which one it means; ``None`` for the latest.
             retryable: ``False`` when the same segment would fail the same way (out of memory).
             cause: A few words for the log.
             spent: Resource steps that the broken segment really trained; the rest of its cost returns to the budget.
@@ -168,18 +173,18 @@ class ASHA:
             SchedulerError: No such job was issued.
         """
         board = self._board
-        ignored = screen_failure(board, trial, attempt)
+        ignored = screen_failure(board, trial, attempt, resource)
         if ignored is not None:
             return ignored
         record = board.trials[trial]
-        resource = board.ladder.levels[record.target]
+        target = board.ladder.levels[record.target]
         if spent is not None:
             board.spent -= max(0, board.cost(record) - whole("spent", spent, least=0))
         if retryable and self.can_retry(trial):
             board.requeue(trial)
-            return Requeued(trial=trial, resource=resource, attempt=record.attempt, cause=cause)
+            return Requeued(trial=trial, resource=target, attempt=record.attempt, cause=cause)
         board.withdraw(trial, Status.LOST)
-        return Lost(trial=trial, resource=resource, attempt=record.attempt, cause=cause)
+        return Lost(trial=trial, resource=target, attempt=record.attempt, cause=cause)
 
     def can_retry(self, trial: int) -> bool:
         """Tell whether a running segment would be repeated if it failed now.
@@ -268,8 +273,8 @@ class ASHA:
 
     @property
     def in_flight(self) -> int:
-        """How many segments are running or wait for another try."""
-        return self._board.in_flight
+        """How many segments were issued and have not come back; those that wait for another try are not among them."""
+        return self._board.in_flight - len(self._board.retries)
 
     @property
     def started(self) -> int:

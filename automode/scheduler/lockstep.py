@@ -125,7 +125,13 @@ class Lockstep:
         return Held(trial=trial, resource=resource, attempt=job.attempt)
 
     def failed(
-        self, trial: int, attempt: int | None = None, *, retryable: bool = True, cause: str = "failed"
+        self,
+        trial: int,
+        attempt: int | None = None,
+        *,
+        resource: int | None = None,
+        retryable: bool = True,
+        cause: str = "failed",
     ) -> Failure | Held:
         """Take note that a segment broke off; see :meth:`ASHA.failed`.
 
@@ -135,7 +141,7 @@ class Lockstep:
         Raises:
             SchedulerError: No such job was handed out.
         """
-        ignored = self._asha.screen_failure(trial, attempt)
+        ignored = self._asha.screen_failure(trial, attempt, resource=resource)
         if ignored is not None:
             return ignored
         job = self._handed_out(trial)

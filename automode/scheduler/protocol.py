@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import SupportsFloat
 
 from automode.errors import SchedulerError, UsageError
 from automode.scheduler.board import Board
 from automode.scheduler.decisions import Ignored, encode_value
 from automode.scheduler.ladder import whole
-from automode.scheduler.rung import Value
+from automode.scheduler.rung import Entry, Value
 from automode.scheduler.trials import IN_FLIGHT, WITHDRAWN, Status, Trial
 
 
@@ -77,9 +78,7 @@ def _fence(record: Trial, trial: int, resource: int, attempt: int | None) -> Ign
     queued = record.status is Status.QUEUED
     issued = record.attempt - 1 if queued else record.attempt
     if attempt is not None and attempt > issued:
-        raise SchedulerError(
-            f"trial {trial} to {resource}: attempt {attempt} was never issued, the latest is {issued}"
-        )
+        raise _never_issued(trial, resource, attempt, issued)
     if queued or (attempt is not None and attempt < issued):
         reason = (
             f"trial {trial} to {resource}: attempt {attempt or issued} was declared failed before it reported"
@@ -91,9 +90,7 @@ def _fence(record: Trial, trial: int, resource: int, attempt: int | None) -> Ign
 def _repeated(
     board: Board, record: Trial, trial: int, resource: int, value: Value, attempt: int | None
 ) -> Ignored:
-    index = board.ladder.rung_of(resource)
-    bracket = board.brackets[record.bracket]
-    entry = None if index is None or index < bracket.first else bracket.rung(index).entries.get(trial)
+    entry = _entry(board, record, trial, resource)
     if entry is None:
         if record.status in IN_FLIGHT:
             state = f"its segment runs from {record.origin} to {board.ladder.levels[record.target]}"
@@ -103,9 +100,7 @@ def _repeated(
             f"trial {trial} reported at {resource}, but {state}: evaluate exactly at the job's to_resource"
         )
     if attempt is not None and attempt > entry.attempt:
-        raise SchedulerError(
-            f"trial {trial} to {resource}: attempt {attempt} was never issued, the latest is {entry.attempt}"
-        )
+        raise _never_issued(trial, resource, attempt, entry.attempt)
     if attempt is not None and attempt < entry.attempt:
         reason = f"trial {trial} to {resource}: attempt {attempt} was declared failed before it reported"
     elif encode_value(value) == encode_value(entry.value):
@@ -118,8 +113,10 @@ def _repeated(
     return Ignored(trial=trial, resource=resource, attempt=attempt, reason=reason)
 
 
-def screen_failure(board: Board, trial: int, attempt: int | None) -> Ignored | None:
-    """Judge a failure message; ``None`` means that it counts.
+def screen_failure(
+    board: Board, trial: int, attempt: int | None, resource: int | None = None
+) -> Ignored | None:
+    """Judge a failure message by the same key; ``None`` means that it counts.
 
     Raises:
         SchedulerError: It answers no job that was issued.
@@ -127,26 +124,62 @@ def screen_failure(board: Board, trial: int, attempt: int | None) -> Ignored | N
     record = known(board, trial)
     if attempt is not None:
         attempt = whole("attempt", attempt, least=1)
-    resource = board.ladder.levels[record.target]
-    issued = record.attempt - 1 if record.status is Status.QUEUED else record.attempt
+    target = board.ladder.levels[record.target]
+    if resource is not None:
+        resource = whole("resource", resource, least=1)
+
+    def ignored(reason: str) -> Ignored:
+        return Ignored(trial=trial, resource=resource or target, attempt=attempt, reason=reason)
+
     if board.cancelled:
-        reason = "the scheduler was cancelled"
-    elif record.status in WITHDRAWN:
-        reason = f"trial {trial} is {record.status.value}"
-    elif attempt is not None and attempt > issued:
-        raise SchedulerError(
-            f"trial {trial} to {resource}: attempt {attempt} was never issued, the latest is {issued}"
-        )
-    elif record.status is Status.RUNNING:
+        return ignored("the scheduler was cancelled")
+    if record.status in WITHDRAWN:
+        return ignored(f"trial {trial} is {record.status.value}")
+    if resource is not None and resource != target:
+        return _failed_before(board, record, trial, resource, attempt, ignored)
+    issued = record.attempt - 1 if record.status is Status.QUEUED else record.attempt
+    if attempt is not None and attempt > issued:
+        raise _never_issued(trial, target, attempt, issued)
+    if record.status is Status.RUNNING:
         if attempt is None or attempt == issued:
             return None
-        reason = f"trial {trial} to {resource}: attempt {attempt} was declared failed already"
-    elif attempt is None and record.status is not Status.QUEUED:
+        return ignored(f"trial {trial} to {target}: attempt {attempt} was declared failed already")
+    if record.status is Status.QUEUED:
+        return ignored(
+            f"trial {trial} to {target}: the failure is known and the segment waits for another try"
+        )
+    if attempt is None:
         raise SchedulerError(
             f"trial {trial} is {record.status.value}: no segment of it is in flight that could fail"
         )
-    elif record.status is Status.QUEUED:
-        reason = f"trial {trial} to {resource}: the failure is known and the segment waits for another try"
-    else:
-        reason = f"trial {trial} to {resource}: its value was reported before the failure"
-    return Ignored(trial=trial, resource=resource, attempt=attempt, reason=reason)
+    return ignored(f"trial {trial} to {target}: its value was reported before the failure")
+
+
+def _failed_before(
+    board: Board,
+    record: Trial,
+    trial: int,
+    resource: int,
+    attempt: int | None,
+    ignored: Callable[[str], Ignored],
+) -> Ignored:
+    entry = _entry(board, record, trial, resource)
+    if entry is None:
+        raise SchedulerError(
+            f"trial {trial} has no segment that ends at {resource}: nothing there could fail"
+        )
+    if attempt is not None and attempt > entry.attempt:
+        raise _never_issued(trial, resource, attempt, entry.attempt)
+    return ignored(f"trial {trial} to {resource}: its value was reported before the failure")
+
+
+def _entry(board: Board, record: Trial, trial: int, resource: int) -> Entry | None:
+    index = board.ladder.rung_of(resource)
+    bracket = board.brackets[record.bracket]
+    return None if index is None or index < bracket.first else bracket.rung(index).entries.get(trial)
+
+
+def _never_issued(trial: int, resource: int, attempt: int, issued: int) -> SchedulerError:
+    return SchedulerError(
+        f"trial {trial} to {resource}: attempt {attempt} was never issued, the latest is {issued}"
+    )

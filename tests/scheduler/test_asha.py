@@ -230,6 +230,18 @@ def test_a_lost_trial_hands_its_promotion_to_the_next_best() -> None:
     assert asha.next() == Job(1, 1, 2, 1)
 
 
+def test_what_was_asked_before_a_loss_is_decided_anew_after_it() -> None:
+    asha = ASHA(1, 2, 2, candidates=5)
+    jobs = [asha.next() for _ in range(5)]
+    for job in jobs:
+        assert job is not None
+        answer(asha, job, float(job.trial))
+    assert [asha.next(), asha.next()] == [Job(0, 1, 2, 1), Job(1, 1, 2, 1)]
+    assert asha.next() is None  # two of five are due, and both are on their way
+    asha.failed(0, retryable=False)
+    assert asha.next() == Job(2, 1, 2, 1)  # two of four are due
+
+
 def test_a_stopped_trial_competes_no_more_and_its_late_report_is_ignored() -> None:
     asha = ASHA(1, 2, 2, candidates=3)
     jobs = [asha.next() for _ in range(3)]
@@ -375,7 +387,8 @@ def test_a_lost_segment_list_tells_a_restart_what_to_declare_failed() -> None:
     for job in asha.running():
         asha.failed(job.trial, job.attempt, cause="the process was killed")
     assert asha.running() == []
-    assert asha.in_flight == 2
+    assert asha.in_flight == 0
+    assert not asha.finished
     assert asha.next() == Job(0, 0, 1, 2)
 
 

@@ -224,7 +224,17 @@ class AshaMachine(RuleBasedStateMachine):
         job = data.draw(st.sampled_from(self.old))
         before = self.asha.to_state()
         assert isinstance(self.asha.report(job.trial, job.to_resource, value, attempt=job.attempt), Ignored)
-        assert isinstance(self.asha.failed(job.trial, job.attempt), Ignored)
+        late = self.asha.failed(job.trial, job.attempt, resource=job.to_resource)
+        assert isinstance(late, Ignored)
+        assert self.asha.to_state() == before
+
+    @precondition(lambda self: self.past)
+    @rule(data=st.data())
+    def fail_after_reporting(self, data: st.DataObject) -> None:
+        job, _ = data.draw(st.sampled_from(self.past))
+        before = self.asha.to_state()
+        late = self.asha.failed(job.trial, job.attempt, resource=job.to_resource)
+        assert isinstance(late, Ignored)
         assert self.asha.to_state() == before
 
     @precondition(lambda self: self.jobs)
@@ -238,6 +248,10 @@ class AshaMachine(RuleBasedStateMachine):
             self.asha.report(job.trial, job.to_resource + 1, value, attempt=job.attempt)
         with pytest.raises(SchedulerError, match="was never issued"):
             self.asha.report(job.trial, job.to_resource, value, attempt=job.attempt + 1)
+        with pytest.raises(SchedulerError, match="was never issued"):
+            self.asha.failed(job.trial, job.attempt + 1)
+        with pytest.raises(SchedulerError, match="nothing there could fail"):
+            self.asha.failed(job.trial, job.attempt, resource=job.to_resource + 1)
         assert self.asha.to_state() == before
 
     @rule()
@@ -253,6 +267,7 @@ class AshaMachine(RuleBasedStateMachine):
             return
         running = [t for t, k in enumerate(self.model.trials) if k.state == "running"]
         assert [job.trial for job in self.asha.running()] == running
+        assert self.asha.in_flight == len(running)
         assert [view.size for view in self.asha.rungs()] == [
             self.model.size(rung) for rung in range(len(self.model.levels))
         ]

@@ -228,6 +228,21 @@ def test_trap_15_an_old_attempt_is_fenced_off() -> None:
     assert best.value == 0.2
 
 
+def test_trap_15_a_worker_that_dies_after_reporting_does_not_kill_the_next_segment() -> None:
+    asha = ASHA(1, 16, 4)
+    fill(asha, [0.3, 0.1, 0.2, 0.4])
+    assert asha.next() == Job(1, 1, 4, 1)
+    late = asha.failed(1, attempt=1, resource=1, cause="the connection broke")
+    assert isinstance(late, Ignored)
+    assert "its value was reported before the failure" in late.reason
+    assert asha.running() == [Job(1, 1, 4, 1)]
+    with pytest.raises(SchedulerError, match="trial 1 to 1: attempt 2 was never issued"):
+        asha.failed(1, attempt=2, resource=1)
+    with pytest.raises(SchedulerError, match="no segment that ends at 16"):
+        asha.failed(1, attempt=1, resource=16)
+    assert isinstance(asha.failed(1, attempt=1, resource=4), Requeued)
+
+
 def test_trap_16_stored_values_keep_their_sign() -> None:
     asha = ASHA(1, 4, 2, "max")
     fill(asha, [0.5, 0.75])
