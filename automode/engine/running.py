@@ -91,7 +91,19 @@ def reported(state: State, body: TrialReported, out: Emission) -> None:
     outcome = execution.asha.report(body.trial, body.resource, body.value, body.rung_attempt)
     execution.reports[(body.trial, body.resource)] = body
     seq = _decided(state, execution, outcome, out)
+    _drop(execution)
     _go_on(state, execution, out, cause=seq)
+
+
+def _drop(execution: Execution) -> None:
+    """Forget the checkpoints that the ladder can never ask for again (a rank in a finite list only worsens)."""
+    asha = execution.asha
+    assert asha is not None
+    for trial, rung in asha.collectable():
+        asha.forget(trial, rung)
+        report = execution.reports.get((trial, asha.ladder.levels[rung]))
+        if report is not None and report.checkpoint is not None:
+            execution.dropped.add(report.checkpoint)
 
 
 def trial_failed(state: State, body: TrialFailed, out: Emission) -> None:

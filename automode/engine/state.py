@@ -59,6 +59,8 @@ class Execution:
     per_trunk_step: float = 1.0
     reports: dict[tuple[int, int], TrialReported] = field(default_factory=dict)
     """Reports by (trial, resource)."""
+    dropped: set[str] = field(default_factory=set)
+    """Checkpoints of trials that nothing can go on from any more; the files may be deleted."""
     waiting_for: set[str] = field(default_factory=set)
     """Ids of the gate and merge commands whose answers are still out."""
     combining: bool = False

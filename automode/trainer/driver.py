@@ -295,17 +295,23 @@ class Driver:
             if not self._queue:
                 break
             self._perform(self._queue.popleft(), step)
-        if self._done_with and not self._recorder.waiting:
+        if not self._recorder.waiting:
             self._tidy()
 
     def _tidy(self) -> None:
-        """Delete the lower rungs of cards that have ended, now that their end is on disk; nothing can go on from them."""
+        """Delete checkpoints of trials that nothing can go on from, now that what made them so is on disk."""
+        gone: set[str] = set()
+        for card, execution in self.state.executions.items():
+            gone |= self._trials.dropped(card, execution.dropped)
         for card in self._done_with:
-            try:
-                self._performer.forget(card, self._trials.lower_rungs(card))
-            except SessionError as error:
-                self._log.warning("checkpoints_kept", card=card, why=str(error))
+            gone |= self._trials.lower_rungs(card)
+            self._performer.forget(card)
         self._done_with.clear()
+        if gone:
+            try:
+                self._performer.delete(gone)
+            except SessionError as error:
+                self._log.warning("checkpoints_kept", why=str(error))
 
     def _perform(self, command: Envelope, step: int) -> None:
         """Carry out one command; an error is an answer too, and never the run's end."""

@@ -111,12 +111,14 @@ class Performer:
             case _:
                 assert_never(body)
 
-    def forget(self, card: str, checkpoints: set[str]) -> None:
-        """Drop a card's training data and the checkpoints that nothing can go on from."""
+    def forget(self, card: str) -> None:
+        """Drop the training data of a card that has ended."""
         if self.runner is not None:
             self.runner.cards.pop(card, None)
-        if checkpoints:
-            self.checkpoints.collect(set(self.checkpoints.digests()) - checkpoints)
+
+    def delete(self, checkpoints: set[str]) -> None:
+        """Delete checkpoints that nothing can go on from."""
+        self.checkpoints.collect(set(self.checkpoints.digests()) - checkpoints)
 
     # What the loop brings.
 

@@ -66,6 +66,13 @@ class TrialDesk:
                 self._lower.setdefault(result.job.card, set()).add(result.checkpoint)
         return [(_reported(r), self._commands.pop(r.job.key, None)) for r in ended]
 
+    def dropped(self, card: str, checkpoints: set[str]) -> set[str]:
+        """Of checkpoints that the ladder has dropped, those that are still there; told once."""
+        mine = self._lower.get(card, set())
+        gone = mine & checkpoints
+        mine -= gone
+        return gone
+
     def lower_rungs(self, card: str) -> set[str]:
         """Checkpoints below the top rung of a card that has ended; told once."""
         return self._lower.pop(card, set())
