@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from automode.engine.machine import handle, initial
+from automode.engine.recovery import Recovered, recover
 from automode.engine.replay import Difference, Outcome, fold
 from automode.engine.state import State
 from automode.engine.story import story
 
-__all__ = ["Difference", "Outcome", "State", "fold", "handle", "initial", "story"]
+__all__ = ["Difference", "Outcome", "Recovered", "State", "fold", "handle", "initial", "recover", "story"]

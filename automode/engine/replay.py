@@ -74,6 +74,13 @@ def fold(items: Iterable[Rows | Envelope], *, rules: Sequence[Rule] = BUILT_IN) 
         items: The log in order: rows of the trunk up to each event's ``frame_cursor``, and every envelope.
         rules: The rules that the session ran with.
     """
+    return fold_keeping(items, rules=rules)[0]
+
+
+def fold_keeping(
+    items: Iterable[Rows | Envelope], *, rules: Sequence[Rule] = BUILT_IN
+) -> tuple[Outcome, dict[int, Envelope]]:
+    """Do what :func:`fold` does, and return too what was decided behind the last recorded event, by ``seq``."""
     out = Outcome(state=initial(rules))
     due: dict[int, Envelope] = {}
     ended = False
@@ -94,7 +101,7 @@ def fold(items: Iterable[Rows | Envelope], *, rules: Sequence[Rule] = BUILT_IN) 
         out.add(out.state.next_seq, str(error), "the log", "another number of decisions")
     if ended:
         _leftovers(out, due, None)
-    return out
+    return out, due
 
 
 def _decide(state: State, item: Rows | Envelope, due: dict[int, Envelope]) -> None:
