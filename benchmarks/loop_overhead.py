@@ -1,16 +1,17 @@
 """What watching costs: a training step under ``automode="observe"`` against the same step of a bare PyTorch loop.
 
-    python benchmarks/loop_overhead.py [--quick] [--processes 10] [--case small]
+    python benchmarks/loop_overhead.py [--quick] [--processes 10] [--case small] [--loop observe]
 
-Every process trains the same network in several loops at once, in turns of 20 steps (small) or one step (wide), the order
-rotating from turn to turn, so that a busy moment of the machine hits all of them. The measure is the process's CPU time,
-summed over every turn: what happens only now and then (a block of rows handed over, a commit, a scan) is in it. ``bare
-again`` is the bare loop against itself: its distance from 1 is the measurement's error. Rows are medians over fresh
-processes, with quartiles.
+Every process trains the same network twice at once, bare and watched, in turns of 20 steps (small) or one step (wide), each
+first in every other turn, so that a busy moment of the machine hits both. The measure is the process's CPU time, summed
+over every turn: what happens only now and then (a block of rows handed over, a commit, a scan) is in it. ``bare again``
+is the bare loop against itself: its distance from nought is the measurement's error. Figures are medians over fresh
+processes, with quartiles; differences and ratios are taken within a process.
 
 The bare loop fetches a batch from a ``DataLoader`` and does zero_grad, forward, loss, backward, step, and nothing else.
 ``observe`` adds, at every step, the loss, the gradient norm, the learning rate and the per-sample losses with their sample
-ids, all signals and rules, and the session's file.
+ids, all signals and rules, and the session's file; ``off`` records the scalars only. A scan clusters some samples and
+weighs label noise; it comes every 400 steps in a long run, and ``observe, no scans`` is without it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ CASES = {
         widths=(256, 1024, 1024, 2), rows=4096, turn=1, turns=160, warm_up=10, target="at most 1.02 times"
     ),
 }
-LOOPS = ("bare", "bare again", "off", "observe, no scans", "observe")
+LOOPS = ("bare again", "off", "observe, no scans", "observe")
 
 
 def training(case: Case) -> dict[str, Any]:
@@ -118,43 +119,53 @@ def watched_steps(case: Case, name: str, folder: str) -> tuple[Iterator[int], Ca
     return loop.steps(), end
 
 
-def measure(case: Case, turns: int) -> dict[str, float]:
-    """CPU microseconds a step of each loop, in one process."""
+def measure(case: Case, name: str, turns: int) -> tuple[float, float]:
+    """CPU microseconds a step of the bare loop and of another, in one process."""
     torch.set_num_threads(1)
+    bare, end = bare_steps(case), None
     with tempfile.TemporaryDirectory() as folder:
-        steps: dict[str, Iterator[int]] = {}
-        ends = []
-        for name in LOOPS:
-            if name.startswith("bare"):
-                steps[name] = bare_steps(case)
-            else:
-                steps[name], end = watched_steps(case, name, folder)
-                ends.append(end)
-        spent = dict.fromkeys(LOOPS, 0.0)
+        if name == "bare again":
+            other = bare_steps(case)
+        else:
+            other, end = watched_steps(case, name, folder)
+        spent = [0.0, 0.0]
         for turn in range(case.warm_up + turns):
-            first = turn % len(LOOPS)
-            order = LOOPS[first:] + LOOPS[:first]
-            # Neighbours change places too, so that each loop follows each other one as often.
-            for name in order if (turn // len(LOOPS)) % 2 else order[::-1]:
-                one = steps[name]
+            pair = list(enumerate((bare, other)))
+            for role, steps in pair if turn % 2 else reversed(pair):
                 start = time.process_time()
                 for _ in range(case.turn):
-                    next(one)
+                    next(steps)
                 if turn >= case.warm_up:
-                    spent[name] += time.process_time() - start
-        for end in ends:
+                    spent[role] += time.process_time() - start
+        if end is not None:
             end()
-    return {name: seconds / (turns * case.turn) * 1e6 for name, seconds in spent.items()}
+    per_step = 1e6 / (turns * case.turn)
+    return spent[0] * per_step, spent[1] * per_step
 
 
-def in_fresh_processes(name: str, turns: int, processes: int) -> list[dict[str, float]]:
-    command = [sys.executable, __file__, "--measure", name, "--turns", str(turns)]
-    found = []
+def in_fresh_processes(
+    case: str, loops: list[str], turns: int, processes: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Measure each loop in as many processes, the loops taking turns."""
+    found: dict[str, list[tuple[float, float]]] = {loop: [] for loop in loops}
     for _ in range(processes):
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        sys.stderr.write(".")
-        sys.stderr.flush()
+        for loop in loops:
+            command = [
+                sys.executable,
+                __file__,
+                "--measure",
+                "--case",
+                case,
+                "--loop",
+                loop,
+                "--turns",
+                str(turns),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            bare, other = json.loads(done.stdout.splitlines()[-1])
+            found[loop].append((bare, other))
+            sys.stderr.write(".")
+            sys.stderr.flush()
     sys.stderr.write("\n")
     return found
 
@@ -164,34 +175,41 @@ def spread(values: list[float], digits: int) -> str:
     return f"{median(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def report(name: str, runs: list[dict[str, float]]) -> None:
+def report(name: str, found: dict[str, list[tuple[float, float]]]) -> None:
     case = CASES[name]
-    network = "-".join(map(str, case.widths))
-    print(f"\nMLP {network}, batch {BATCH}, Adam, DataLoader: {len(runs)} processes; target: {case.target}")
-    print(f"{'loop':<20}{'us a step':>28}{'us more than bare':>28}{'times bare':>26}")
-    for loop in LOOPS:
-        absolute = [run[loop] for run in runs]
-        more = [run[loop] - run["bare"] for run in runs]
-        ratio = [run[loop] / run["bare"] for run in runs]
-        print(f"{loop:<20}{spread(absolute, 1):>28}{spread(more, 1):>28}{spread(ratio, 3):>26}")
+    network, processes = "-".join(map(str, case.widths)), len(next(iter(found.values())))
+    print(
+        f"\nMLP {network}, batch {BATCH}, Adam, DataLoader: {processes} processes a row; target: {case.target}"
+    )
+    print(f"{'loop':<20}{'bare, us a step':>28}{'us a step':>28}{'us more':>24}{'times bare':>24}")
+    for loop, runs in found.items():
+        bare, other = [run[0] for run in runs], [run[1] for run in runs]
+        more = [b - a for a, b in runs]
+        ratio = [b / a for a, b in runs]
+        print(
+            f"{loop:<20}{spread(bare, 1):>28}{spread(other, 1):>28}{spread(more, 1):>24}{spread(ratio, 3):>24}",
+            flush=True,
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--processes", type=int, default=10, help="fresh processes a case")
+    parser.add_argument("--processes", type=int, default=10, help="fresh processes a row")
     parser.add_argument("--case", choices=CASES, help="only this network")
+    parser.add_argument("--loop", choices=LOOPS, help="only this loop")
     parser.add_argument("--quick", action="store_true", help="three processes and a third of the turns")
-    parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        print(json.dumps(measure(CASES[given.measure], given.turns)))
+        print(json.dumps(measure(CASES[given.case], given.loop, given.turns)))
         return 0
     processes = 3 if given.quick else given.processes
+    loops = list(LOOPS) if given.loop is None else [given.loop]
     for name, case in CASES.items():
         if given.case in (None, name):
             turns = case.turns // 3 if given.quick else case.turns
-            report(name, in_fresh_processes(name, turns, processes))
+            report(name, in_fresh_processes(name, loops, turns, processes))
     print(f"\n{Path(__file__).name}: torch {torch.__version__}, one thread, {os.cpu_count()} cores")
     return 0
 

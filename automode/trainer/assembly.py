@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +36,7 @@ from automode.trainer.narrator import Narrator
 from automode.trainer.per_sample import PerSampleLoss, per_sample_twin
 from automode.trainer.performer import Performer
 from automode.trainer.random_state import forked_rng
+from automode.trainer.reach import as_read
 from automode.trainer.run_parts import RunParts
 from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.sample_source import Ids, SampleSource
@@ -47,6 +47,7 @@ from automode.trainer.specialists import SpecialistRunner
 from automode.trainer.states import States
 from automode.trainer.tasks import task_of
 from automode.trainer.trunk import Trunk, trainable
+from automode.trainer.user_warning import warn_user
 from automode.trainer.validation import SliceFn
 
 REFRESH_BATCHES = 16
@@ -115,13 +116,11 @@ def _look(parts: RunParts) -> _Held:
     why_no_evidence = "there is no validation loader" if held is None else held.reason
     overlap = Overlap(n=0, share=0.0, how="none")
     if held is not None and held.reason is None and hasattr(request.train_loader, "dataset"):
-        overlap = find_overlap(request.train_loader.dataset, request.val_loader.dataset)  # type: ignore[union-attr]
+        overlap = find_overlap(as_read(request.train_loader), as_read(request.val_loader, draw=True))
     if overlap.n:
-        warnings.warn(
+        warn_user(
             f"{overlap.n} of the validation samples ({overlap.share:.0%} of those looked at) are training samples too, by their "
-            f"{overlap.how}: such a validation proves nothing. Hold data out (torch.utils.data.random_split) to let automode act",
-            UserWarning,
-            stacklevel=5,
+            f"{overlap.how}: such a validation proves nothing. Hold data out (torch.utils.data.random_split) to let automode act"
         )
         why_no_evidence = why_no_evidence or f"{overlap.n} validation samples are training samples too"
     per_sample = per_sample_twin(parts.trunk.loss_fn)
@@ -172,8 +171,9 @@ def _source(parts: RunParts) -> tuple[SampleSource | None, Ids]:
     if parts.loader.reason is not None or not hasattr(loader, "dataset"):
         return None, none
     try:
-        root, mapped = root_of(loader.dataset)
-        ids = np.arange(len(loader.dataset), dtype=np.int64) if mapped is None else np.unique(mapped)
+        dataset = as_read(loader)
+        root, mapped = root_of(dataset)
+        ids = np.arange(len(dataset), dtype=np.int64) if mapped is None else np.unique(mapped)
         collate: Callable[[list[Any]], Any] = getattr(loader, "collate_fn", None) or default_collate
         return SampleSource(root, collate, parts.trunk.device), np.asarray(ids, dtype=np.int64)
     except (AutomodeError, TypeError):

@@ -22,6 +22,7 @@ from automode.merges.batches import move
 from automode.trainer.evaluation import Ids, Part
 from automode.trainer.ids import root_of
 from automode.trainer.random_state import forked_rng, seeded_rng
+from automode.trainer.reach import positions_read
 
 COMPARED = 2000
 """Validation samples, at the most, whose content is looked for in the training set."""
@@ -135,10 +136,10 @@ class HeldOut:
 
     def _split(self, seed: int) -> None:
         dataset: Any = self._loader.dataset
-        n = len(dataset)
         _, mapped = root_of(dataset)
-        positions = np.arange(n, dtype=np.int64)
-        ids = positions if mapped is None else np.asarray(mapped, dtype=np.int64)
+        read = positions_read(self._loader, draw=True)
+        positions = np.arange(len(dataset), dtype=np.int64) if read is None else read
+        ids = positions if mapped is None else np.asarray(mapped, dtype=np.int64)[positions]
         order = np.argsort(ids, kind="stable")
         self._positions, self.ids = positions[order], ids[order]
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0xA]))
