@@ -11,7 +11,7 @@ import numpy as np
 
 from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentRunner
 from automode.errors import NotExecutableError
-from automode.testing.scripted import PASSES_PER_RESOURCE, Script, ScriptedRunner, scripted_job
+from automode.testing.scripted import PASSES_PER_RESOURCE, Place, Script, ScriptedRunner, scripted_job
 
 Result = SegmentDone | SegmentFailed
 

@@ -243,7 +243,7 @@ def _around(trunk: Trunk, loader: DataLoader[Any], checkpoints: CheckpointStore,
     held_out = HeldOut(DataLoader(small_dataset(80, seed + 1), batch_size=40), CPU, seed)
     source = SampleSource(loader.dataset, default_collate, CPU)
     ids = np.arange(4 * BATCH, dtype=np.int64)
-    states = States(trunk, checkpoints, lambda: [source.batch(part) for part in np.split(ids, 4)])
+    states = States(trunk, checkpoints, lambda: (source.batch(part) for part in np.split(ids, 4)))
     evaluator = Evaluator(
         step_fn=trunk.step_fn,
         batches=held_out.batches,

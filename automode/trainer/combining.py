@@ -22,8 +22,9 @@ from automode.planner.events import Evaluate, Evaluated, FitGate, GateFitted, Me
 from automode.planner.recipes import GateRecipe, MergeFisherSoup, MergeInterpolate
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.evidence import Evidence, metrics_of
+from automode.trainer.random_state import seeded_rng
 from automode.trainer.specialists import Checkpoints
-from automode.trainer.states import States
+from automode.trainer.states import REFRESH_SEED, States
 
 Batches = Callable[[], Iterable[Any]]
 
@@ -228,13 +229,14 @@ class Combiner:
         model = self._states.shell()
         for state in states:
             model.load_state_dict(state)
-            estimate = diagonal_fisher(
-                model,
-                self._training(),
-                likelihood=likelihood,
-                max_samples=recipe.samples,
-                seed=self._seed & 0x7FFFFFFF,
-            )
+            with seeded_rng(REFRESH_SEED):
+                estimate = diagonal_fisher(
+                    model,
+                    self._training(),
+                    likelihood=likelihood,
+                    max_samples=recipe.samples,
+                    seed=self._seed & 0x7FFFFFFF,
+                )
             fishers.append(estimate.diagonal)
             passes += estimate.passes
         return fisher_average(states, fishers, floor=recipe.floor), passes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ def apply_variant(optimizer: torch.optim.Optimizer, variant: Variant) -> torch.o
     kind = CLASSES[variant.optimizer]
     if type(optimizer) is kind:
         return optimizer
-    shared = ("params", "lr", "weight_decay", "initial_lr")
-    groups = [{k: v for k, v in group.items() if k in shared} for group in optimizer.param_groups]
+    # What belongs to the old kind stays behind; what a schedule keeps in the groups comes along.
+    own = set(optimizer.defaults) - {"lr", "weight_decay"}
+    groups = [{k: v for k, v in group.items() if k not in own} for group in optimizer.param_groups]
     extra: dict[str, Any] = (
         {"momentum": optimizer.defaults.get("momentum", 0.9)} if kind is torch.optim.SGD else {}
     )
@@ -41,9 +42,7 @@ def apply_variant(optimizer: torch.optim.Optimizer, variant: Variant) -> torch.o
 
 def scale_group(group: dict[str, Any], variant: Variant) -> None:
     """Scale a parameter group's rate and weight decay as the variant says, the schedule's starting rate included."""
-    group["lr"] = group["lr"] * variant.lr_mul
-    if "initial_lr" in group:
-        group["initial_lr"] = group["initial_lr"] * variant.lr_mul
+    scale_rates(group, variant.lr_mul)
     if variant.weight_decay is None and variant.weight_decay_mul == 1.0:
         return
     if "weight_decay" not in group:
@@ -56,11 +55,55 @@ def scale_group(group: dict[str, Any], variant: Variant) -> None:
         group["weight_decay"] = group["weight_decay"] * variant.weight_decay_mul
 
 
+def scale_rates(group: dict[str, Any], factor: float) -> None:
+    """Scale a parameter group's rate, and the rates that a schedule keeps beside it, in place."""
+    for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+        if name in group:
+            group[name] = group[name] * factor
+
+
 def scale_schedule(scheduler: Any, factor: float) -> None:
-    """Scale the base rates that a scheduler computes from, so that the multiplied rate lasts."""
-    base = getattr(scheduler, "base_lrs", None)
-    if base is not None and factor != 1.0:
-        scheduler.base_lrs = [rate * factor for rate in base]
+    """Scale the rates that a scheduler computes from, those of nested schedulers too, so that the multiplied rate lasts."""
+    if factor == 1.0:
+        return
+    for part in _parts(scheduler):
+        for name in ("base_lrs", "max_lrs"):
+            rates = getattr(part, name, None)
+            if rates is not None:
+                setattr(part, name, [rate * factor for rate in rates])
+
+
+def drive(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Let a scheduler, and those nested in it, drive this optimizer.
+
+    One that cycles momentum leaves it alone from then on if the optimizer is of another kind than the one it was made for.
+    """
+    for part in _parts(scheduler):
+        if type(part.optimizer) is not type(optimizer) and hasattr(part, "cycle_momentum"):
+            part.cycle_momentum = False
+        part.optimizer = optimizer
+    _let_schedules_see(optimizer)
+
+
+def _let_schedules_see(optimizer: torch.optim.Optimizer) -> None:
+    """Mark the optimizer as a scheduler marks the one that it is made for.
+
+    Schedulers warn of an optimizer without the mark at their first step, and a copy does not carry it.
+    """
+    step = optimizer.step
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+    vars(seen)["_wrapped_by_lr_sched"] = True
+    vars(optimizer)["step"] = seen
+    vars(optimizer)["_opt_called"] = True
+
+
+def _parts(scheduler: Any) -> Iterator[Any]:
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _parts(part)
 
 
 @torch.no_grad()

@@ -60,6 +60,20 @@ class RandomState:
         )
 
 
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch, those of CUDA only where it is in use.
+
+    Args:
+        seed: At least 0.
+    """
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+    # Not torch.manual_seed: before CUDA has started, that would leave a seed behind for it.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+
+
 @contextlib.contextmanager
 def forked_rng() -> Iterator[None]:
     """Run a block whose random numbers leave no trace: every global state is put back, also on an exception.

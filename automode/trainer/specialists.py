@@ -9,19 +9,22 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from automode.backends.base import SegmentDone, SegmentJob
 from automode.errors import NotExecutableError
 from automode.planner.recipes import EarlyStopping, TrainingRecipe
-from automode.trainer.optimizers import apply_variant, scale_schedule, sharpness_aware_gradients
+from automode.session.rng_state import pack_rng, unpack_rng
+from automode.trainer.optimizers import apply_variant, drive, scale_schedule, sharpness_aware_gradients
 from automode.trainer.per_sample import PerSampleLoss
-from automode.trainer.random_state import forked_rng
+from automode.trainer.random_state import RandomState, forked_rng, seed_everything
 from automode.trainer.sample_source import BatchPlan, Ids, SampleSource
 from automode.trainer.trunk import Trunk, autocast, candidates_of, copy_of, trainable
 
@@ -137,6 +140,7 @@ class SpecialistSegment:
         )
         self._ema: dict[str, Tensor] | None = None
         self._steps = 0
+        self._resource = float(job.from_resource)
         with forked_rng():
             weights, rest, _ = runner.checkpoints.load(job.checkpoint)
             self._model, optimizer, self._scheduler = copy_of(runner.trunk)
@@ -144,9 +148,11 @@ class SpecialistSegment:
             self._averages = copy.deepcopy(runner.trunk.averages)
             self._take_over(optimizer, rest)
             self._model.train()
-            torch.manual_seed(_mixed([*data.entropy, job.from_resource]))
-            self._rng = _random_state()
-        self._resource = float(job.from_resource)
+            if job.from_resource == 0:
+                seed_everything(_mixed(data.entropy))
+            else:
+                unpack_rng(rest["rng"])
+            self._rng = RandomState.capture()
         self._credit = 0.0
         self._passes = 0.0
         self._patience = Patience(data.recipe.early_stopping, job.to_resource - job.from_resource)
@@ -163,17 +169,19 @@ class SpecialistSegment:
             if self._scheduler is not None and "scheduler" in rest:
                 self._scheduler.load_state_dict(rest["scheduler"])
                 scale_schedule(self._scheduler, job.variant.lr_mul)
-                self._scheduler.optimizer = self._optimizer
+                drive(self._scheduler, self._optimizer)
             self._base_rates = [float(g["lr"]) for g in self._optimizer.param_groups]
             return
         self._optimizer = apply_variant(optimizer, job.variant)
         self._optimizer.load_state_dict(rest["optimizer"])
         if self._scheduler is not None and "scheduler" in rest:
+            drive(self._scheduler, self._optimizer)
             self._scheduler.load_state_dict(rest["scheduler"])
-            self._scheduler.optimizer = self._optimizer
         self._base_rates = list(rest["base_rates"])
         self._steps = int(rest["steps"])
         self._ema = rest.get("ema")
+        if job.from_resource - rest["resource"] < self.cost:  # a rung that no whole number of steps filled
+            self._resource = float(rest["resource"])
 
     @property
     def passes(self) -> float:
@@ -191,11 +199,11 @@ class SpecialistSegment:
         if self._credit < self.cost:
             return self._done()
         with forked_rng():
-            _restore(self._rng)
+            self._rng.restore()
             while self._credit >= self.cost and not self._done():
                 self._credit -= self.cost
                 self._step()
-            self._rng = _random_state()
+            self._rng = RandomState.capture()
         return self._done()
 
     def finish(self) -> SegmentDone:
@@ -204,6 +212,8 @@ class SpecialistSegment:
         The checkpoint holds the raw weights to go on from, and the averages that the choice may name.
         """
         job, runner = self._job, self._runner
+        if self._averages is not None:
+            self._averages.update(trainable(self._model), self._data.step + self._steps, now=True)
         candidates = candidates_of(self._model, self._averages)
         if self._ema is not None:
             candidates["ema"] = candidates["raw"] | self._ema
@@ -237,6 +247,8 @@ class SpecialistSegment:
             "optimizer": self._optimizer.state_dict(),
             "base_rates": self._base_rates,
             "steps": self._steps,
+            "resource": self._resource,
+            "rng": self._packed_rng(),
             "kind": type(self._optimizer).__name__,
         }
         if self._scheduler is not None:
@@ -246,6 +258,11 @@ class SpecialistSegment:
         if self._ema is not None:
             rest["ema"] = self._ema
         return rest
+
+    def _packed_rng(self) -> dict[str, Any]:
+        with forked_rng():
+            self._rng.restore()
+            return pack_rng()
 
     def _done(self) -> bool:
         return (
@@ -301,9 +318,13 @@ class SpecialistSegment:
                 group["lr"] = rate * left
 
     def _follow(self) -> None:
-        """Step the copied schedule and the averages after an applied step."""
+        """Step the copied schedule and the averages after an applied step.
+
+        A schedule that waits for the validation loss to stall holds its rate: a trial is not validated on the way.
+        """
         step = self._data.step + self._steps
-        if self._scheduler is not None and self._job.variant.schedule == "keep":
+        follows = self._scheduler is not None and not isinstance(self._scheduler, ReduceLROnPlateau)
+        if follows and self._job.variant.schedule == "keep":
             every = self._runner.steps_per_epoch
             if every is None or step % every == 0:
                 self._scheduler.step()
@@ -355,18 +376,5 @@ def _moving_average(average: dict[str, Tensor] | None, model: nn.Module, decay: 
     return average
 
 
-def _mixed(entropy: list[int]) -> int:
-    import numpy as np
-
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _random_state() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return (torch.get_rng_state(), cuda)
-
-
-def _restore(state: tuple[Any, ...]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
+def _mixed(entropy: Sequence[int]) -> int:
+    return int(np.random.SeedSequence(list(entropy)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from automode.errors import SessionCorruptError
 from automode.merges.norm_statistics import norm_layers, recompute
 from automode.planner.events import Weights
+from automode.trainer.random_state import seeded_rng
 from automode.trainer.specialists import Checkpoints
 from automode.trainer.trunk import Trunk, without_gradients
+
+REFRESH_SEED = 0
+"""Of what training data draw at random while norm statistics are refreshed."""
 
 
 class States:
@@ -57,10 +61,14 @@ class States:
         )
 
     def put(self, model: nn.Module, state: Mapping[str, Tensor], *, averaged: bool) -> int:
-        """Load a state into a network; averaged weights get norm statistics of their own. Returns the samples that took."""
+        """Load a state into a network; averaged weights get norm statistics of their own. Returns the samples that took.
+
+        What the training data draw at random (augmentation) is the same each time, and leaves no trace.
+        """
         model.load_state_dict(state)
         if averaged and norm_layers(model):
-            return recompute(model, self._refresh(), forward=self._forward)
+            with seeded_rng(REFRESH_SEED):
+                return recompute(model, self._refresh(), forward=self._forward)
         return 0
 
     def model(self, reference: Weights) -> tuple[nn.Module, dict[str, Any], int]:
