@@ -8,7 +8,8 @@ from typing import Any, Literal
 import click
 
 from automode.cli.files import read_text
-from automode.errors import PolicyError
+from automode.errors import NotExecutableError, PolicyError
+from automode.planner.capability import policy_refusals
 from automode.planner.card_text import json_schema, policy_from_yaml, policy_to_yaml
 from automode.planner.policy import Policy
 from automode.planner.rules import chosen
@@ -28,6 +29,8 @@ def check(file: str) -> None:
     """Validate a policy (a file, or a preset's name) and say how it differs from the default."""
     found = load_policy(file)
     chosen(found)
+    if cannot := policy_refusals(found):
+        raise NotExecutableError(f"{shown(file, 400)}: {'; '.join(cannot)}")
     click.echo(f"{shown(file, 400)} is a valid policy: {shown(found.name)}, digest {found.digest}")
     changed = differences(Policy(), found)
     click.echo("it is the default policy" if not changed else "it differs from the default in:")

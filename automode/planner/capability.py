@@ -6,13 +6,15 @@ Rules propose only what passes here, approval of anything else is refused with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pydantic import ValidationError
 
+from automode.planner.cards import PlanCard
 from automode.planner.inputs import Run, Task
+from automode.planner.policy import Policy
 from automode.planner.recipes import (
     MergeRecipe,
     SearchSpace,
@@ -26,7 +28,6 @@ from automode.planner.recipes import (
 )
 
 if TYPE_CHECKING:
-    from automode.planner.cards import PlanCard
     from automode.planner.rules.base import Proposal
 
 
@@ -91,9 +92,21 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("merge_recipe", "fisher_soup"),
     Ability("merge_recipe", "distill", False, "no executor distils yet: use interpolate, or a gate"),
     Ability("merge_recipe", "adapter_fuse", False, "no executor fuses adapters yet: use interpolate"),
+    Ability("acceptance.metric", "utility"),
+    Ability(
+        "acceptance.metric",
+        "*",
+        False,
+        "every verdict is on the utility of the run's task: leave it at utility",
+    ),
 )
 """Every part of a card that asks for work. The first entry that matches part and value counts."""
 
+
+POLICY_GAPS: Final[Mapping[str, str]] = {
+    "evidence.holdout_share": "nothing holds training data out yet: pass a validation loader (torch.utils.data.random_split makes one)",
+}
+"""Values of a policy that nothing carries out yet, by dotted name, and what to do instead; their defaults ask for nothing."""
 
 ROUTED: Final[tuple[Task, ...]] = ("classification", "regression")
 """Tasks whose answers a router can mix."""
@@ -125,6 +138,16 @@ def refusals(planned: Planned, run: Run, *, min_held_out: int = 2) -> list[str]:
     return found
 
 
+def policy_refusals(policy: Policy) -> list[str]:
+    """Name every value of a policy that this version cannot carry out; empty for one that it can."""
+    found = []
+    for name, why in POLICY_GAPS.items():
+        group, _, value = name.partition(".")
+        if getattr(getattr(policy, group), value) != getattr(getattr(Policy(), group), value):
+            found.append(f"policy.{name} cannot be carried out in this version: {why}")
+    return found
+
+
 def _unable(part: str, value: str) -> Iterator[str]:
     """Look a value up in the table."""
     for ability in TABLE:
@@ -145,6 +168,8 @@ def _evidence(planned: Planned, run: Run, least: int) -> Iterator[str]:
             f"acceptance: the held-out halves hold {run.val_a} and {run.val_b} samples, and each needs at least {least}: "
             "give a larger validation loader"
         )
+    if isinstance(planned, PlanCard):
+        yield from _unable("acceptance.metric", planned.acceptance.metric)
 
 
 def _selection(part: str, selection: Selection, run: Run) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
@@ -112,26 +112,53 @@ class PlanCard(Part):
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema", description="version of this format")
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
-    rev: int = Field(default=1, ge=1)
-    session: str = Field(min_length=1, max_length=128)
+    id: str = Field(
+        pattern=r"^[0-9a-f]{8}$",
+        description="derived from session, reason, step and a count, so that a replay gives the same",
+    )
+    rev: int = Field(
+        default=1,
+        ge=1,
+        description="revision: an edit makes the next one, and an answer names the one that was read",
+    )
+    session: str = Field(min_length=1, max_length=128, description="name of the session's folder")
     step: int = Field(ge=0, description="the trunk's step when the card was made")
-    created_by: str = Field(default="planner", min_length=1, max_length=128)
-    action: Literal["fork", "merge"]
-    reason: Reason
+    created_by: str = Field(
+        default="planner",
+        min_length=1,
+        max_length=128,
+        description="planner, or the name of who submitted it",
+    )
+    action: Literal["fork", "merge"] = Field(
+        description="fork: train specialists beside the trunk; merge: average along the trunk's own trajectory"
+    )
+    reason: Reason = Field(description="the rule that made the card; manual: a person did")
     because: str = Field(min_length=1, max_length=4000, description="the reason in words, with its numbers")
-    selection: Selection = SelectAll()
-    training_recipe: TrainingRecipe | None = None
-    gate_recipe: GateRecipe | None = None
-    merge_recipe: MergeRecipe | None = None
+    selection: Selection = Field(
+        default=SelectAll(), description="the training samples that the specialists are for"
+    )
+    training_recipe: TrainingRecipe | None = Field(
+        default=None, description="how the specialists train; null for a merge"
+    )
+    gate_recipe: GateRecipe | None = Field(
+        default=None, description="a router over the control and the finished specialists; null: none"
+    )
+    merge_recipe: MergeRecipe | None = Field(
+        default=None, description="how several states become one candidate more; null: none"
+    )
     budget_steps: int = Field(ge=0, description="the first rung, in training steps; 0 for a merge")
-    asha: Asha | None = None
-    cost: Cost
-    cooldown_steps: int = Field(ge=0)
-    acceptance: Acceptance = Acceptance()
-    risk: Risk = "low"
-    base: Base
-    diagnostics: dict[str, Diagnostic] = Field(default_factory=dict, max_length=64)
+    asha: Asha | None = Field(default=None, description="the ladder above the first rung; null for a merge")
+    cost: Cost = Field(description="what it may take at the most")
+    cooldown_steps: int = Field(
+        ge=0,
+        description="steps before its reason may come again, times a factor that its end decides",
+    )
+    acceptance: Acceptance = Field(default=Acceptance(), description="the evidence that adoption needs")
+    risk: Risk = Field(default="low", description="compared with the policy's approval.auto_risk")
+    base: Base = Field(description="what it was made against")
+    diagnostics: dict[str, Diagnostic] = Field(
+        default_factory=dict, max_length=64, description="the readings that led here, by name"
+    )
 
     @field_validator("diagnostics", mode="before")
     @classmethod

@@ -28,7 +28,7 @@ ALL_REASONS: Final[tuple[Reason, ...]] = (
 
 
 class TrendPolicy(Part):
-    """When a flat loss is a plateau and a rising one a regression (SIGNALS.md section 5)."""
+    """When a flat loss is a plateau and a rising one a regression."""
 
     budget: int | None = Field(
         default=None,
@@ -153,9 +153,11 @@ class PacingPolicy(Part):
     """Cooldowns and limits."""
 
     warmup_steps: int | None = Field(
-        default=None, ge=0, description="no card before; null: a tenth of the run, at most 200"
+        default=None, ge=0, description="no card before this step; null: a tenth of the run, at most 200"
     )
-    cooldown_steps: int | None = Field(default=None, ge=0, description="null: the planning budget")
+    cooldown_steps: int | None = Field(
+        default=None, ge=0, description="steps before a reason may come again; null: the planning budget"
+    )
     cooldown_grow: float = Field(
         default=1.5, ge=1.0, le=10.0, description="factor after a card that was not adopted"
     )
@@ -183,15 +185,17 @@ class ApprovalPolicy(Part):
         default=1.0, description="highest share of the remaining compute approved by itself"
     )
     timeout_seconds: Positive | None = Field(
-        default=None, description="null: a card waits until the run ends"
+        default=None, description="longest wait for an answer; null: until the run ends"
     )
-    expire_steps: int | None = Field(default=None, ge=1, description="null: the planning budget")
+    expire_steps: int | None = Field(
+        default=None, ge=1, description="longest wait in steps; null: the planning budget"
+    )
 
 
 class EvidencePolicy(Part):
-    """What acceptance needs (DECISIONS 13, 14)."""
+    """What acceptance needs."""
 
-    alpha: Annotated[float, Field(gt=0.0, le=0.5)] = Field(
+    alpha: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         default=0.05, description="whole session's chance of a wrong adoption"
     )
     z: float = Field(default=1.64, ge=0.0, le=10.0, description="least z of the paired difference")
@@ -205,7 +209,7 @@ class EvidencePolicy(Part):
 
 
 class SafeguardPolicy(Part):
-    """What is done at once, without a card, in act mode (DECISIONS 16)."""
+    """What is done at once, without a card, in act mode."""
 
     skip_nonfinite: bool = Field(default=True, description="leave out a step whose gradients are not finite")
     stop_after_nonfinite: int = Field(
@@ -214,7 +218,7 @@ class SafeguardPolicy(Part):
 
 
 class AveragePolicy(Part):
-    """Averages of the trunk's weights, kept outside the model in act mode."""
+    """Averages of the trunk's weights, kept outside the model in act and propose mode."""
 
     enabled: bool = Field(default=True, description="keep moving averages of the weights")
     finish_at: Fraction = Field(

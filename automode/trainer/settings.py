@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 
-from automode.errors import PolicyError, UsageError
+from automode.errors import NotExecutableError, PolicyError, UsageError
+from automode.planner.capability import policy_refusals
 from automode.planner.card_text import policy_from_yaml
 from automode.planner.events import Mode
 from automode.planner.policy import Policy
@@ -100,11 +101,17 @@ def policy_of(given: Policy | str | os.PathLike[str] | None) -> Policy:
     Raises:
         UsageError: There is no such preset or file.
         PolicyError: The file is no policy.
+        NotExecutableError: The policy asks for what this version cannot carry out.
     """
+    policy = given if isinstance(given, Policy) else _read_policy(given)
+    if cannot := policy_refusals(policy):
+        raise NotExecutableError("; ".join(cannot))
+    return policy
+
+
+def _read_policy(given: str | os.PathLike[str] | None) -> Policy:
     if given is None:
         return Policy()
-    if isinstance(given, Policy):
-        return given
     if not isinstance(given, str | os.PathLike):
         raise UsageError(
             f"policy must be a Policy, the name of a preset or the path of a YAML file, got {type(given).__name__}"

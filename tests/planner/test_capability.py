@@ -7,9 +7,12 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from automode.planner.capability import TABLE, refusals
+from automode.planner.capability import POLICY_GAPS, TABLE, policy_refusals, refusals
+from automode.planner.cards import PlanCard
 from automode.planner.inputs import Run
+from automode.planner.policy import Policy
 from automode.planner.recipes import (
+    Acceptance,
     GateRecipe,
     MergeDistill,
     MergeInterpolate,
@@ -174,6 +177,36 @@ def test_embedding_clusters_and_stored_ids_need_no_exact_losses() -> None:
     assert refusals(fork(selection=SelectKMeans(k=2, clusters=(0,), artifact=DIGEST)), run) == []
     assert refusals(fork(selection=SelectIndices(ids=(1, 2))), run) == []
     assert refusals(fork(selection=SelectIndices(ids=(1, 2), slice="unheard of")), run) == []
+
+
+def test_a_card_that_asks_for_another_metric_than_the_verdicts_is_refused() -> None:
+    card = {
+        "id": "0123abcd",
+        "session": "s",
+        "step": 10,
+        "action": "fork",
+        "reason": "manual",
+        "because": "1",
+        "training_recipe": {"variants": [{"name": "v"}]},
+        "budget_steps": 20,
+        "asha": {"max_steps": 60},
+        "cost": {"sample_passes": 0, "share_of_remaining": 0},
+        "cooldown_steps": 0,
+        "base": {"step": 10, "policy": DIGEST},
+    }
+    assert refusals(PlanCard.model_validate(card), run_of()) == []
+    for metric in get_args(Acceptance.model_fields["metric"].annotation):
+        found = refusals(PlanCard.model_validate(card | {"acceptance": {"metric": metric}}), run_of())
+        assert len(found) == (metric != "utility")
+        assert all(f"acceptance.metric: {metric} cannot run" in why for why in found)
+
+
+def test_what_a_policy_asks_for_and_nothing_carries_out_is_refused() -> None:
+    assert policy_refusals(Policy()) == []
+    found = policy_refusals(Policy.model_validate({"evidence": {"holdout_share": 0.2}}))
+    assert len(found) == len(POLICY_GAPS) == 1
+    assert "policy.evidence.holdout_share" in found[0]
+    assert "validation loader" in found[0]
 
 
 def search(sampler: str = "tpe", **parameters: Any) -> Proposal:

@@ -276,7 +276,7 @@ gates = st.builds(GateRecipe, temperature=positives, load_balance=st.floats(0, 1
 merges = st.one_of(
     st.sampled_from([MergeSwa(), MergeUniform(), MergeGreedy(), MergeAdapterFuse()]),
     st.builds(MergeInterpolate, weights=st.lists(fractions, min_size=1, max_size=16).map(tuple)),
-    st.builds(MergeFisherSoup, samples=st.integers(1, 10**6), floor=positives),
+    st.builds(MergeFisherSoup, samples=st.integers(1, 10**6), floor=st.floats(0, 1, exclude_min=True)),
     st.builds(MergeDistill, temperature=positives, steps=st.integers(1, 10**9)),
 )
 common = {
