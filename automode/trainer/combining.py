@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from automode.errors import NotExecutableError
 from automode.merges.averages import interpolate, uniform
+from automode.merges.batches import device_of
 from automode.merges.fisher import Categorical, Gaussian, Likelihood, diagonal_fisher
 from automode.merges.gate import fit_gate
 from automode.merges.gate_evidence import GateEvidence, gather_evidence
@@ -141,7 +142,7 @@ class Combiner:
             )
             mixture = MixtureOfExperts(
                 models, gate, feature_layer=layer, task=self._mixture_task, top1=recipe.top1
-            )
+            ).to(device_of(models[0]))
             scores = self._evidence.scores(mixture, "A")
             values = torch.from_numpy(np.asarray(scores.utility, dtype=np.float64))
             utility = torch.zeros_like(values) if utility is None else utility
@@ -165,7 +166,7 @@ class Combiner:
         models = [self._states.model(Weights.model_validate(reference))[0] for reference in about["experts"]]
         return MixtureOfExperts(
             models, gate, feature_layer=about["layer"], task=about["task"], top1=about["top1"]
-        )
+        ).to(device_of(models[0]))
 
     # Merges.
 

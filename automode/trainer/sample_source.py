@@ -38,7 +38,7 @@ class SampleSource:
         """Return one collated batch on the device; rows in the order of ``ids``."""
         if self._tensors is not None:
             index = torch.from_numpy(ids)
-            return [move(tensor.index_select(0, index), self._device) for tensor in self._tensors]
+            return [move(t.index_select(0, index.to(t.device)), self._device) for t in self._tensors]
         return move(self._collate([self._dataset[int(i)] for i in ids]), self._device)
 
 
