@@ -190,8 +190,8 @@ class Loop:
             ids = ids_of_batch()
             taken = train(batch, epoch)
             self.batches += 1
-            groups = optimizer.param_groups  # another list after a state was loaded
-            rates = (groups[0]["lr"],) if len(groups) == 1 else tuple([group["lr"] for group in groups])
+            # Read anew: a state that is loaded brings another list, and a rate may be a tensor that is written to.
+            rates = tuple([float(group["lr"]) for group in optimizer.param_groups])
             # Before the optimizer's step, since some optimizers write to the gradients.
             full = record(
                 trunk.step + taken.applied,

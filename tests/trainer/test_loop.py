@@ -285,6 +285,35 @@ def test_history_has_one_entry_an_epoch(tmp_path: Path, observers: list[Any]) ->
     }  # fmt: skip
 
 
+def test_the_rate_of_every_group_is_recorded_as_it_was_at_the_step(
+    tmp_path: Path, observers: list[Any]
+) -> None:
+    made = script()
+    model = made["model"]
+    made["optimizer"] = torch.optim.Adam(
+        [{"params": [model.weight], "lr": torch.tensor(0.5)}, {"params": [model.bias], "lr": 0.25}],
+        foreach=False,
+        capturable=False,
+    )
+    made["scheduler"] = torch.optim.lr_scheduler.ExponentialLR(made["optimizer"], 0.5)
+    Trainer(session_dir=tmp_path, scheduler_interval="step", **COMMON).fit(**made)
+    assert observers[0].column("lr_0") == [0.5**k for k in range(1, 7)]
+    assert observers[0].column("lr_1") == [0.5**k for k in range(2, 8)]
+
+
+def test_a_loaded_optimizer_state_is_followed(tmp_path: Path, observer_of: Any) -> None:
+    parts = prepared(tmp_path)
+    observer = observer_of(parts)
+    loop = begin(parts, observer)
+    optimizer = parts.trunk.optimizer
+    for step in loop.steps():
+        if step == 3:
+            state = optimizer.state_dict()
+            state["param_groups"][0]["lr"] = 0.01
+            optimizer.load_state_dict(state)
+    assert observer.column("lr_0") == [0.1] * 3 + [0.01] * 3
+
+
 def test_the_test_set_is_looked_at_once_when_training_has_ended(tmp_path: Path, observers: list[Any]) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(40, 5)
