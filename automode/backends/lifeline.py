@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 
 HEARTBEAT_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -70,8 +71,7 @@ def own_inherited_files() -> None:
     import fcntl
 
     gc.freeze()
-    for name in os.listdir("/proc/self/fd"):
-        fd = int(name)
+    for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
         if fd <= 2 or not _is_regular(fd):
             continue
         flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)

@@ -76,10 +76,7 @@ class Starter:
         mine, theirs = self._context.Pipe()
         pulse = Pulse(self._context)
         parcel: Sent | Inherited
-        if self._pickled is None:
-            parcel = Inherited(self._factory, (mine, *others))
-        else:
-            parcel = Sent(self._pickled)
+        parcel = Inherited(self._factory, (mine, *others)) if self._pickled is None else Sent(self._pickled)
         process = self._context.Process(  # type: ignore[attr-defined]  # every context has one
             target=work, args=(theirs, pulse, parcel), daemon=True, name="automode worker"
         )

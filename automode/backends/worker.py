@@ -123,7 +123,9 @@ def work(connection: Connection, pulse: Pulse, parcel: Sent | Inherited) -> None
     """
     leave_interrupts_to_parent()
     die_with_parent(pulse.beat)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has closed its end
+    with contextlib.suppress(
+        EOFError, BrokenPipeError, ConnectionResetError
+    ):  # the parent has closed its end
         try:
             one_thread()
             factory = parcel.open()

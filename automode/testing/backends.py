@@ -28,6 +28,10 @@ PASSING: tuple[Exception, ...] = (RuntimeError("bad luck"), OSError("bad luck"),
 """Errors that another attempt may not meet."""
 
 
+UNHURRIED = {trial: Script(seconds=0.01) for trial in range(64)}
+"""Segments of 40 resource steps that no backend, wherever it runs them, has done before it is pumped again."""
+
+
 def drained(backend: Backend, *, seconds: float, pumps: int | None = None) -> list[Result]:
     """Pump one trunk step at a time until nothing is left to do.
 
@@ -169,7 +173,7 @@ class BackendConformance:
 
     def test_a_cancelled_job_is_not_reported_and_frees_its_slot(self) -> None:
         """Queued or running: what is given up is silent, and the rest goes on."""
-        backend = self.backend(ScriptedRunner())
+        backend = self.backend(ScriptedRunner(scripts=UNHURRIED))
         try:
             jobs = [scripted_job(trial, end=40) for trial in range(backend.slots + 2)]
             for job in jobs:
@@ -186,9 +190,9 @@ class BackendConformance:
 
     def test_cancelling_what_is_not_there_does_nothing(self) -> None:
         """Another card, trial or attempt is another job."""
-        backend = self.backend(ScriptedRunner())
+        backend = self.backend(ScriptedRunner(scripts=UNHURRIED))
         try:
-            job = scripted_job()
+            job = scripted_job(end=40)
             backend.submit(job)
             drained(backend, seconds=self.seconds, pumps=1)
             assert backend.cancel("deadbeef", job.trial, job.attempt) == 0.0
@@ -202,7 +206,7 @@ class BackendConformance:
 
     def test_a_closed_backend_has_given_up_everything(self) -> None:
         """Closing is silent, complete, and may be done twice."""
-        backend = self.backend(ScriptedRunner())
+        backend = self.backend(ScriptedRunner(scripts=UNHURRIED))
         for trial in range(backend.slots + 2):
             backend.submit(scripted_job(trial, end=40))
         drained(backend, seconds=self.seconds, pumps=1)

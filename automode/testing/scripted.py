@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,12 +27,14 @@ class Script:
         fails: Where an error is raised: when the segment is opened, half-way through its training, or when it is judged.
         error: The error.
         attempts: Attempts that fail; later ones succeed.
+        seconds: How long one resource step takes.
     """
 
     value: float = 0.5
     fails: Place = "never"
     error: Exception = field(default_factory=lambda: RuntimeError("scripted"))
     attempts: int = 1_000_000
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +76,9 @@ class ScriptedSegment:
     def advance(self, resource: float) -> bool:
         """Count on by at most so many resource steps; True when the rung is reached."""
         length = self._job.to_resource - self._job.from_resource
-        self._trained = min(float(length), self._trained + resource)
+        before, self._trained = self._trained, min(float(length), self._trained + resource)
+        if self._script.seconds:
+            time.sleep(self._script.seconds * (self._trained - before))
         if self._fails("advance") and self._trained >= length / 2:
             raise self._script.error
         return self._trained >= length
