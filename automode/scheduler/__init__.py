@@ -1,7 +1,8 @@
 """The scheduler room: which candidate trains next, to which resource, and what it may cost.
 
-:class:`ASHA` decides, :class:`Lockstep` makes its decisions independent of real speed, :class:`Ledger` counts and
-caps what is spent, :class:`Candidates` draws them from a search space, :func:`worst_case_resource` and :func:`fit_ladder` size a card before it is admitted.
+:class:`ASHA` decides, and :class:`Lockstep` makes its decisions independent of real speed. :class:`Candidates` draws candidates
+from a search space. :class:`Ledger` counts and caps what is spent; :func:`worst_case_resource` and :func:`fit_ladder` size a
+list of candidates before it is admitted. Nothing here reads a clock or a file, or imports torch.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ class ASHA:
 
     No clock, no I/O, no random draw: the same calls in the same order give the same decisions, so a log of the calls
     replays a run. Whoever trains calls :meth:`next`, trains the job's segment, and answers with :meth:`report` or
-    :meth:`failed`. Every decision costs O(log n) comparisons.
+    :meth:`failed`. Every decision costs O(log n) comparisons. With several workers the decisions depend on who comes
+    back first; :class:`~automode.scheduler.lockstep.Lockstep` takes that out.
 
     Args:
         min_resource: The first rung (r in the paper), in resource steps.
@@ -65,10 +66,10 @@ class ASHA:
         reduction_factor: int,
         mode: Mode = "min",
         candidates: int | None = None,
-        *,
         seed: int = 0,
         quota: bool = False,
         brackets: int = 1,
+        *,
         max_attempts: int = 3,
         budget: int | None = None,
     ) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
 
 import automode.scheduler
+from automode.scheduler import asha, candidates
 
 
 def test_importing_the_scheduler_loads_no_heavy_package() -> None:
@@ -21,3 +23,10 @@ def test_the_public_names_exist_and_are_sorted() -> None:
     assert automode.scheduler.__all__ == sorted(automode.scheduler.__all__)
     for name in automode.scheduler.__all__:
         assert hasattr(automode.scheduler, name)
+
+
+def test_the_examples_in_the_documentation_run() -> None:
+    for module in (asha, candidates):
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0
