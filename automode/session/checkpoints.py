@@ -174,17 +174,28 @@ class CheckpointStore:
             SessionError: The disk refused.
         """
         kept = {hex_of(digest) for digest in keep}
-        removed = []
         with storage_errors(self.root, "deleting checkpoints"):
-            for folder in self._own_folders():
-                if folder.name in kept:
-                    continue
-                # Under a temporary name first: a kill half-way leaves rubbish, not half a checkpoint.
-                doomed = self.root / temporary_name()
-                folder.replace(doomed)
-                shutil.rmtree(doomed)
-                removed.append(f"sha256:{folder.name}")
-        return removed
+            return [self._delete(folder) for folder in self._own_folders() if folder.name not in kept]
+
+    def delete(self, digests: Iterable[str]) -> list[str]:
+        """Delete these checkpoints and no other, whatever other processes are storing meanwhile; see :meth:`collect`.
+
+        Returns:
+            The digests deleted; one that is not here is none of them.
+
+        Raises:
+            SessionError: The disk refused.
+        """
+        doomed = {hex_of(digest) for digest in digests}
+        with storage_errors(self.root, "deleting checkpoints"):
+            return [self._delete(folder) for folder in self._own_folders() if folder.name in doomed]
+
+    def _delete(self, folder: Path) -> str:
+        # Under a temporary name first: a kill half-way leaves rubbish, not half a checkpoint.
+        doomed = self.root / temporary_name()
+        folder.replace(doomed)
+        shutil.rmtree(doomed)
+        return f"sha256:{folder.name}"
 
     def sweep(self) -> int:
         """Remove what a killed writer left half done; returns how many folders."""

@@ -118,7 +118,7 @@ class Performer:
 
     def delete(self, checkpoints: set[str]) -> None:
         """Delete checkpoints that nothing can go on from."""
-        self.checkpoints.collect(set(self.checkpoints.digests()) - checkpoints)
+        self.checkpoints.delete(checkpoints)
 
     # What the loop brings.
 

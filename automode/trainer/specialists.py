@@ -58,12 +58,8 @@ class Checkpoints(Protocol):
         """Return (weights, rest, manifest), verified."""
         ...
 
-    def digests(self) -> list[str]:
-        """Every checkpoint that is stored."""
-        ...
-
-    def collect(self, keep: Iterable[str]) -> list[str]:
-        """Delete all but these; returns what was deleted."""
+    def delete(self, digests: Iterable[str]) -> list[str]:
+        """Delete these; returns what was deleted."""
         ...
 
 

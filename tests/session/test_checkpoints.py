@@ -256,6 +256,14 @@ def test_collecting_deletes_what_is_not_kept_and_nothing_that_is_not_ours(store:
     store.load(digests[0])
 
 
+def test_deleting_takes_what_is_named_and_leaves_what_was_stored_meanwhile(store: CheckpointStore) -> None:
+    digests = [store.save({"w": torch.full((3,), float(i))}, {}, {"i": i}) for i in range(3)]
+    missing = "sha256:" + "f" * 64
+    assert store.delete([digests[1], missing]) == [digests[1]]
+    assert sorted(store.digests()) == sorted([digests[0], digests[2]])
+    assert store.delete([]) == []
+
+
 def test_sweeping_takes_half_written_folders_and_leaves_others(store: CheckpointStore) -> None:
     digest = store.save({"w": torch.ones(1)}, {}, {})
     for name, files in (
