@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
+from itertools import accumulate
 from typing import NamedTuple
 
-from automode.errors import SchedulerError
 from automode.scheduler.ladder import Ladder
 from automode.scheduler.rung import Rung
 
@@ -109,24 +110,19 @@ class Assignment:
         seed: Mixed into the hash.
     """
 
-    __slots__ = ("_seed", "_total", "_weights")
+    __slots__ = ("_bounds", "_seed")
 
     def __init__(self, *, ladder: Ladder, brackets: int, seed: int) -> None:
         top = ladder.top
         self._seed = seed
-        self._weights = [
+        weights = (
             -(-(top + 1) * ladder.reduction_factor ** (top - b) // (top - b + 1)) for b in range(brackets)
-        ]
-        self._total = sum(self._weights)
+        )
+        self._bounds = list(accumulate(weights))
 
     def __call__(self, trial: int) -> int:
         """Give the bracket of a trial."""
-        if len(self._weights) == 1:
+        if len(self._bounds) == 1:
             return 0
         digest = hashlib.blake2b(f"{self._seed}/{trial}".encode(), digest_size=16).digest()
-        ticket = int.from_bytes(digest, "big") % self._total
-        for bracket, weight in enumerate(self._weights):
-            if ticket < weight:
-                return bracket
-            ticket -= weight
-        raise SchedulerError(f"trial {trial} found no bracket")  # the weights add up to the total
+        return bisect_right(self._bounds, int.from_bytes(digest, "big") % self._bounds[-1])

@@ -428,6 +428,31 @@ def test_numbers_of_any_kind_are_taken(value: object) -> None:
     assert asha.best() == Best(0, 1, 1.0)
 
 
+def test_a_paused_trial_takes_no_report_but_the_one_that_it_made() -> None:
+    asha = ASHA(1, 4, 2)
+    asha.next()
+    asha.report(0, 1, 0.5, attempt=1)
+    with pytest.raises(SchedulerError, match="attempt 2 was never issued, the latest is 1"):
+        asha.report(0, 1, 0.5, attempt=2)
+    with pytest.raises(SchedulerError, match="but it is paused at 1: evaluate exactly"):
+        asha.report(0, 2, 0.5)
+    assert isinstance(asha.report(0, 1, 0.5), Ignored)
+    asha.next()
+    asha.failed(1)
+    waits = asha.failed(1, attempt=1)
+    assert isinstance(waits, Ignored)
+    assert "waits for another try" in waits.reason
+
+
+def test_brackets_share_the_candidates_as_hyperband_does() -> None:
+    asha = ASHA(1, 16, 4, candidates=20_000, brackets=3, seed=1)
+    starts = Counter(job.to_resource for job in (asha.next() for _ in range(20_000)) if job is not None)
+    # Weights 16, 6, 3 of 25; five standard deviations of a binomial: false alarm below 2e-6 over seeds, and this one is fixed.
+    for level, weight in ((1, 16), (4, 6), (16, 3)):
+        share = weight / 25
+        assert abs(starts[level] / 20_000 - share) < 5 * (share * (1 - share) / 20_000) ** 0.5
+
+
 def test_a_trial_that_was_never_started_is_refused() -> None:
     asha = ASHA(1, 2, 2)
     for call in (
