@@ -168,6 +168,13 @@ class TrajectoryAverages:
             )
         return {name: _completed(state, base) for name, state in averaged.items()}
 
+    def restart(self) -> None:
+        """Forget what was read, for a trajectory that begins anew with other weights; the next update is the first."""
+        for tensors in self._averages.values():
+            torch._foreach_zero_(tensors)
+        self._sums = dict.fromkeys(NAMES, 0.0)
+        self._followed = self._updates = 0
+
     def clone(self) -> Self:
         """Return an independent copy, as a fork needs to carry its trunk's averages on."""
         return copy.deepcopy(self)

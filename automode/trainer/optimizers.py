@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ CLASSES: dict[str, Any] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
+
+_RATES = ("base_lrs", "max_lrs")
+"""Where schedulers keep the rates that they compute from."""
 
 
 def apply_variant(optimizer: torch.optim.Optimizer, variant: Variant) -> torch.optim.Optimizer:
@@ -67,10 +70,19 @@ def scale_schedule(scheduler: Any, factor: float) -> None:
     if factor == 1.0:
         return
     for part in _parts(scheduler):
-        for name in ("base_lrs", "max_lrs"):
+        for name in _RATES:
             rates = getattr(part, name, None)
             if rates is not None:
                 setattr(part, name, [rate * factor for rate in rates])
+
+
+def restore_rates(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Give a scheduler back the rates that it computed from, out of its state dict of then; its clock stays."""
+    for name in _RATES:
+        if name in state:
+            setattr(scheduler, name, list(state[name]))
+    for part, saved in zip(getattr(scheduler, "_schedulers", ()), state.get("_schedulers", ()), strict=True):
+        restore_rates(part, saved)
 
 
 def drive(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:

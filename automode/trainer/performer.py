@@ -41,7 +41,7 @@ from automode.session.rng_state import pack_rng
 from automode.trainer.combining import Combiner
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.evidence import Evidence
-from automode.trainer.optimizers import scale_schedule
+from automode.trainer.optimizers import restore_rates, scale_rates, scale_schedule
 from automode.trainer.sample_source import Ids
 from automode.trainer.scanning import Scanner
 from automode.trainer.selecting import Selector
@@ -154,9 +154,9 @@ class Performer:
         """Store what the run leaves behind."""
         return self._save("final", step)
 
-    def _save(self, kind: str, step: int) -> str:
+    def _save(self, kind: str, step: int, **more: Any) -> str:
         weights, rest = self.trunk.state()
-        rest["rng"] = pack_rng()
+        rest |= {"rng": pack_rng(), **more}
         return self.checkpoints.save(weights, rest, {"kind": kind, "step": step})
 
     # Data.
@@ -225,16 +225,23 @@ class Performer:
             return Adopted(
                 card=card.id, checkpoint=command.weights.checkpoint, before=None, step=step, into="export"
             )
-        before = self._save("before", step)
-        state, rest = self.states.load(command.weights)
-        self.states.put(self.trunk.model, state, averaged=command.weights.choice != "raw")
-        if command.variant is not None:
-            self._take_over(command.variant, rest)
-        return Adopted(
-            card=card.id, checkpoint=self._save("adopted", step), before=before, step=step, into="trunk"
-        )
+        variant = command.variant
+        factor = 1.0 if variant is None or variant.schedule == "anneal" else variant.lr_mul
+        before = self._save("before", step, clip_norm=self.trunk.clip_norm, rate_factor=factor)
+        try:
+            state, rest = self.states.load(command.weights)
+            self.states.put(self.trunk.model, state, averaged=command.weights.choice != "raw")
+            if variant is not None:
+                self._take_over(variant, rest, factor)
+            elif self.trunk.averages is not None:
+                self.trunk.averages.restart()
+            after = self._save("adopted", step)
+        except BaseException:
+            self._put_back(before, as_it_was=True)
+            raise
+        return Adopted(card=card.id, checkpoint=after, before=before, step=step, into="trunk")
 
-    def _take_over(self, variant: Variant, rest: dict[str, Any]) -> None:
+    def _take_over(self, variant: Variant, rest: dict[str, Any], factor: float) -> None:
         trunk = self.trunk
         if rest.get("kind") == type(trunk.optimizer).__name__:
             groups = [
@@ -247,11 +254,8 @@ class Performer:
             trunk.optimizer.state.clear()
         if trunk.averages is not None and "averages" in rest:
             trunk.averages.load_state_dict(rest["averages"])
-        factor = 1.0 if variant.schedule == "anneal" else variant.lr_mul
         for group in trunk.optimizer.param_groups:
-            group["lr"] = group["lr"] * factor
-            if "initial_lr" in group:
-                group["initial_lr"] = group["initial_lr"] * factor
+            scale_rates(group, factor)
             if "weight_decay" in group:
                 decay = group["weight_decay"] * variant.weight_decay_mul
                 group["weight_decay"] = decay if variant.weight_decay is None else variant.weight_decay
@@ -261,10 +265,19 @@ class Performer:
             trunk.clip_norm = variant.clip_norm
 
     def roll_back(self, command: RollBack, step: int) -> RolledBack:
-        """Put the trunk back to what it was before an adoption; the schedule's clock goes on, its rates go back."""
-        trunk = self.trunk
-        weights, rest, _ = self.checkpoints.load(command.checkpoint)
-        trunk.load(weights, rest, schedule=False)
-        if trunk.scheduler is not None and "base_lrs" in rest.get("scheduler", {}):
-            trunk.scheduler.base_lrs = list(rest["scheduler"]["base_lrs"])
+        """Put the trunk back to what it was before an adoption; the schedule's clock goes on, at the rates of before."""
+        self._put_back(command.checkpoint, as_it_was=False)
         return RolledBack(card=command.card, checkpoint=command.checkpoint, step=step)
+
+    def _put_back(self, before: str, *, as_it_was: bool) -> None:
+        """Load the trunk of before an adoption; ``as_it_was`` with its clock, else at the rates that are due by now."""
+        trunk = self.trunk
+        weights, rest, _ = self.checkpoints.load(before)
+        now = [group["lr"] for group in trunk.optimizer.param_groups]
+        trunk.load(weights, rest, schedule=as_it_was)
+        trunk.clip_norm = rest["clip_norm"]
+        if trunk.scheduler is None or as_it_was:
+            return
+        restore_rates(trunk.scheduler, rest["scheduler"])
+        for group, rate in zip(trunk.optimizer.param_groups, now, strict=True):
+            group["lr"] = rate / rest["rate_factor"]

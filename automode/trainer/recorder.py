@@ -172,7 +172,13 @@ def _checkpoints(envelope: Envelope) -> list[CheckpointRow]:
             return [CheckpointRow(digest=body.weights.checkpoint, step=body.step, kind="merge", seq=seq)]
         case GateFitted(checkpoint=str(digest)):
             return [CheckpointRow(digest=digest, step=0, kind="mixture", seq=seq)]
-        case Adopted() | RolledBack() as body:
+        case Adopted() as body:
+            rows = [] if body.before is None else [(body.before, "before")]
+            return [
+                CheckpointRow(digest=digest, step=body.step, kind=kind, seq=seq)
+                for digest, kind in (*rows, (body.checkpoint, "adopted"))
+            ]
+        case RolledBack() as body:
             return [CheckpointRow(digest=body.checkpoint, step=body.step, kind=body.kind, seq=seq)]
         case RunEnded(weights=str(digest)) as body:
             return [CheckpointRow(digest=digest, step=body.step, kind="final", seq=seq)]

@@ -116,7 +116,7 @@ class DefaultStep:
         self._scaler = scaler
         self._guarded = guarded
         self._plain = trunk.precision == "fp32"
-        self._clipped = list(trunk.model.parameters()) if trunk.clip_norm is not None else []
+        self._clipped = list(trunk.model.parameters())  # an adopted trial may bring clipping along
         self._applied = 0
         self._hook = trunk.optimizer.register_step_post_hook(self._after) if scaler.is_enabled() else None
 

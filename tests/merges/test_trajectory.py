@@ -172,6 +172,19 @@ def test_a_clone_goes_its_own_way() -> None:
     assert not torch.equal(fork.candidates()["ema3"]["w"], kept)
 
 
+def test_restarted_averages_know_nothing_of_what_was_before() -> None:
+    before, after = walk(40, seed=1), walk(60, seed=2)
+    averages = followed(before, planned=100, every=4)
+    averages.restart()
+    assert averages.candidates() == {}
+    fresh = TrajectoryAverages(after[0], 100, every=4)
+    for step, parameters in enumerate(after, start=1):
+        averages.update(parameters, 40 + step)
+        fresh.update(parameters, step)
+    for name, candidate in fresh.candidates().items():
+        torch.testing.assert_close(averages.candidates()[name], candidate)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     averages = followed(walk(10), planned=10, every=1)
     with pytest.raises(MergeError, match="'w' is no longer there"):
