@@ -7,5 +7,18 @@ from automode.engine.recovery import Recovered, recover
 from automode.engine.replay import Difference, Outcome, fold
 from automode.engine.state import State
 from automode.engine.story import story
+from automode.engine.whatif import WhatIf, what_if
 
-__all__ = ["Difference", "Outcome", "Recovered", "State", "fold", "handle", "initial", "recover", "story"]
+__all__ = [
+    "Difference",
+    "Outcome",
+    "Recovered",
+    "State",
+    "WhatIf",
+    "fold",
+    "handle",
+    "initial",
+    "recover",
+    "story",
+    "what_if",
+]

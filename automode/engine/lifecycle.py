@@ -23,6 +23,7 @@ from automode.planner.events import (
     ModeChanged,
     RequestRefused,
     RollBack,
+    RunEnded,
     Snapshot,
     StopTrial,
     TrunkEnded,
@@ -284,6 +285,18 @@ def trunk_ended(state: State, body: TrunkEnded, out: Emission) -> None:
                 f"the run ended at step {body.step}, before the control and the specialists could be compared",
                 out,
             )
+
+
+def run_ended(state: State, body: RunEnded, out: Emission) -> None:
+    """Whatever is still running when the log closes (a run that failed) ends without a verdict."""
+    for execution in list(state.executions.values()):
+        finish(
+            state,
+            execution.card,
+            CardState.INCONCLUSIVE,
+            f"the run ended before it was done: {body.why}",
+            out,
+        )
 
 
 def grow(

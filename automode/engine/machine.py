@@ -134,6 +134,7 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case TrunkEnded():
             lifecycle.trunk_ended(state, body, out)
         case RunEnded():
+            lifecycle.run_ended(state, body, out)
             state.ended = True
         case _:
             assert_never(body)

@@ -113,7 +113,11 @@ def trial_failed(state: State, body: TrialFailed, out: Emission) -> None:
     if execution is None or execution.asha is None:
         return
     outcome = execution.asha.failed(
-        body.trial, body.rung_attempt, retryable=body.retryable, cause=body.error[:200]
+        body.trial,
+        body.rung_attempt,
+        resource=body.resource,
+        retryable=body.retryable,
+        cause=body.error[:200],
     )
     seq = _decided(state, execution, outcome, out)
     _go_on(state, execution, out, cause=seq)

@@ -199,6 +199,7 @@ class TrialFailed(Part):
     card: str
     trial: int
     rung_attempt: int = Field(ge=1)
+    resource: int | None = Field(default=None, description="the rung that it was on its way to")
     error: str
     retryable: bool = True
     passes: float = Field(default=0.0, ge=0)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from automode.engine import Difference, fold
+from automode.engine import Difference, WhatIf, fold, what_if
 from automode.engine import story as tell
 from automode.errors import ReplayDifferenceError, SessionCorruptError, SessionError, UsageError
 from automode.planner.events import COMMAND, EVENT_VERSION, FACT, INPUT, Envelope, Rows
@@ -137,6 +137,19 @@ def replay(session: Session | str | os.PathLike[str]) -> ReplayReport:
         first=first,
         shown=tuple(outcome.shown),
     )
+
+
+def replay_with(session: Session | str | os.PathLike[str], policy: Policy) -> WhatIf:
+    """Say which cards another policy would have proposed on a session's observations, and when.
+
+    Args:
+        session: An open session, or its folder.
+        policy: The other policy; it cannot change what scans saw, or when.
+    """
+    if not isinstance(session, Session):
+        with Session.open(session) as opened:
+            return replay_with(opened, policy)
+    return what_if(_items(session), policy, rules=(*BUILT_IN, *(plugin.rule for plugin in plugins())))
 
 
 def story(session: Session | str | os.PathLike[str], card: str) -> str:

@@ -104,6 +104,7 @@ def _reported(result: SegmentDone | SegmentFailed) -> TrialReported | TrialFaile
                 card=job.card,
                 trial=job.trial,
                 rung_attempt=job.attempt,
+                resource=job.to_resource,
                 error=result.error,
                 retryable=result.retryable,
                 passes=result.passes,
