@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from automode.errors import DataError, UsageError
-from automode.trainer.trainer import Trainer
+from automode.planner.policy import Policy
+from automode.trainer.fit_request import FitRequest
+from automode.trainer.run_parts import RunParts, prepare
+from automode.trainer.settings import Settings
+from automode.trainer.trainer import Trainer, begin
 
 COMMON: dict[str, Any] = {"progress": False, "console": False}
 
@@ -323,3 +327,80 @@ def test_the_optimizer_has_no_hooks_left_after_fit_even_after_an_error(
     optimizer = made["optimizer"]
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def scaled(tmp_path: Path, own_step: Any = None, *, size: float = 1.0) -> tuple[RunParts, dict[str, Any]]:
+    """A run under gradient scaling; ``fit`` asks for CUDA, the step itself does not."""
+    made = script()
+    made["train_loader"].dataset.tensors[0].mul_(size)
+    request = FitRequest(**made)
+    parts = prepare(Settings(session_dir=tmp_path, automode="act", **COMMON), Policy(), request, own_step)
+    parts.trunk.precision = "fp16"
+    return parts, made
+
+
+def bare_scaled(size: float, accumulate: int = 1) -> tuple[dict[str, Any], list[bool]]:
+    made = script()
+    made["train_loader"].dataset.tensors[0].mul_(size)
+    scaler, applied = torch.amp.GradScaler("cpu"), []
+    for i, (x, y) in enumerate(made["train_loader"]):
+        if i % accumulate == 0:
+            made["optimizer"].zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.float16):
+            loss = made["loss_fn"](made["model"](x), y) / accumulate
+        scaler.scale(loss).backward()
+        before = weights_of(made)
+        if i % accumulate == accumulate - 1:
+            scaler.step(made["optimizer"])
+            scaler.update()
+            applied.append(not same(before, weights_of(made)))
+    return made, applied
+
+
+def test_under_gradient_scaling_the_scaler_decides_and_a_skipped_step_is_no_applied_one(
+    tmp_path: Path, observer_of: Any
+) -> None:
+    for size in (1.0, 30.0):
+        parts, made = scaled(tmp_path, size=size)
+        observer = observer_of(parts)
+        begin(parts, observer).run()
+        bare, applied = bare_scaled(size)
+        assert same(weights_of(made), weights_of(bare))
+        assert observer.column("applied") == [float(one) for one in applied]
+        assert len(observer.told("skipped")) == applied.count(False)
+        assert all(applied) == (size == 1.0)
+        norms = observer.column("grad_norm")
+        assert [norm < 1e3 for norm in norms] == applied
+
+
+def test_an_own_accumulating_step_under_gradient_scaling_is_watched_at_its_true_scale(
+    tmp_path: Path, observer_of: Any
+) -> None:
+    accum = 4
+    done = 0
+
+    def train_step(batch: Any, state: dict[str, Any]) -> dict[str, Any]:
+        nonlocal done
+        if done % accum == 0:
+            state["optimizer"].zero_grad(set_to_none=True)
+        x, y = batch
+        with state["autocast"]:
+            loss = state["loss_fn"](state["model"](x), y) / accum
+        state["scaler"].scale(loss).backward()
+        if done % accum == accum - 1:
+            state["scaler"].step(state["optimizer"])
+            state["scaler"].update()
+        done += 1
+        return {"loss": loss.detach()}
+
+    for size in (1.0, 30.0):
+        done = 0
+        parts, made = scaled(tmp_path, train_step, size=size)
+        observer = observer_of(parts)
+        begin(parts, observer).run()
+        bare, applied = bare_scaled(size, accum)
+        assert same(weights_of(made), weights_of(bare))
+        expected = [1.0] * 3 + [float(applied[0])] + [1.0] * 3 + [float(applied[1])]
+        assert observer.column("applied") == expected
+        if size == 1.0:
+            assert all(norm < 10 for norm in observer.column("grad_norm"))
