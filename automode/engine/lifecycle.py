@@ -278,25 +278,22 @@ def trunk_ended(state: State, body: TrunkEnded, out: Emission) -> None:
             )
     for execution in list(state.executions.values()):
         if execution.action == "fork":
-            finish(
-                state,
-                execution.card,
-                CardState.INCONCLUSIVE,
-                f"the run ended at step {body.step}, before the control and the specialists could be compared",
-                out,
+            why = (
+                f"the run ended at step {body.step}, before the control and the specialists could be compared"
             )
+            _cut_short(state, execution.card, why, out)
 
 
 def run_ended(state: State, body: RunEnded, out: Emission) -> None:
     """Whatever is still running when the log closes (a run that failed) ends without a verdict."""
     for execution in list(state.executions.values()):
-        finish(
-            state,
-            execution.card,
-            CardState.INCONCLUSIVE,
-            f"the run ended before it was done: {body.why}",
-            out,
-        )
+        _cut_short(state, execution.card, f"the run ended before it was done: {body.why}", out)
+
+
+def _cut_short(state: State, card: str, why: str, out: Emission) -> None:
+    """End a card that nothing will go on with; one that was accepted and could not be adopted has failed."""
+    accepted = state.cards[card].state is CardState.ACCEPTED
+    finish(state, card, CardState.FAILED if accepted else CardState.INCONCLUSIVE, why, out)
 
 
 def grow(

@@ -134,6 +134,16 @@ class Inbox:
             (self.folder / f"{request_id}.json").unlink(missing_ok=True)
         self._handed_out.discard(request_id)
 
+    def refuse(self, request_id: str, reason: str) -> None:
+        """Set a request aside that cannot be followed, with a text file that says why.
+
+        Args:
+            request_id: As `poll` gave it.
+            reason: For the person who posted it.
+        """
+        self._refuse(f"{request_id}.json", reason)
+        self._handed_out.discard(request_id)
+
     def _refuse(self, name: str, reason: str) -> None:
         """Set a file aside; one that cannot be moved is left and not looked at again: it must not fail a run."""
         refused = self.folder / _REFUSED

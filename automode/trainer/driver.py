@@ -41,6 +41,7 @@ from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.narrator import Narrator
 from automode.trainer.observation_block import Block
 from automode.trainer.performer import Performer
+from automode.trainer.random_state import forked_rng
 from automode.trainer.recorder import Recorder
 from automode.trainer.trial_desk import TrialDesk
 
@@ -127,6 +128,7 @@ class Driver:
         self._pumped_at = 0
         self._skipped = 0
         self._done_with: list[str] = []
+        self._deaf = False
 
     # What the loop reads.
 
@@ -189,7 +191,7 @@ class Driver:
         """Do everything that may happen between two steps."""
         now = self._clock.mono()
         since = step - self._pumped_at if self._trials.busy else 1
-        for request, body in self._inbox.poll(now):
+        for request, body in self._asked(now):
             self._requested(request, body)
         self._settle(step)
         if self._scheduled:
@@ -229,8 +231,9 @@ class Driver:
         self._feed(TrunkEnded(step=step, why=why))
         self._settle(step)
         for command in self._at_end:
-            self._perform(command, step)
-            self._settle(step)
+            if command.body.card in self.state.executions:
+                self._perform(command, step)
+                self._settle(step)
         self._at_end.clear()
         self._trials.close()
         weights = self._performer.save_final(step)
@@ -246,9 +249,12 @@ class Driver:
         try:
             self._trials.close()
             self._log.error("run_failed", step=step, error=f"{type(error).__name__}: {error}")
+            why = f"failed: {type(error).__name__}: {str(error)[:500]}"
+            if not self.state.trunk_ended:
+                self._feed(TrunkEnded(step=step, why=why))
             if not self.state.ended:
-                self._feed(RunEnded(step=step, why=f"failed: {type(error).__name__}: {str(error)[:500]}"))
-                self._recorder.write()
+                self._feed(RunEnded(step=step, why=why))
+            self._recorder.write()
             self._recorder.close()
         except Exception as second:
             self._log.error("session_not_closed", error=f"{type(second).__name__}: {second}")
@@ -287,16 +293,34 @@ class Driver:
         """Write, perform, and go on until nothing is left to do."""
         while True:
             self._queue.extend(self._recorder.write())
-            for request in self._requests:
-                if not self._recorder.waiting:
-                    self._inbox.done(request)
             if not self._recorder.waiting:
-                self._requests.clear()
+                self._clear_inbox()
             if not self._queue:
                 break
             self._perform(self._queue.popleft(), step)
         if not self._recorder.waiting:
             self._tidy()
+
+    def _asked(self, now: float) -> list[tuple[str, dict[str, Any]]]:
+        """New requests; an inbox that cannot be read is told once, and training goes on."""
+        try:
+            found = self._inbox.poll(now)
+        except SessionError as error:
+            if not self._deaf:
+                self._log.warning("inbox_not_read", why=str(error), then="training goes on; looking again")
+            self._deaf = True
+            return []
+        self._deaf = False
+        return found
+
+    def _clear_inbox(self) -> None:
+        """Take away the requests whose answers are on disk; one that stays is not answered again by this run."""
+        for request in self._requests:
+            try:
+                self._inbox.done(request)
+            except SessionError as error:
+                self._log.warning("request_kept", request=request, why=str(error))
+        self._requests.clear()
 
     def _tidy(self) -> None:
         """Delete checkpoints of trials that nothing can go on from, now that what made them so is on disk."""
@@ -317,21 +341,14 @@ class Driver:
         """Carry out one command; an error is an answer too, and never the run's end."""
         body = command.body
         try:
-            for answer, last in self._carry_out(command, step):
-                self._feed(answer, command.command_id if last else None, effective_at=step)
+            with forked_rng():
+                answers = self._carry_out(command, step)
         except Exception as error:
             self._log.warning("command_failed", command=body.kind, error=f"{type(error).__name__}: {error}")
-            self._feed(
-                CommandFailed(
-                    command=body.kind,
-                    card=getattr(body, "card", None),
-                    error=str(error)[:2000]
-                    if isinstance(error, AutomodeError)
-                    else f"{type(error).__name__}: {error}"[:2000],
-                ),
-                command.command_id,
-                effective_at=step,
-            )
+            card = getattr(body, "card", None)
+            answers = [(CommandFailed(command=body.kind, card=card, error=_told(error)), True)]
+        for answer, last in answers:
+            self._feed(answer, command.command_id if last else None, effective_at=step)
 
     def _carry_out(self, command: Envelope, step: int) -> list[tuple[Input, bool]]:
         """Return the answers, the last one marked; none where the answer comes later."""
@@ -371,7 +388,11 @@ class Driver:
             decided = Decided.model_validate({**body, "request": request})
         except ValueError as error:
             self._log.warning("request_refused", request=request, why=str(error)[:500])
-            self._inbox.done(request)
+            self._inbox.refuse(request, str(error))
             return
         self._requests.append(request)
         self._feed(decided)
+
+
+def _told(error: Exception) -> str:
+    return (str(error) if isinstance(error, AutomodeError) else f"{type(error).__name__}: {error}")[:2000]
