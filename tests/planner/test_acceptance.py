@@ -333,6 +333,32 @@ def test_the_effective_number_lies_between_one_and_n(values: list[float]) -> Non
     assert effective is None or 1.0 - 1e-9 <= effective <= len(values) + 1e-9
 
 
+def chance_of_acceptance(differing: int, alpha: float, *, effective: bool) -> float:
+    """Exact probability that signs drawn by a fair coin are accepted, where so many of 1000 samples differ by 1."""
+    total = 0.0
+    for better in range(differing + 1):
+        d = np.zeros(1000)
+        d[:better], d[better:differing] = 1.0, -1.0
+        s = PairedSummary.of(d)
+        seen = s if effective else PairedSummary(n=s.n, mean=s.mean, variance=s.variance)
+        if judge_summary(seen, alpha=alpha).accepted:
+            total += math.comb(differing, better) / 2.0**differing
+    return total
+
+
+def test_few_differing_samples_are_not_taken_for_many() -> None:
+    # Enumerated, no chance involved. What is left above alpha is the coarseness of whole signs, and shrinks from look to look.
+    worst: dict[bool, list[float]] = {True: [], False: []}
+    for look in (1, 2, 3):
+        alpha = AlphaSpending(0.05).alpha(look)
+        for effective, found in worst.items():
+            found.append(
+                max(chance_of_acceptance(m, alpha, effective=effective) / alpha for m in range(2, 61))
+            )
+    assert worst[False] == pytest.approx([2.06, 2.06, 1.73], abs=0.01)
+    assert worst[True] == pytest.approx([1.24, 1.08, 0.98], abs=0.01)
+
+
 # --------------------------------------------------------------------------------------------- alpha spending
 
 
