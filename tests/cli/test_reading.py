@@ -175,7 +175,9 @@ def test_trials_show_the_ladder_who_was_promoted_and_why(cli: Any, told: Any, ca
     ]
 
 
-def test_a_trial_has_its_variants_name_from_its_first_decision_on(cli: Any, told: Any, card: PlanCard) -> None:
+def test_a_trial_has_its_variants_name_from_its_first_decision_on(
+    cli: Any, told: Any, card: PlanCard
+) -> None:
     told.propose(card)
     told.tell(TrialDecided(card=card.id, trial=0, resource=20, decision="started", why="a free slot"))
     told.trial(card.id, 0, Variant(name="plain"), 20, 0.5, decision="paused", rank=2, why="second of two")
