@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -250,17 +250,26 @@ class Loop:
 
     def _note(self, block: Block) -> None:
         losses = block.rows[:, block.names.index("loss")]
-        self._losses.add(losses[block.rows[:, block.names.index("applied")] > 0])
-        recent = float(losses[-1])
-        if not self._warned and not self._observer.guard and not np.isfinite(losses).all():
-            self._warned = True
-            step = int(block.rows[np.flatnonzero(~np.isfinite(losses))[0], 0])
-            warn_user(
-                f"the training loss is not finite from step {step} on; the run goes on as it was asked to "
-                '(automode="act" would keep such steps from the weights)',
-                RuntimeWarning,
-            )
-        self._console.step(self._trunk.step, total=_shown(self._observer.limit), loss=recent)
+        total = float(losses.sum())
+        if block.rows[:, block.names.index("applied")].all():
+            self._losses.add(total, len(losses))
+        else:
+            applied = losses[block.rows[:, block.names.index("applied")] > 0]
+            self._losses.add(float(applied.sum()), len(applied))
+        # A sum is not finite where a term is not; rarely, where it overflows.
+        if not math.isfinite(total) and not self._warned and not self._observer.guard:
+            self._warn(block.rows[~np.isfinite(losses), 0])
+        self._console.step(self._trunk.step, total=_shown(self._observer.limit), loss=float(losses[-1]))
+
+    def _warn(self, steps: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+        if not len(steps):
+            return
+        self._warned = True
+        warn_user(
+            f"the training loss is not finite from step {int(steps[0])} on; the run goes on as it was asked to "
+            '(automode="act" would keep such steps from the weights)',
+            RuntimeWarning,
+        )
 
     def _end_epoch(self, complete: bool) -> None:
         self._boundary()
@@ -317,9 +326,9 @@ class _Mean:
     def __init__(self) -> None:
         self._sum, self._n = 0.0, 0
 
-    def add(self, values: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> None:
-        self._sum += float(np.sum(values))
-        self._n += len(values)
+    def add(self, total: float, count: int) -> None:
+        self._sum += total
+        self._n += count
 
     def take(self) -> float:
         mean = self._sum / self._n if self._n else math.nan
