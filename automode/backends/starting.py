@@ -62,7 +62,7 @@ class Starter:
         self._context: BaseContext = multiprocessing.get_context(how)
         if how == "forkserver":
             # Takes effect where no such server runs yet; one that does serves as well, and imports torch for each worker.
-            self._context.set_forkserver_preload(_PRELOADED)
+            self._context.set_forkserver_preload([*_PRELOADED, type(factory).__module__])
 
     def start(self, others: Iterable[Connection]) -> Started:
         """Start a worker; it will say whether it is ready.

@@ -22,11 +22,12 @@ from automode.trainer.evidence import Evidence
 from automode.trainer.heldout import HeldOut
 from automode.trainer.per_sample import per_sample_twin
 from automode.trainer.random_state import RandomState, forked_rng
-from automode.trainer.sample_source import SampleSource
+from automode.trainer.sample_source import FixedPass, SampleSource
 from automode.trainer.specialists import CardData, SpecialistRunner
 from automode.trainer.states import States
 from automode.trainer.steps import pair_step
 from automode.trainer.trunk import Precision, Trunk, trainable
+from automode.trainer.worker_runner import SpecialistFactory, specialist_factory
 
 CARD = "c0ffee00"
 FEATURES, CLASSES, BATCH = 6, 3, 16
@@ -97,6 +98,9 @@ class Bench:
         base: Digest of the trunk's snapshot.
         loader: The trunk's own batches.
         judged: The held-out scores behind the runner's judge.
+        evaluator: What gives them.
+        held_out: What they are read from.
+        refresh: Training batches for norm statistics.
     """
 
     trunk: Trunk
@@ -105,7 +109,20 @@ class Bench:
     base: str
     loader: DataLoader[Any]
     judged: Evidence
+    evaluator: Evaluator
+    held_out: HeldOut
+    refresh: FixedPass
     _batches: list[Any] = field(default_factory=list)
+
+    def factory(self) -> SpecialistFactory:
+        """Make what a worker makes its runner of."""
+        return specialist_factory(
+            self.runner,
+            self.evaluator,
+            held_out=self.held_out,
+            refresh=self.refresh,
+            checkpoints=self.checkpoints.root,
+        )
 
     def step(self, steps: int = 1) -> None:
         """Train the trunk on, as the loop would."""
@@ -243,7 +260,8 @@ def _around(trunk: Trunk, loader: DataLoader[Any], checkpoints: CheckpointStore,
     held_out = HeldOut(DataLoader(small_dataset(80, seed + 1), batch_size=40), CPU, seed)
     source = SampleSource(loader.dataset, default_collate, CPU)
     ids = np.arange(4 * BATCH, dtype=np.int64)
-    states = States(trunk, checkpoints, lambda: (source.batch(part) for part in np.split(ids, 4)))
+    refresh = FixedPass(source, ids, batch_size=BATCH, batches=4, seed=seed)
+    states = States(trunk, checkpoints, refresh)
     evaluator = Evaluator(
         step_fn=trunk.step_fn,
         batches=held_out.batches,
@@ -265,7 +283,7 @@ def _around(trunk: Trunk, loader: DataLoader[Any], checkpoints: CheckpointStore,
         per_sample=exact,
         cards={},
     )
-    return Bench(trunk, runner, checkpoints, "", loader, evidence)
+    return Bench(trunk, runner, checkpoints, "", loader, evidence, evaluator, held_out, refresh)
 
 
 def identical(a: Any, b: Any) -> bool:

@@ -107,6 +107,25 @@ class Evaluator:
             p_true=_joined([row[4] for row in found]),
         )
 
+    def settle(self, model: nn.Module) -> None:
+        """Fix the task and the scale of the Huber loss on the first batch of val-A, where scoring has not fixed them yet.
+
+        Evaluators that go on from there measure alike, in whichever process, whatever they happen to score first.
+
+        Raises:
+            DataError: val-A holds no sample.
+        """
+        if self.task is not None and (self.task != "regression" or self.delta is not None):
+            return
+        with forked_rng(), training_flags_kept(model), torch.no_grad():
+            model.eval()
+            for batch, ids in self.batches("A"):
+                with self.autocast():
+                    loss, outputs, targets = self.step_fn(model, batch)
+                self._batch(loss, outputs, targets, len(ids))
+                return
+        raise DataError("the held-out half val-A holds no sample to judge by")
+
     def _batch(
         self, loss: Tensor, outputs: Any, targets: Any, n: int
     ) -> tuple[Floats, Floats, Floats | None, Floats | None]:

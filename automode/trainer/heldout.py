@@ -55,6 +55,15 @@ class Overlap:
     how: str
 
 
+@dataclass(frozen=True, slots=True)
+class _ById:
+    """What of a loader is needed to read its samples by id."""
+
+    dataset: Any
+    collate_fn: Any
+    batch_size: int | None
+
+
 class HeldOut:
     """The validation set in two halves, read by a loader of our own.
 
@@ -82,6 +91,14 @@ class HeldOut:
         self.reason = _refusal(loader)
         if self.reason is None:
             self._split(seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave of the loader what reading by id takes, where that is how it is read: a worker needs no more."""
+        state = dict(self.__dict__)
+        if self.reason is None and not isinstance(self._loader, _ById):
+            loader = self._loader
+            state["_loader"] = _ById(loader.dataset, loader.collate_fn, loader.batch_size)
+        return state
 
     @property
     def n_a(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,33 @@ class SampleSource:
             index = torch.from_numpy(ids)
             return [move(t.index_select(0, index.to(t.device)), self._device) for t in self._tensors]
         return move(self._collate([self._dataset[int(i)] for i in ids]), self._device)
+
+
+class FixedPass:
+    """The same few training batches each time that it is called: for norm statistics and Fisher information.
+
+    Args:
+        source: Training samples by id; None: there are none, and every pass is empty.
+        ids: Samples to choose from.
+        batch_size: Rows a batch, at least 1.
+        batches: Batches a pass, at the most.
+        seed: Which samples they are.
+    """
+
+    def __init__(
+        self, source: SampleSource | None, ids: Ids, *, batch_size: int, batches: int, seed: int
+    ) -> None:
+        rng = np.random.default_rng(np.random.SeedSequence([seed, 0xBA7C]))
+        self._source = source
+        self._ids = rng.permutation(ids)[: batch_size * batches]
+        self._batch_size = batch_size
+
+    def __call__(self) -> Iterator[Any]:
+        """Begin a pass."""
+        if self._source is None:
+            return
+        for start in range(0, self._ids.size, self._batch_size):
+            yield self._source.batch(self._ids[start : start + self._batch_size])
 
 
 class BatchPlan:
