@@ -33,7 +33,12 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
     control = execution.control_value
     best = max(candidates, key=lambda c: c.value, default=None)
     if best is None or control is None or not best.value > control:
-        told = "none reached the top rung" if best is None else f"{best.name} reaches {best.value:.4f}"
+        none = (
+            "none reached the top rung"
+            if execution.action == "fork"
+            else "no average is above the raw weights"
+        )
+        told = none if best is None else f"{best.name} reaches {best.value:.4f}"
         verdict = VerdictGiven(
             card=execution.card,
             verdict="inconclusive",

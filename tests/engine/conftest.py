@@ -93,6 +93,7 @@ class World:
     run: Run = RUN
     trial_value: Callable[[int, int], float] = lambda trial, resource: 0.5 + 0.01 * trial + 1e-5 * resource
     control_value: float = 0.5
+    trunk_choice: str = "tail"
     evidence: Group = field(default_factory=lambda: Group(n=200, mean=0.05, variance=0.01, effective_n=200.0))
     clusters: Clustered | None = None
     scanned: dict[str, Any] = field(default_factory=dict)
@@ -228,7 +229,8 @@ class World:
                     method=body.method,
                     members=("a", "b"),
                     weights=Weights(
-                        checkpoint=digest("trunk" if own else "merge"), choice="tail" if own else "raw"
+                        checkpoint=digest("trunk" if own else "merge"),
+                        choice=self.trunk_choice if own else "raw",
                     ),
                     value=0.6 if own else 0.3,
                     control=Weights(checkpoint=digest("trunk")) if own else None,

@@ -141,6 +141,16 @@ def test_the_finishing_merge_waits_for_the_end_and_is_judged(make_world, plateau
     assert world.states_of(card.id) == ["approved", "running", "accepted", "adopted"]
 
 
+def test_a_finishing_merge_without_a_better_average_spends_no_look_and_says_so(make_world, plateau_rows):
+    world = make_world(policy=Policy(reasons=("merge_cadence",)), trunk_choice="raw")
+    world.start()
+    world.rows(plateau_rows)
+    world.end()
+    verdict = world.facts("verdict_given")[0]
+    assert (verdict.verdict, verdict.look) == ("inconclusive", None)
+    assert "no average is above the raw weights" in verdict.why
+
+
 def test_a_run_that_ends_first_leaves_a_fork_inconclusive(make_world, plateau_rows):
     world = make_world(policy=plateau_policy(), hold={"start_trial"})
     world.start()
