@@ -7,10 +7,17 @@ thread at step boundaries and returns what has ended since.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from automode.planner.recipes import Variant
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +91,93 @@ class Segment(Protocol):
     @property
     def passes(self) -> float:
         """Sample passes spent so far."""
+        ...
+
+
+@runtime_checkable
+class StackableSegment(Segment, Protocol):
+    """A segment whose steps the backend may take itself, together with those of its like.
+
+    One step is: :meth:`draw`, :meth:`set_rates`, the gradient of :meth:`loss_of`, :meth:`took`, clipping, the optimizer's
+    update, :meth:`moved`. ``advance`` does all of it for this segment alone, and may follow or precede any whole step.
+    """
+
+    @property
+    def job(self) -> SegmentJob:
+        """What is being trained."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """Its own copy, in training mode. The storage of its parameters may be replaced while steps are taken for it."""
+        ...
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Its own, over the parameters of :attr:`model`; its state may be written between two steps."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the forward pass: ``fp32``, ``bf16`` or ``fp16``."""
+        ...
+
+    @property
+    def clip_norm(self) -> float | None:
+        """Largest norm of the gradient over all parameters."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left to take."""
+        ...
+
+    @property
+    def steps_left(self) -> int:
+        """Optimizer steps to the rung."""
+        ...
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Names the next batch: segments with equal keys draw equal batches, now and after equally many steps."""
+        ...
+
+    def isolated(self) -> AbstractContextManager[None]:
+        """The segment's own random states inside, carried on from the last time; the parent's are put back after."""
+        ...
+
+    def share_randomness(self, other: StackableSegment) -> None:
+        """Go on from another segment's random states, which drew for both."""
+        ...
+
+    def draw(self) -> Any:
+        """Return the next batch. Draws random numbers where the dataset does; does not count as a step."""
+        ...
+
+    def set_rates(self) -> None:
+        """Write the coming step's learning rates into the optimizer's groups."""
+        ...
+
+    def loss_of(self, model: nn.Module, batch: Any, weight: Tensor | None) -> Tensor:
+        """Compute the loss of a batch under any weights: a function of its arguments, which torch may transform.
+
+        Args:
+            model: Network to call.
+            batch: What :meth:`draw` gave.
+            weight: Weight of selected samples against replayed ones, a scalar; None: all alike.
+        """
+        ...
+
+    def took(self, loss: float) -> bool:
+        """Count a step whose gradient was taken at this loss. False: it diverged, is done, and must not be moved."""
+        ...
+
+    def moved(self) -> None:
+        """Follow up on moved weights: schedule, averages, early stopping."""
+        ...
+
+    def charge(self, steps: int) -> None:
+        """Count the sample passes of so many more steps, taken to check the arithmetic and not to train."""
         ...
 
 

@@ -1,0 +1,135 @@
+"""Specialists whose steps a backend may take for several of them at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from automode.backends.base import SegmentJob, StackableSegment
+from automode.trainer.random_state import RandomState, forked_rng
+from automode.trainer.specialists import TRAIN_PASSES, SpecialistRunner, SpecialistSegment
+from automode.trainer.trunk import Precision, autocast
+
+
+class StackableSpecialists:
+    """Opens specialists for a backend that stacks.
+
+    Args:
+        runner: What they fork from and are judged by.
+    """
+
+    def __init__(self, runner: SpecialistRunner) -> None:
+        self._runner = runner
+
+    def open(self, job: SegmentJob) -> StackableSpecialist:
+        """Load the job's checkpoint into fresh copies; raises what :meth:`SpecialistRunner.open` raises."""
+        return StackableSpecialist(self._runner, job, self._runner.cards[job.card])
+
+
+class StackableSpecialist(SpecialistSegment):
+    """A specialist's segment, taken apart into what happens before and after a step's arithmetic."""
+
+    _last_loss = math.nan
+
+    @property
+    def job(self) -> SegmentJob:
+        """What is being trained."""
+        return self._job
+
+    @property
+    def model(self) -> nn.Module:
+        """The specialist's own network."""
+        return self._model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The specialist's own optimizer."""
+        return self._optimizer
+
+    @property
+    def precision(self) -> Precision:
+        """Arithmetic of the forward pass."""
+        own = self._job.variant.precision
+        return self._runner.trunk.precision if own == "keep" else own
+
+    @property
+    def clip_norm(self) -> float | None:
+        """Largest norm of the gradient over all parameters."""
+        return self._job.variant.clip_norm or self._runner.trunk.clip_norm
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left to take."""
+        return self._done()
+
+    @property
+    def steps_left(self) -> int:
+        """Optimizer steps to the rung."""
+        return 0 if self._done() else int((self._job.to_resource - self._resource + 1e-9) / self.cost)
+
+    @property
+    def batch_key(self) -> Hashable:
+        """All trials of a card walk one plan, so that the card and the place in it name a batch."""
+        return (self._job.card, self._steps, self._runner.batch_size)
+
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """The specialist's own random states inside; the parent's are put back after."""
+        with forked_rng():
+            self._rng.restore()
+            yield
+            self._rng = RandomState.capture()
+
+    def share_randomness(self, other: StackableSegment) -> None:
+        """Go on from the random states of the specialist that drew for both."""
+        assert isinstance(other, StackableSpecialist)
+        self._rng = other._rng  # noqa: SLF001  # one of its own kind
+
+    def draw(self) -> Any:
+        """Return the next batch of the card's plan."""
+        return self._runner.source.batch(self._plan.ids(self._steps))
+
+    def set_rates(self) -> None:
+        """Write the coming step's learning rates into the optimizer's groups."""
+        self._set_rate()
+
+    def loss_of(self, model: nn.Module, batch: Any, weight: Tensor | None) -> Tensor:
+        """Compute the loss of a batch under any weights, as the specialist's own step does.
+
+        A member that weighs nothing keeps the user's own loss, bit by bit, where others beside it weigh.
+        """
+        trunk = self._runner.trunk
+        with autocast(trunk.device, self.precision):
+            loss, outputs, targets = trunk.step_fn(model, batch)
+            loss = loss.reshape(())
+            per_sample = self._runner.per_sample
+            if weight is None or per_sample is None:
+                return loss
+            losses = per_sample.differentiable(outputs, targets)
+            selected = torch.arange(losses.shape[0], device=losses.device) < self._plan.selected_rows
+            weight = weight.to(losses.dtype)
+            weights = torch.where(selected, weight, torch.ones_like(weight))
+            return torch.where(weight == 1.0, loss, (losses * weights).sum() / weights.sum())
+
+    def took(self, loss: float) -> bool:
+        """Count a step whose gradient was taken at this loss; False where it diverged."""
+        self._steps += 1
+        self._resource += self.cost
+        self.charge(1)
+        self._last_loss = loss
+        self._diverged = not math.isfinite(loss)
+        return not self._diverged
+
+    def moved(self) -> None:
+        """Follow up on moved weights: schedule, averages, early stopping."""
+        self._follow()
+        self._patience.see(self._last_loss)
+
+    def charge(self, steps: int) -> None:
+        """Count the sample passes of so many steps."""
+        self._passes += steps * self._runner.batch_size * TRAIN_PASSES
