@@ -37,6 +37,7 @@ setup:  ## create .venv/ with automode and its tools (skipped when nothing chang
 
 demo: setup  ## train on real data with automode on, and replay every decision
 	$(PY) examples/digits_automode.py
+	$(VENV)/bin/automode replay last
 
 test: setup  ## run every test, with coverage
 	$(PY) -m pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
