@@ -144,6 +144,7 @@ class SpecialistSegment:
             self._averages = copy.deepcopy(runner.trunk.averages)
             self._take_over(optimizer, rest)
             self._model.train()
+            self._trained = trainable(self._model)
             if job.from_resource == 0:
                 seed_everything(_mixed(data.entropy))
             else:
@@ -325,7 +326,7 @@ class SpecialistSegment:
             if every is None or step % every == 0:
                 self._scheduler.step()
         if self._averages is not None:
-            self._averages.update(trainable(self._model), step)
+            self._averages.update(self._trained, step)
         decay = self._job.variant.ema
         if decay is not None:
             self._ema = _moving_average(self._ema, self._model, decay)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from automode.backends.base import SegmentJob, StackableSegment
 from automode.trainer.random_state import RandomState, forked_rng
-from automode.trainer.specialists import TRAIN_PASSES, SpecialistRunner, SpecialistSegment
+from automode.trainer.specialists import TRAIN_PASSES, Checkpoints, SpecialistRunner, SpecialistSegment
 from automode.trainer.trunk import Precision, autocast
 
 
@@ -25,10 +27,42 @@ class StackableSpecialists:
 
     def __init__(self, runner: SpecialistRunner) -> None:
         self._runner = runner
+        self._checkpoints = _LoadedOnce(runner.checkpoints)
 
     def open(self, job: SegmentJob) -> StackableSpecialist:
         """Load the job's checkpoint into fresh copies; raises what :meth:`SpecialistRunner.open` raises."""
-        return StackableSpecialist(self._runner, job, self._runner.cards[job.card])
+        return StackableSpecialist(
+            replace(self._runner, checkpoints=self._checkpoints), job, self._runner.cards[job.card]
+        )
+
+
+class _LoadedOnce:
+    """Checkpoints, the last one loaded kept in memory: a card's trials all start from one.
+
+    Args:
+        stored: The durable states.
+    """
+
+    def __init__(self, stored: Checkpoints) -> None:
+        self._stored = stored
+        self._last: tuple[str, tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]] | None = None
+
+    def load(self, digest: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        """Return (weights, rest, manifest), each call's its own."""
+        if self._last is None or self._last[0] != digest:
+            weights, rest, manifest = self._stored.load(digest)
+            self._last = (digest, (weights, rest, manifest))
+        return copy.deepcopy(self._last[1])
+
+    def save(
+        self, weights: Mapping[str, Tensor], rest: Mapping[str, Any], manifest: Mapping[str, Any]
+    ) -> str:
+        """Make a state durable; returns its digest."""
+        return self._stored.save(weights, rest, manifest)
+
+    def delete(self, digests: Iterable[str]) -> list[str]:
+        """Delete checkpoints; returns those that were there."""
+        return self._stored.delete(digests)
 
 
 class StackableSpecialist(SpecialistSegment):
