@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from automode.planner.capability import POLICY_GAPS
-from automode.planner.card_text import submission_from_yaml
+from automode.planner.card_text import from_yaml, submission_from_yaml, to_yaml
 from automode.planner.cards import CardState, PlanCard
 from automode.planner.policy import Policy
 from automode.planner.schema_problems import schema_of
@@ -107,3 +107,10 @@ def test_a_card_of_ones_own_may_leave_out_what_the_page_says() -> None:
         "asha: {max_steps: 60}\n"
     )
     assert set(left) == {"action", "training_recipe", "budget_steps", "asha"}
+
+
+def test_the_card_that_the_readme_shows_is_printed_as_a_session_prints_it() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```yaml\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    assert len(shown) == 1
+    assert to_yaml(from_yaml(shown[0])) == shown[0]
