@@ -57,7 +57,7 @@ STATES = {
     CardState.APPROVED: "may run, and waits for its turn",
     CardState.RUNNING: "its trials train, or its merge waits for the end of the run",
     CardState.ACCEPTED: "the evidence is for it; its weights are being put in place",
-    CardState.ADOPTED: "its weights are the trunk's; a mixture is exported beside the trunk",
+    CardState.ADOPTED: "its weights are the trunk's; a mixture is stored beside the trunk",
     CardState.REFUSED: "a person said no, before it ran or while it did",
     CardState.EXPIRED: "nobody answered in time, or the run ended",
     CardState.STALE: "the policy or the lineage is no longer what it was made against",
