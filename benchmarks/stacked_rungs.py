@@ -11,12 +11,14 @@ one step of all members, without set-up and evaluation: what long rungs come to.
 Agreement: the largest difference of held-out utility between a variant trained together and alone, the rank correlation
 (Spearman) of the utilities, and the largest relative difference of the training loss at the end.
 
-The variants differ in learning rate, weight decay, clipping and, one in eight, the weight of selected samples.
+The variants differ in learning rate, weight decay and clipping; with --weighted, one in eight also weighs the selected samples,
+for which a second loss is computed for all members.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -32,7 +34,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from automode.backends.base import Backend, SegmentDone, SegmentJob
+from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentJob
 from automode.backends.inline import InlineBackend
 from automode.backends.stacked import StackedBackend
 from automode.merges.trajectory import TrajectoryAverages
@@ -67,6 +69,7 @@ class SmallTransformer(nn.Module):
         self.head = nn.Linear(32, CLASSES)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [n, 16] to logits [n, classes]."""
         hidden = self.blocks(self.embedding(tokens) + self.position)
         logits: Tensor = self.head(hidden.mean(dim=1))
         return logits
@@ -75,7 +78,7 @@ class SmallTransformer(nn.Module):
 def mlp(*widths: int) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+        for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
 
@@ -112,7 +115,7 @@ NETWORKS = {
 }
 
 
-def variants(members: int) -> tuple[Variant, ...]:
+def variants(members: int, weighted: bool) -> tuple[Variant, ...]:
     rates = np.geomspace(0.25, 4.0, members)
     return tuple(
         Variant(
@@ -120,7 +123,7 @@ def variants(members: int) -> tuple[Variant, ...]:
             lr_mul=float(rate),
             weight_decay=0.05 if i % 3 == 1 else None,
             clip_norm=0.5 if i % 4 == 2 else None,
-            loss_weight=2.0 if i % 8 == 5 else 1.0,
+            loss_weight=2.0 if weighted and i % 8 == 5 else 1.0,
         )
         for i, rate in enumerate(rates)
     )
@@ -135,6 +138,7 @@ class Run:
     base: str
 
     def jobs(self, recipe: TrainingRecipe, steps: int, first: int) -> list[SegmentJob]:
+        """A job for each variant, of so many steps, in slices of one step of each."""
         return [
             SegmentJob(
                 card=CARD,
@@ -156,14 +160,16 @@ def labelled(network: Network, teacher: nn.Module, n: int, generator: torch.Gene
     """Inputs with the classes that a teacher of the same architecture gives them, a tenth of them wrong."""
     inputs = network.inputs(n, generator)
     with torch.no_grad():
-        classes = torch.cat([teacher(part) for part in inputs.split(512)])
+        classes = teacher(inputs)
         classes = (classes / classes.std(dim=0)).argmax(dim=1)
     wrong = torch.rand(n, generator=generator) < 0.1
     classes[wrong] = torch.randint(0, CLASSES, (int(wrong.sum()),), generator=generator)
     return TensorDataset(inputs, classes)
 
 
-def make_run(network: Network, members: int, folder: Path) -> tuple[Run, TrainingRecipe]:
+def make_run(
+    network: Network, members: int, folder: Path, *, weighted: bool = False
+) -> tuple[Run, TrainingRecipe]:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     teacher = network.make().eval()
@@ -198,7 +204,7 @@ def make_run(network: Network, members: int, folder: Path) -> tuple[Run, Trainin
     evaluator = Evaluator(
         step_fn=trunk.step_fn, batches=held_out.batches, per_sample=judged, autocast=trunk.autocast
     )
-    recipe = TrainingRecipe(variants=variants(members), replay=0.1)
+    recipe = TrainingRecipe(variants=variants(members, weighted), replay=0.1)
     half = np.arange(len(training) // 2, dtype=np.int64)
     runner = SpecialistRunner(
         trunk=trunk,
@@ -209,7 +215,9 @@ def make_run(network: Network, members: int, folder: Path) -> tuple[Run, Trainin
         steps_per_epoch=None,
         per_sample=exact,
         cards={
-            CARD: CardData(recipe=recipe, selected=half, others=half + half.size, entropy=(7,), step=TRUNK_STEPS)
+            CARD: CardData(
+                recipe=recipe, selected=half, others=half + half.size, entropy=(7,), step=TRUNK_STEPS
+            )
         },
     )
     weights, rest = trunk.state()
@@ -225,7 +233,7 @@ def rung(backend: Backend, jobs: list[SegmentJob]) -> tuple[dict[int, SegmentDon
     results: dict[int, SegmentDone] = {}
     while backend.busy:
         for result in backend.pump(1):
-            if not isinstance(result, SegmentDone):
+            if isinstance(result, SegmentFailed):
                 raise RuntimeError(f"{result.job.variant.name} failed: {result.error}")
             results[result.job.trial - jobs[0].trial] = result
     return results, time.process_time() - started
@@ -243,19 +251,13 @@ def end_losses(run: Run, results: dict[int, SegmentDone]) -> np.ndarray[Any, np.
     return np.array(losses)
 
 
-def step_seconds(make: Callable[[], Backend], run: Run, recipe: TrainingRecipe, steps: int, spent: float) -> float:
-    """Seconds of one step of all members: a longer rung less the shorter one, over the steps between."""
-    _, longer = rung(make(), run.jobs(recipe, steps, 0))
-    return longer - spent
-
-
-def measure(name: str, members: int, steps: int, repeats: int) -> dict[str, Any]:
+def measure(name: str, members: int, steps: int, repeats: int, *, weighted: bool) -> dict[str, Any]:
     network = NETWORKS[name]
     cold, warm, marginal, inline_s, stacked_s = [], [], [], [], []
     notes: list[str] = []
     agreement: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run, recipe = make_run(network, members, Path(folder))
+        run, recipe = make_run(network, members, Path(folder), weighted=weighted)
         runner = StackableSpecialists(run.runner)
         for repeat in range(repeats):
             backend = StackedBackend(runner)
@@ -297,12 +299,17 @@ def compared(run: Run, alone: dict[int, SegmentDone], together: dict[int, Segmen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="200 steps, one repeat, 4 and 16 members")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--members", nargs="+", type=int, default=[4, 8, 16])
+    parser.add_argument(
+        "--weighted", action="store_true", help="one variant in eight weighs the selected samples"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line a measurement")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -311,10 +318,12 @@ def main() -> None:
         steps, repeats, sizes = 200, 1, [4, 16]
     if not arguments.json:
         print(f"rung of {steps} steps, {repeats} repeats, torch {torch.__version__}, one CPU thread")
-        print("network        K   inline s  stacked s   cold   warm   step   value diff  rank corr  loss diff")
+        print(
+            "network        K   inline s  stacked s   cold   warm   step   value diff  rank corr  loss diff"
+        )
     for name in arguments.networks:
         for members in sizes:
-            row = measure(name, members, steps, repeats)
+            row = measure(name, members, steps, repeats, weighted=arguments.weighted)
             if arguments.json:
                 print(json.dumps(row), flush=True)
                 continue

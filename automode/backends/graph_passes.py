@@ -46,6 +46,44 @@ FACTORIES = frozenset(
 )
 """Operations whose result depends on shapes alone, so that it can be made once."""
 
+DIRECT: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: torch.add,
+    aten.baddbmm.default: torch.baddbmm,
+    aten.bmm.default: torch.bmm,
+    aten.cat.default: torch.cat,
+    aten.clone.default: torch.clone,
+    aten.convolution.default: torch.convolution,
+    aten.div.Scalar: torch.div,
+    aten.div.Tensor: torch.div,
+    aten.embedding.default: torch.embedding,
+    aten.exp.default: torch.exp,
+    aten.expand.default: torch.Tensor.expand,
+    aten.gather.default: torch.gather,
+    aten.mean.dim: torch.mean,
+    aten.mm.default: torch.mm,
+    aten.mul.Scalar: torch.mul,
+    aten.mul.Tensor: torch.mul,
+    aten.ne.Scalar: torch.ne,
+    aten.neg.default: torch.neg,
+    aten.permute.default: torch.permute,
+    aten.relu.default: torch.relu,
+    aten.scatter.value: torch.scatter,
+    aten.select.int: torch.select,
+    aten.sigmoid.default: torch.sigmoid,
+    aten.squeeze.dims: torch.squeeze,
+    aten.stack.default: torch.stack,
+    aten.sub.Tensor: torch.sub,
+    aten.sum.default: torch.sum,
+    aten.sum.dim_IntList: torch.sum,
+    aten.tanh.default: torch.tanh,
+    aten.transpose.int: torch.transpose,
+    aten.unsqueeze.default: torch.unsqueeze,
+    aten.view.default: torch.Tensor.view,
+    _private("_unsafe_view"): torch.Tensor.view,
+    aten.where.self: torch.where,
+}
+"""Operations that torch also offers as a function of the same arguments, whose call costs 1 microsecond in place of 2 to 4."""
+
 UNINITIALISED = frozenset(
     {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
 )
@@ -79,13 +117,14 @@ def simplify(module: GraphModule, example: list[torch.Tensor]) -> bool:
     ):
         rewrite(module)
         module.graph.eliminate_dead_code()
+    _call_directly(module)
     module.graph.lint()
     module.recompile()
     return True
 
 
 def is_random(module: GraphModule) -> bool:
-    """Whether a graph draws from torch's random numbers."""
+    """Whether a traced graph draws from torch's random numbers."""
     return any(_is_random(node) for node in module.graph.nodes)
 
 
@@ -286,3 +325,10 @@ def _replace(module: GraphModule, node: Node, target: Any, arguments: tuple[Any,
         made = module.graph.call_function(target, arguments)
     made.meta.update(node.meta)
     node.replace_all_uses_with(made)
+
+
+def _call_directly(module: GraphModule) -> None:
+    for node in _calls(module):
+        direct = DIRECT.get(node.target)
+        if direct is not None:
+            node.target = direct

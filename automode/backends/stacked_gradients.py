@@ -247,13 +247,14 @@ class StackedGradients:
         with _quiet():
             function = functionalize(self.eager(batches), remove="mutations")
             module: GraphModule = make_fx(function, tracing_mode="real")(*inputs)
+        random = is_random(module)
         simplify(module, inputs)
         return Graph(
             run=module,
             module=module,
             rows=self._parameters.matrix.shape[0],
             made_in=time.perf_counter() - started,
-            random=is_random(module),
+            random=random,
         )
 
 
