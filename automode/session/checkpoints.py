@@ -7,12 +7,13 @@ remembered. A checkpoint is put together under a temporary name, read back and c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -117,6 +118,45 @@ class CheckpointStore:
         folder.replace(target)
         sync_folder(self.root)
 
+    def files(self, digest: str) -> list[Path]:
+        """The files of a checkpoint, the manifest last: what has it has the others.
+
+        Raises:
+            SessionError: There is no such checkpoint.
+            SessionCorruptError: A file is missing or does not match its digest; the message names it.
+        """
+        self.verify(digest)
+        return [self.root / hex_of(digest) / name for name in (_WEIGHTS, _REST, _MANIFEST)]
+
+    def receive(self, digest: str, fetch: Callable[[str, Path], object]) -> None:
+        """Take over a checkpoint that stands elsewhere; it is compared with its digests before it is here.
+
+        Args:
+            digest: Which one. Nothing is fetched where it is here already, and whole.
+            fetch: Given the name of a file and where to write it.
+
+        Raises:
+            SessionCorruptError: What was fetched is another checkpoint, or a damaged one; nothing is left behind.
+            SessionError: The disk refused.
+        """
+        name = hex_of(digest)
+        if (self.root / name).is_dir():
+            with contextlib.suppress(SessionCorruptError):
+                return self.verify(digest)
+        folder = self.root / temporary_name()
+        try:
+            with storage_errors(self.root, "receiving a checkpoint"):
+                folder.mkdir()
+                for file in (_MANIFEST, _WEIGHTS, _REST):
+                    fetch(file, folder / file)
+                    sync_file(folder / file)
+                self._compare(folder, self._content(folder, name))
+                sync_folder(folder)
+                self._settle(folder, name)
+        finally:
+            if folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
     def load(self, digest: str) -> Checkpoint:
         """Weights (on the CPU, tied names sharing one tensor), rest and manifest of a checkpoint.
 
@@ -144,7 +184,8 @@ class CheckpointStore:
             SessionCorruptError: The manifest does not match its digest.
         """
         with storage_errors(self.root, "reading a checkpoint"):
-            content: dict[str, Any] = self._content(hex_of(digest))["manifest"]
+            name = hex_of(digest)
+            content: dict[str, Any] = self._content(self.root / name, name)["manifest"]
         return content
 
     def verify(self, digest: str) -> None:
@@ -217,8 +258,8 @@ class CheckpointStore:
             and file_digest(folder / _MANIFEST).sha256 == folder.name
         ]
 
-    def _content(self, name: str) -> dict[str, Any]:
-        path = self.root / name / _MANIFEST
+    def _content(self, folder: Path, name: str) -> dict[str, Any]:
+        path = folder / _MANIFEST
         if not path.parent.is_dir():
             raise SessionError(f"there is no checkpoint sha256:{name} in {self.root}")
         if not path.is_file() or file_digest(path).sha256 != name:
@@ -231,11 +272,15 @@ class CheckpointStore:
         return content
 
     def _verified(self, name: str) -> dict[str, Any]:
-        content = self._content(name)
+        folder = self.root / name
+        content = self._content(folder, name)
+        self._compare(folder, content)
+        return content
+
+    def _compare(self, folder: Path, content: dict[str, Any]) -> None:
         for file in (_WEIGHTS, _REST):
             entry = content["files"][file]
-            verify(self.root / name / file, FileDigest(entry["sha256"], entry["size"]))
-        return content
+            verify(folder / file, FileDigest(entry["sha256"], entry["size"]))
 
 
 def _write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> FileDigest:

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentJob, SegmentRunner
-from automode.backends.process import Patience, ProcessBackend
+from automode.backends.pool import Patience
+from automode.backends.process import ProcessBackend
 from automode.backends.remote import BriefOf, ReadyMade, RemoteRunner, no_brief
 from automode.backends.starting import Start
 from automode.errors import NotExecutableError
@@ -543,7 +544,7 @@ runner = ScriptedRunner(scripts={t: Script(seconds=1.0) for t in range(2)})
 backend = ProcessBackend(ReadyMade(runner), slots=2, start=sys.argv[1])
 backend.submit(scripted_job(0, end=10_000))
 backend.submit(scripted_job(1, end=10_000))
-while not all(w.ready and w.task for w in backend._workers) or len(backend._workers) < 2:
+while not all(w.ready and w.job for w in backend._workers) or len(backend._workers) < 2:
     backend.wait(0.1)
     backend.pump(1)
 pids = [w.started.process.pid for w in backend._workers]

@@ -1,0 +1,56 @@
+"""What runs in an actor of a cluster: a runner, one segment at a time, and the checkpoints that come and go with it."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from automode.backends.base import SegmentDone, SegmentFailed, SegmentJob
+from automode.backends.remote import Dropped, RunnerFactory, failure, run_segment
+from automode.session.checkpoints import CheckpointStore
+from automode.session.mirror import CheckpointMirror
+
+
+class SegmentActor:
+    """Trains segments; ``spent`` may be called from another thread meanwhile.
+
+    Args:
+        factory: Makes the runner.
+        uri: The shared place of checkpoints; None: this machine sees the session's own folder.
+    """
+
+    def __init__(self, factory: RunnerFactory, uri: str | None) -> None:
+        self._spent, self._wanted = 0.0, True
+        self._mirror: CheckpointMirror | None = None
+        folder = None
+        if uri is not None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="automode-")
+            folder = self._scratch.name
+            self._store = CheckpointStore(folder)
+            self._mirror = CheckpointMirror(self._store, uri)
+        self._runner = factory(folder)
+
+    def run(self, job: SegmentJob, brief: Any) -> SegmentDone | SegmentFailed | Dropped:
+        """Train a segment to its rung; its checkpoint is at the shared place when this returns."""
+        self._spent, self._wanted = 0.0, True
+        if self._mirror is None:
+            return run_segment(self._runner, job, brief, self._go_on)
+        try:
+            self._mirror.pull(job.checkpoint)
+            result = run_segment(self._runner, job, brief, self._go_on)
+            if isinstance(result, SegmentDone):
+                self._mirror.push(result.checkpoint)
+            # The next segment here is another trial's, or begins with a checkpoint that can be had again.
+            self._store.collect([])
+        except Exception as error:  # the shared place may fail in any way that its driver knows
+            return failure(job, error, self._spent)
+        return result
+
+    def spent(self, wanted: bool) -> float:
+        """Tell the sample passes of the running segment so far; False as an argument gives it up."""
+        self._wanted = self._wanted and wanted
+        return self._spent
+
+    def _go_on(self, passes: float) -> bool:
+        self._spent = passes
+        return self._wanted

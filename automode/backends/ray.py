@@ -1,0 +1,161 @@
+"""The Ray backend: segments run in actors of a Ray cluster, one actor a slot, each living as long as the backend.
+
+Ray places actors and notices what dies; it decides nothing else, and retries nothing. Checkpoints travel by a shared place
+(:class:`automode.session.mirror.CheckpointMirror`) and never through Ray's object store.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from automode.backends.actor import SegmentActor
+from automode.backends.base import SegmentDone, SegmentFailed, SegmentJob
+from automode.backends.pool import Patience, Worker, WorkerPool
+from automode.backends.remote import BriefOf, Dropped, RunnerFactory, failure, no_brief
+from automode.errors import NotExecutableError
+from automode.session.checkpoints import CheckpointStore
+from automode.session.mirror import CheckpointMirror
+
+ASK_SECONDS = 0.02
+"""How often Ray is asked what has ended; the asking takes it some tenths of a millisecond."""
+
+SPENT_SECONDS = 1.0
+"""How often an actor is asked what its segment has spent, so that a lost one's cost is known."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Actor(Worker):
+    actor: Any
+    asked: Any
+    answer: Any = None
+    told: float = 0.0
+
+    @property
+    def spent(self) -> float:
+        return self.told
+
+
+class RayBackend(WorkerPool[_Actor]):
+    """Runs segments in ``slots`` actors. Made when it returns: one actor is up and has its runner.
+
+    Args:
+        factory: Makes each actor's runner; Ray pickles it.
+        slots: Actors at the most; they are started as they are needed.
+        brief: Gives what travels with a job.
+        num_cpus: CPU cores of each actor.
+        num_gpus: GPUs of each actor.
+        checkpoints: The session's store; given together with ``uri``.
+        uri: A place that all nodes reach, for checkpoints; None: all nodes see the session's folder itself.
+        address: Of the cluster; None: the one that this process is connected to, else what ``RAY_ADDRESS`` names, else a
+            local one of our own.
+        patience: When an actor is given up; Ray itself notices its death.
+
+    Raises:
+        NotExecutableError: Ray is not installed, or no actor can have what the factory needs.
+    """
+
+    def __init__(
+        self,
+        factory: RunnerFactory,
+        *,
+        slots: int = 2,
+        brief: BriefOf = no_brief,
+        num_cpus: float = 1.0,
+        num_gpus: float = 0.0,
+        checkpoints: CheckpointStore | None = None,
+        uri: str | None = None,
+        address: str | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        super().__init__(slots, brief, patience)
+        if (uri is None) != (checkpoints is None):
+            raise NotExecutableError("`uri` and `checkpoints` are given together or not at all")
+        self._mirror = CheckpointMirror(checkpoints, uri) if checkpoints is not None and uri else None
+        self._ray = _ray()
+        self._ask_at = 0.0
+        self._options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_concurrency": 2}
+        self._mine = not self._ray.is_initialized()
+        try:
+            if self._mine:
+                self._ray.init(address=address, include_dashboard=False, log_to_driver=False)
+            self._arguments = (self._ray.put(factory), uri)
+            why = self._first()
+        except Exception as error:  # Ray's own errors, and whatever pickling a user's objects raises
+            why = f"{type(error).__name__}: {error}"
+        if why is not None:
+            self.close()
+            raise NotExecutableError(f"no Ray actor can have what training needs: {why}")
+
+    def close(self) -> None:
+        """Give up everything, and leave Ray as it was found."""
+        super().close()
+        if self._mine and self._ray.is_initialized():
+            self._ray.shutdown()
+
+    def _start(self) -> _Actor:
+        actor = self._ray.remote(SegmentActor).options(**self._options).remote(*self._arguments)
+        return _Actor(actor=actor, asked=actor.spent.remote(True), since=time.monotonic())
+
+    def _give(self, worker: _Actor, job: SegmentJob, brief: Any) -> None:
+        if self._mirror is not None:
+            self._mirror.push(job.checkpoint)
+        worker.answer = worker.actor.run.remote(job, brief)
+        worker.asked, worker.told = None, 0.0
+
+    def _give_up(self, worker: _Actor) -> float | None:
+        worker.actor.spent.remote(False)
+        try:
+            result = self._ray.get(worker.answer, timeout=self._patience.cancel)
+        except self._ray.exceptions.RayError:  # it took too long, or died
+            return None
+        worker.answer = None
+        return float(result.passes)
+
+    def _listen(self, seconds: float) -> None:
+        now = time.monotonic()
+        refs = [ref for w in self._workers for ref in (w.asked, w.answer) if ref is not None]
+        if refs and (seconds or now >= self._ask_at):
+            self._ask_at = now + ASK_SECONDS
+            ready, _ = self._ray.wait(refs, timeout=seconds)
+            ready, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0) if ready else (ready, [])
+            for worker in list(self._workers):
+                self._hear(worker, ready, now)
+
+    def _hear(self, worker: _Actor, ready: list[Any], now: float) -> None:
+        try:
+            if worker.asked in ready:
+                worker.told, worker.asked = self._ray.get(worker.asked), None
+                self._is_ready(worker)
+            if worker.answer in ready:
+                result, worker.answer = self._ray.get(worker.answer), None
+                self._take(worker, self._fetched(result))
+        except self._ray.exceptions.RayError as error:
+            self._lost(worker, f"the actor was lost ({type(error).__name__}: {error})")
+            return
+        if worker.job is not None and worker.asked is None and now - worker.since > SPENT_SECONDS:
+            worker.asked = worker.actor.spent.remote(True)
+
+    def _fetched(self, result: SegmentDone | SegmentFailed | Dropped) -> SegmentDone | SegmentFailed:
+        assert not isinstance(result, Dropped)
+        if isinstance(result, SegmentDone) and self._mirror is not None:
+            try:
+                self._mirror.pull(result.checkpoint)
+            except Exception as error:  # the shared place may fail in any way that its driver knows
+                return failure(result.job, error, result.passes)
+        return result
+
+    def _end(self, worker: _Actor) -> str:
+        self._ray.kill(worker.actor)
+        return "kill"
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise NotExecutableError(
+            "the ray backend needs Ray: pip install 'automode[ray]', or use the process backend"
+        ) from error
+    return ray
