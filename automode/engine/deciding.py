@@ -201,7 +201,12 @@ def adopted(state: State, body: Adopted, out: Emission) -> None:
         state,
         body.card,
         CardState.ADOPTED,
-        f"{execution.chosen.name} replaces the control at step {body.step}",
+        f"{execution.chosen.name} "
+        + (
+            "is exported beside the trunk"
+            if body.into == "export"
+            else f"replaces the control at step {body.step}"
+        ),
         out,
     )
 

@@ -6,6 +6,8 @@ on val-B when one of them is to replace it. Answers for cards that have ended me
 
 from __future__ import annotations
 
+from math import ceil
+
 from automode.engine import deciding, lifecycle
 from automode.engine.emission import Emission
 from automode.engine.state import Execution, State
@@ -118,6 +120,7 @@ def trial_failed(state: State, body: TrialFailed, out: Emission) -> None:
         resource=body.resource,
         retryable=body.retryable,
         cause=body.error[:200],
+        spent=ceil(body.passes / state.passes_per_step),
     )
     seq = _decided(state, execution, outcome, out)
     _go_on(state, execution, out, cause=seq)

@@ -110,7 +110,7 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
         case VerdictGiven():
             return f"verdict {body.verdict}: {body.why}"
         case Adopted():
-            return f"adopted into the {body.into} at step {body.step}"
+            return f"{'exported' if body.into == 'export' else 'adopted into the trunk'} at step {body.step}"
         case RolledBack():
             return f"rolled back at step {body.step}"
         case CommandFailed():

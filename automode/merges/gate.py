@@ -27,6 +27,19 @@ from automode.errors import MergeError
 
 HIDDEN_UNITS = 32
 MAX_DIMENSIONS = 64
+
+
+def most_parameters(features: int | None, experts: int) -> int:
+    """Count the trained parameters of a gate, at the most.
+
+    Args:
+        features: of a row; None where that is not known.
+        experts: ``k``, the control among them.
+    """
+    kept = MAX_DIMENSIONS if features is None else min(features, MAX_DIMENSIONS)
+    return HIDDEN_UNITS * (kept + 1) + experts * (HIDDEN_UNITS + 1)
+
+
 _CONSTANT = 1e-6  # spread, as a share of the largest value, that single-precision rounding alone can make
 _SMALLEST_VARIANCE = 1e-4  # share of the largest principal variance below which a direction is noise
 

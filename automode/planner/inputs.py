@@ -59,6 +59,9 @@ class Run(Part):
     refresh: int = Field(
         default=0, ge=0, description="training samples that recompute norm statistics; 0: the model has none"
     )
+    router: float = Field(
+        default=1.0, gt=0, description="size of a router relative to the trunk, at the most"
+    )
     slots: int = Field(default=1, ge=1, description="segments that the backend runs at once")
     model_mib: float | None = Field(default=None, description="memory of the weights, MiB")
     bf16: bool = False

@@ -40,9 +40,6 @@ TRAIN_PASSES: Final = 3.0
 TRUNK_AVERAGES: Final = 3
 """EMA at two horizons and the tail average, each judged beside the raw weights."""
 
-GATE_SIZE: Final = 1.0
-"""A router's size relative to the trunk, at the most; 32 hidden units are far less on any network worth routing."""
-
 CROSS_FIT: Final = 2
 """Halves of val-A on which a router is fitted and judged crosswise; another one on all of it is kept."""
 
@@ -206,7 +203,7 @@ def _gate(gate: GateRecipe | None, experts: int, run: Run) -> float:
         return 0.0
     members = experts + 1  # the control is one
     outputs = members * (run.refresh + (1 + CROSS_FIT) * run.val_a)
-    training = TRAIN_PASSES * GATE_SIZE * (CROSS_FIT * 0.5 + 1.0) * gate.epochs * run.val_a
+    training = TRAIN_PASSES * run.router * (CROSS_FIT * 0.5 + 1.0) * gate.epochs * run.val_a
     return float(outputs + training)
 
 

@@ -15,8 +15,11 @@ from torch.utils.data import default_collate
 from automode import __version__
 from automode.backends.inline import InlineBackend
 from automode.engine import initial
-from automode.errors import AutomodeError
+from automode.engine.running import MAX_EXPERTS
+from automode.errors import AutomodeError, MergeError
 from automode.merges.batches import training_flags_kept
+from automode.merges.gate import most_parameters
+from automode.merges.moe import last_layer
 from automode.merges.norm_statistics import norm_layers
 from automode.merges.trajectory import TrajectoryAverages
 from automode.planner.events import Mode, Run, SessionStarted, Task
@@ -225,6 +228,7 @@ def _run(parts: RunParts, held: _Held) -> Run:
         refresh=min(int(ids.size), REFRESH_BATCHES * max(2, round(_batch_size(parts))))
         if norm_layers(trunk.model)
         else 0,
+        router=_router_size(trunk.model),
         slots=1,
         model_mib=_mebibytes(trunk),
         bf16=True,
@@ -233,6 +237,16 @@ def _run(parts: RunParts, held: _Held) -> Run:
 
 def _mebibytes(trunk: Trunk) -> float:
     return float(sum(t.numel() * t.element_size() for t in trunk.model.state_dict().values())) / 2**20
+
+
+def _router_size(model: torch.nn.Module) -> float:
+    """Size of a router over as many experts as a card may bring, relative to the network."""
+    try:
+        layer = model.get_submodule(last_layer(model))
+    except MergeError:
+        return 1.0  # no layer to take features from, so that no router will be fitted
+    features = layer.in_features if isinstance(layer, torch.nn.Linear) else None
+    return most_parameters(features, MAX_EXPERTS + 1) / max(1, sum(p.numel() for p in model.parameters()))
 
 
 def _functions(parts: RunParts) -> dict[str, SliceFn]:

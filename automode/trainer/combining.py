@@ -144,6 +144,7 @@ class Combiner:
                 models, gate, feature_layer=layer, task=self._mixture_task, top1=recipe.top1
             ).to(device_of(models[0]))
             scores = self._evidence.scores(mixture, "A")
+            passes += scores.n * len(models)
             values = torch.from_numpy(np.asarray(scores.utility, dtype=np.float64))
             utility = torch.zeros_like(values) if utility is None else utility
             utility[torch.from_numpy(judge_on.copy())] = values[torch.from_numpy(judge_on.copy())]

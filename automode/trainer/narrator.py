@@ -22,6 +22,7 @@ from automode.planner.events import (
     RequestRefused,
     Safeguarded,
     SessionStarted,
+    TrialFailed,
     TrialReported,
     VerdictGiven,
 )
@@ -88,6 +89,8 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
                 f"card {body.card}: trial {body.trial} at {body.resource} steps has utility {body.value:.4f} "
                 f"({body.choice} weights) on the first held-out half"
             )
+        case TrialFailed():
+            return f"card {body.card}: trial {body.trial} failed: {body.error}"
         case GateFitted():
             return f"card {body.card}: gate fitted, utility {body.value:.4f}, loads {_numbers(body.loads)}"
         case Merged():
@@ -101,8 +104,10 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
             )
         case VerdictGiven():
             return f"card {body.card}: {body.verdict}: {body.why}"
+        case Adopted(into="export"):
+            return f"card {body.card}: exported beside the trunk, checkpoint {body.checkpoint[:19]}"
         case Adopted():
-            return f"card {body.card}: adopted into the {body.into}"
+            return f"card {body.card}: adopted into the trunk"
         case Safeguarded():
             return f"safeguard: {body.what} ({body.why})"
         case CommandFailed():

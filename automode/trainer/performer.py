@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -10,7 +11,7 @@ from zlib import crc32
 import numpy as np
 
 from automode.engine import State
-from automode.errors import NotExecutableError
+from automode.errors import NotExecutableError, SessionError
 from automode.planner.cards import PlanCard
 from automode.planner.events import (
     Adopt,
@@ -238,6 +239,10 @@ class Performer:
             after = self._save("adopted", step)
         except BaseException:
             self._put_back(before, as_it_was=True)
+            with contextlib.suppress(
+                SessionError
+            ):  # whatever went wrong is told; what is left over is only disk space
+                self.delete({before})
             raise
         return Adopted(card=card.id, checkpoint=after, before=before, step=step, into="trunk")
 

@@ -103,6 +103,14 @@ def test_a_routers_control_gets_the_sum_of_its_experts_and_the_router() -> None:
     assert climbers(9, 2, 3) == (9, 3)
     # Four networks answer val-A three times: for the fit, and mixed by either half's router.
     assert gated.gate == 4 * 3 * 100 + 3 * 2 * 4 * 100
+    small = price_fork(
+        recipe=recipe_of(9),
+        levels=(10, 30),
+        reduction_factor=3,
+        run=run_of(router=0.25),
+        gate=GateRecipe(epochs=4),
+    )
+    assert small.gate == 4 * 3 * 100 + 0.25 * 3 * 2 * 4 * 100
     assert gated.control_steps == 3 * 30 + -(-int(gated.gate) // 30)
     plain = price_fork(recipe=recipe_of(9), levels=(10, 30), reduction_factor=3, run=run_of())
     assert gated.evaluate == plain.evaluate + 3 * 50  # a mixture of four networks looks at val-B
