@@ -21,7 +21,7 @@ help:  ## list the targets
 
 setup:  ## create .venv/ with automode and its tools (skipped when nothing changed)
 	@if [ -f $(STAMP) ] && [ "$$($(KEY))" = "$$(cat $(STAMP))" ] && $(PY) -c '' 2>/dev/null; then exit 0; fi; set -e; \
-	echo 'Setting up $(VENV)/'; \
+	echo 'Setting up $(VENV)/ (the first time this takes minutes: PyTorch is large)'; \
 	rm -f $(STAMP); \
 	if ! $(PY) -c '' 2>/dev/null; then \
 		if [ -z '$(PYTHON)' ]; then echo 'automode needs Python 3.11 or newer; found none: make setup PYTHON=<path to one>' >&2; exit 1; fi; \
