@@ -31,9 +31,10 @@ DEMO_POLICY = {
         "high_loss_tail",
         "merge_cadence",
     ],
+    "scan": {"share": 0.25},
     "pacing": {"exploration_share": 0.25, "total_share": 0.5},
 }
-"""The default policy with more rules, and more compute to explore with than one would give a long run."""
+"""The default policy with more rules, and more compute and time to explore with than one would give a long run."""
 
 
 def digits4(

@@ -98,10 +98,12 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case Scanned():
             remember(state.scanned, body)
             lifecycle.charge(state, "scan", body.passes)
+            observing.pace_scans(state, event)
             observing.look(state, out)
         case Clustered():
             remember(state.clustered, body)
             lifecycle.charge(state, "scan", body.passes)
+            observing.pace_scans(state, event)
             observing.look(state, out)
         case Decided():
             lifecycle.answer(state, body, out)

@@ -226,7 +226,10 @@ def card_id(session: str, reason: str, step: int, ordinal: int) -> str:
 
 
 def difference(before: PlanCard, after: PlanCard) -> dict[str, tuple[Any, Any]]:
-    """Return what changed between two revisions: dotted field name to (before, after), revision left out."""
+    """Return what changed between two revisions, the revision left out: dotted name to (before, after).
+
+    Of as many variants as before, the changed field is named: ``training_recipe.variants[1].lr_mul``.
+    """
     return {k: v for k, v in _differences(before.dump(), after.dump(), "").items() if k != "rev"}
 
 
@@ -236,5 +239,16 @@ def _differences(a: Any, b: Any, path: str) -> dict[str, tuple[Any, Any]]:
         for key in [*a, *(k for k in b if k not in a)]:
             found |= _differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
         return found
+    if (
+        isinstance(a, list)
+        and isinstance(b, list)
+        and len(a) == len(b)
+        and isinstance((a or [None])[0], dict)
+    ):
+        return {
+            name: pair
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for name, pair in _differences(x, y, f"{path}[{i}]").items()
+        }
     # NaN differs from itself, and is no difference.
     return {} if a == b or repr(a) == repr(b) else {path: (a, b)}

@@ -116,6 +116,15 @@ def open_driver(parts: RunParts) -> Driver:
 
 def _look(parts: RunParts) -> _Held:
     request, held = parts.request, parts.held_out
+    if parts.mode == "off":
+        return _Held(
+            overlap=Overlap(n=0, share=0.0, how="none"),
+            task="unknown",
+            per_sample=per_sample_twin(parts.trunk.loss_fn),
+            exact=False,
+            why_inexact="mode off only records",
+            why_no_evidence="mode off only records",
+        )
     why_no_evidence = "there is no validation loader" if held is None else held.reason
     overlap = Overlap(n=0, share=0.0, how="none")
     if held is not None and held.reason is None and hasattr(request.train_loader, "dataset"):
@@ -128,6 +137,10 @@ def _look(parts: RunParts) -> _Held:
         why_no_evidence = why_no_evidence or f"{overlap.n} validation samples are training samples too"
     per_sample = per_sample_twin(parts.trunk.loss_fn)
     task, exact, why = _task_of(parts, held, per_sample)
+    if parts.own_step is None and task in ("sequence", "unknown") and not exact:
+        why_no_evidence = why_no_evidence or (
+            f"samples cannot be judged one by one ({why}), and a batch's mean counts as one sample only"
+        )
     return _Held(
         overlap=overlap,
         task=task,

@@ -17,9 +17,9 @@ Features = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
 CANDIDATES = (2, 3, 4, 5, 6)
-SILHOUETTE_ROWS = 1024
+SILHOUETTE_ROWS = 256
 SMALLEST_SHARE = 0.02
-STARTS = 4
+STARTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

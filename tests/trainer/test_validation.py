@@ -102,8 +102,8 @@ def test_a_function_is_called_once_over_the_set_and_leaves_no_random_trace() -> 
         torch.rand(1)
         return inputs[:, 1] > 0
 
-    before = torch.get_rng_state()
     dataset = samples()
+    before = torch.get_rng_state()
     found = resolve_slices({"right": mask}, held_out(dataset))
     assert calls == 6
     assert torch.equal(torch.get_rng_state(), before)
