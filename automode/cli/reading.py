@@ -42,6 +42,7 @@ def cards(context: click.Context, session: Path) -> None:
         }
     if not rows:
         click.echo("no cards")
+        click.echo(f"what each rule has said: automode log {quote(str(session))} --kind rule_evaluated")
         return
     now = time.time()
     lines = []

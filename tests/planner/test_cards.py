@@ -121,7 +121,10 @@ def test_a_revision_counts_up_and_says_what_changed() -> None:
     assert (CARD.rev, after.rev) == (1, 2)
     changed = difference(CARD, after)
     assert changed["budget_steps"] == (20, 40)
-    assert set(changed) == {"budget_steps", "training_recipe.variants"}
+    assert set(changed) == {
+        "budget_steps",
+        *(f"training_recipe.variants[0].{name}" for name in ("name", "lr_mul")),
+    }
 
 
 def test_a_revision_is_validated_as_a_new_card_is() -> None:
@@ -139,6 +142,18 @@ def test_equal_cards_do_not_differ_nan_included() -> None:
     assert difference(a, b) == {}
     assert difference(a, a.revised()) == {}
     assert set(difference(a, a.revised(diagnostics=readings | {"a": 1.0}))) == {"diagnostics.a"}
+
+
+def test_of_as_many_variants_the_changed_field_is_named() -> None:
+    assert CARD.training_recipe is not None
+    recipe = CARD.training_recipe.model_dump(mode="json")
+    recipe["variants"][-1]["lr_mul"] = 0.125
+    after = CARD.revised(training_recipe=recipe)
+    last = len(recipe["variants"]) - 1
+    before = CARD.training_recipe.variants[-1].lr_mul
+    assert difference(CARD, after) == {f"training_recipe.variants[{last}].lr_mul": (before, 0.125)}
+    recipe["variants"].append({"name": "one more"})
+    assert set(difference(CARD, CARD.revised(training_recipe=recipe))) == {"training_recipe.variants"}
 
 
 def test_a_part_that_comes_or_goes_is_a_difference() -> None:
