@@ -6,11 +6,10 @@ thread at step boundaries; a command is carried out only after the log that hold
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Mapping
 from math import ceil
-from typing import Any, Protocol
+from typing import Any
 
 from automode.backends.base import Backend
 from automode.engine import State, handle
@@ -37,6 +36,7 @@ from automode.planner.events import (
 from automode.session import SessionStore
 from automode.session.inbox import Inbox
 from automode.session.logs import SessionLog
+from automode.trainer.clock import Clock, SystemClock
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.narrator import Narrator
 from automode.trainer.observation_block import Block
@@ -46,30 +46,6 @@ from automode.trainer.recorder import Recorder
 from automode.trainer.trial_desk import TrialDesk
 
 TRUNK = "trunk"
-
-
-class Clock(Protocol):
-    """Where the driver's times come from; the fold sees them only on events."""
-
-    def wall(self) -> float:
-        """Seconds since the epoch."""
-        ...
-
-    def mono(self) -> float:
-        """Seconds on the clock that the probe stamps rows with."""
-        ...
-
-
-class SystemClock:
-    """The machine's clocks."""
-
-    def wall(self) -> float:
-        """Seconds since the epoch."""
-        return time.time()
-
-    def mono(self) -> float:
-        """Seconds of ``perf_counter``."""
-        return time.perf_counter()
 
 
 class Driver:
@@ -286,8 +262,13 @@ class Driver:
             if isinstance(envelope.body, BudgetReleased):
                 self._done_with.append(envelope.body.card)
         if self._spends:
-            spent = ceil(self.state.ledger.automode / self.state.passes_per_step)
-            self.limit = max(0, self._total - spent)
+            taken = self.state.ledger.automode + self._due_at_end()
+            self.limit = max(0, self._total - ceil(taken / self.state.passes_per_step))
+
+    def _due_at_end(self) -> int:
+        """Sample passes that finishing merges will take when the trunk has taken its last step."""
+        running = self.state.executions.values()
+        return sum(self.state.ledger.left(e.card) for e in running if e.action == "merge")
 
     def _settle(self, step: int) -> None:
         """Write, perform, and go on until nothing is left to do."""

@@ -107,6 +107,11 @@ class Person:
         return [record.card for record in self._run.driver.state.cards.values()]
 
     @property
+    def path(self) -> Path:
+        """The session's folder."""
+        return self._run.path
+
+    @property
     def driver(self) -> Driver:
         """The run's driver, for looking."""
         return self._run.driver
@@ -248,7 +253,7 @@ def play(
     script: Script | None = None,
     actions: Mapping[int, Action] | None = None,
     each: Action | None = None,
-    steps: int = 150,
+    steps: int | None = 150,
     check: bool = True,
     fit: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -353,6 +358,12 @@ def scripts() -> type[Script]:
 @pytest.fixture
 def script() -> type[Script]:
     return Script
+
+
+@pytest.fixture
+def training() -> Callable[[], TensorDataset]:
+    """The training samples of the script."""
+    return lambda: samples(150, 1)
 
 
 @pytest.fixture
