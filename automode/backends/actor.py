@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
-from automode.backends.base import SegmentDone, SegmentFailed, SegmentJob
-from automode.backends.remote import Dropped, RunnerFactory, failure, run_segment
+from automode.backends.base import Segment, SegmentDone, SegmentFailed, SegmentJob
+from automode.backends.remote import Dropped, RemoteRunner, RunnerFactory, failure, run_segment
 from automode.session.checkpoints import CheckpointStore
 from automode.session.mirror import CheckpointMirror
+
+
+@dataclass(frozen=True, slots=True)
+class _Cleared:
+    """Opens segments and keeps nothing on this machine's disk: an actor that is killed cannot tidy up."""
+
+    runner: RemoteRunner
+    store: CheckpointStore
+
+    def open(self, job: SegmentJob, brief: Any) -> Segment:
+        segment = self.runner.open(job, brief)
+        self.store.collect([])
+        return segment
 
 
 class SegmentActor:
@@ -24,8 +40,8 @@ class SegmentActor:
         self._mirror: CheckpointMirror | None = None
         folder = None
         if uri is not None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="automode-")
-            folder = self._scratch.name
+            folder = tempfile.mkdtemp(prefix="automode-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             self._store = CheckpointStore(folder)
             self._mirror = CheckpointMirror(self._store, uri)
         self._runner = factory(folder)
@@ -37,11 +53,10 @@ class SegmentActor:
             return run_segment(self._runner, job, brief, self._go_on)
         try:
             self._mirror.pull(job.checkpoint)
-            result = run_segment(self._runner, job, brief, self._go_on)
+            result = run_segment(_Cleared(self._runner, self._store), job, brief, self._go_on)
             if isinstance(result, SegmentDone):
                 self._mirror.push(result.checkpoint)
-            # The next segment here is another trial's, or begins with a checkpoint that can be had again.
-            self._store.collect([])
+                self._store.collect([])
         except Exception as error:  # the shared place may fail in any way that its driver knows
             return failure(job, error, self._spent)
         return result

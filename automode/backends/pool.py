@@ -18,7 +18,10 @@ CHECK_SECONDS = 0.25
 """How often deadlines are looked at."""
 
 STARTS = 3
-"""Workers in a row that may fail to start before the backend gives up."""
+"""Workers in a row that may fail to start before the backend gives up, where no other worker is left."""
+
+LONGEST_PAUSE = 60.0
+"""Seconds, at the most, between two tries to start a worker where the last one failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +91,7 @@ class WorkerPool(ABC, Generic[W]):
         self._ended: list[Result] = []
         self._closed = False
         self._failed_starts = 0
+        self._start_at = 0.0
         self._broken: str | None = None
         self._why = ""
         self._check_at = 0.0
@@ -206,9 +210,8 @@ class WorkerPool(ABC, Generic[W]):
             self._listen(CHECK_SECONDS)
         if self._workers and not self._workers[0].ready:
             self._lost(self._workers[0], f"it was not ready after {self._patience.start:g} s")
-        why = None if self._workers else self._broken or self._why
-        self._broken, self._failed_starts = None, 0
-        return why
+        self._failed_starts, self._start_at = 0, 0.0
+        return None if self._workers else self._why
 
     def _hand_out(self) -> None:
         if self._broken is not None:
@@ -224,6 +227,8 @@ class WorkerPool(ABC, Generic[W]):
                     self._ended.append(failure(job, error, 0.0))
                 else:
                     worker.job, worker.since = job, time.monotonic()
+        if not self._queue or time.monotonic() < self._start_at:
+            return
         starting = sum(not worker.ready for worker in self._workers)
         for _ in range(min(self._slots - len(self._workers), len(self._queue) - starting)):
             try:
@@ -235,11 +240,6 @@ class WorkerPool(ABC, Generic[W]):
     def _is_ready(self, worker: W) -> None:
         worker.ready = True
         self._failed_starts = 0
-
-    def _refused(self, worker: W, why: str) -> None:
-        """A worker cannot have its runner, and so no other can."""
-        self._retire(worker)
-        self._broken = why
 
     def _take(self, worker: W, result: Result) -> None:
         worker.job = None
@@ -270,7 +270,8 @@ class WorkerPool(ABC, Generic[W]):
     def _not_started(self, why: str) -> None:
         self._failed_starts += 1
         self._why = why
-        if self._failed_starts >= STARTS:
+        self._start_at = time.monotonic() + min(LONGEST_PAUSE, 0.1 * 4.0**self._failed_starts)
+        if self._failed_starts >= STARTS and not self._workers:
             self._broken = f"{self._failed_starts} workers in a row did not start: {why}"
 
     def _retire(self, worker: W) -> str:

@@ -126,7 +126,8 @@ class ProcessBackend(WorkerPool[_Process]):
                 case Ready():
                     self._is_ready(worker)
                 case Refused(reason=reason):
-                    self._refused(worker, reason)
+                    self._retire(worker)
+                    self._not_started(reason)
                 case Ended(result=result):
                     assert not isinstance(result, Dropped)
                     self._take(worker, result)

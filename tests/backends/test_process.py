@@ -303,6 +303,27 @@ def test_workers_that_die_as_they_start_are_given_up_after_three(tmp_path: Path)
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@LINUX
+def test_a_worker_that_goes_on_is_not_given_up_with_those_that_do_not_start(tmp_path: Path) -> None:
+    class Single(Doing):
+        def __call__(self, checkpoints: str | None) -> RemoteRunner:
+            starts = len(list(tmp_path.iterdir()))
+            (tmp_path / str(starts)).touch()
+            if starts:
+                raise MemoryError("no second one fits")
+            return super().__call__(checkpoints)
+
+    def slow(job: SegmentJob, brief: Any) -> int:
+        time.sleep(0.1)
+        return os.getpid()
+
+    with closing(ProcessBackend(Single(slow), slots=2, start="fork")) as backend:
+        pids = said(backend, *(scripted_job(trial) for trial in range(30)))
+        assert len(set(pids)) == 1
+    tries = len(list(tmp_path.iterdir()))
+    assert 3 <= tries <= 6  # at 0, 0.4, 2.0 and 8.4 s: less and less often, but they go on
+
+
 # Giving up.
 
 
