@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from automode.backends.base import StackableSegment
-from automode.backends.stackability import settings_of
+from automode.backends.stackability import plain_settings, settings_of
 from automode.backends.stacked_gradients import TOLERANCES, Batches, CannotStackError, StackedGradients
-from automode.backends.stacked_optimizers import stacked_optimizer
+from automode.backends.stacked_optimizers import Groups, stacked_optimizer
 from automode.backends.stacked_parameters import Layout, StackedParameters
 
 
@@ -75,11 +75,14 @@ class Stack:
         found: list[float] = losses.tolist()
         return found
 
-    def move(self, rates: Sequence[Sequence[float]]) -> None:
-        """Clip, and move every row along its gradient; ``rates`` are the learning rates, by row and parameter group."""
+    def move(self, rows: Sequence[int]) -> None:
+        """Clip, and move these rows along their gradients, at the rates that stand in their members' optimizers."""
+        groups: list[Groups | None] = [None] * self.rows
+        for row in rows:
+            groups[row] = self._segments[row].optimizer.param_groups
         with torch.no_grad():
             self._parameters.clip(self._limits)
-            self._optimizer.step(rates)
+            self._optimizer.step(groups)
 
     def release(self, row: int) -> None:
         """Give a member its weights and moments back as its own; its row goes on as padding."""
@@ -136,7 +139,7 @@ def reference_of(segment: StackableSegment, batch: Any) -> Reference:
     model = segment.model
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    settings = settings_of(model)
+    settings, plain = settings_of(model), plain_settings(model)
     chance = _foreign_chance()
     drawn = torch.get_rng_state(), _cuda_states()
     own_weight = segment.job.variant.loss_weight
@@ -154,6 +157,8 @@ def reference_of(segment: StackableSegment, batch: Any) -> Reference:
                 b.copy_(buffers[name])
         raise CannotStackError(f"its network changes the buffer `{changed[0]}` as it trains")
     if settings_of(model) != settings:
+        for module, own in plain:
+            vars(module).update(own)
         raise CannotStackError("its network keeps a count or a switch of its own as it trains")
     if _foreign_chance() != chance:
         raise CannotStackError("its network draws from Python's or numpy's random numbers")

@@ -8,6 +8,7 @@ their weights: learning rate, weight decay, clipping, the weight of selected sam
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,15 @@ from automode.backends.base import SegmentJob, StackableSegment
 
 OPTIMIZERS: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 DTYPES = (torch.float32, torch.float64)
-OWN_SETTINGS = ("params", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay", "foreach", "fused")
-"""What members may have of their own in a parameter group, or what changes speed alone."""
+OWN_SETTINGS = (
+    *("params", "lr", "initial_lr", "max_lr", "min_lr", "weight_decay"),
+    *("betas", "momentum", "max_momentum", "base_momentum"),  # schedules may cycle them
+    *("foreach", "fused"),  # speed alone
+)
+"""What members may have of their own in a parameter group."""
+
+PLAIN = (bool, int, float, str, tuple, type(None))
+"""Kinds of attributes that steer a network's forward pass."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 REFUSED_FLAGS = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -101,12 +109,15 @@ def likeness(segment: StackableSegment) -> Hashable:
 
 def settings_of(model: nn.Module) -> Hashable:
     """Kind and plain attributes of every module: what a graph takes as fixed when it is made."""
-    found = []
-    for name, module in model.named_modules():
-        plain = (
-            (key, repr(value))
-            for key, value in vars(module).items()
-            if value is None or isinstance(value, bool | int | float | str | tuple)
-        )
-        found.append((name, type(module).__qualname__, tuple(sorted(plain))))
-    return tuple(found)
+    return tuple(
+        (type(module).__qualname__, tuple(sorted((key, repr(value)) for key, value in plain.items())))
+        for module, plain in plain_settings(model)
+    )
+
+
+def plain_settings(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """The plain attributes of every module, by module."""
+    return [
+        (module, {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)})
+        for module in model.modules()
+    ]

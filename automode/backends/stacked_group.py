@@ -86,6 +86,7 @@ class StackedGroup:
             return progress
         if self._built is None:
             self._prepare(progress)
+        self._judge(progress)
         while self._built is not None and resource - progress.spent >= self._slice() > 0:
             self._train(resource, progress)
             self._judge(progress)
@@ -184,17 +185,17 @@ class StackedGroup:
         for segment in members:
             segment.set_rates()
         losses = self._losses(built, batches)
-        rates: list[Sequence[float]] = [()] * stack.rows
+        moving: list[int] = []
         ended: list[StackableSegment] = []
-        idle = [0.0] * len(members[0].optimizer.param_groups)
         for segment in members:
             row = self._rows[id(segment)]
             if segment.took(losses[row]):
-                rates[row] = [float(group["lr"]) for group in segment.optimizer.param_groups]
+                moving.append(row)
             else:
                 stack.release(row)
                 ended.append(segment)
-        stack.move([rate or idle for rate in rates])
+        if moving:
+            stack.move(moving)
         for segment in members:
             if segment in ended:
                 continue

@@ -11,7 +11,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -25,12 +26,15 @@ BLOCK_ELEMENTS = 16_384
 Factor = float | Tensor
 """A number for all rows, or a column with one for each."""
 
+Groups = Sequence[Mapping[str, Any]]
+"""The parameter groups of a member's own optimizer, with the rates and constants of the moment."""
+
 
 class StackedOptimizer(Protocol):
     """An optimizer of several members."""
 
-    def step(self, rates: Sequence[Sequence[float]]) -> None:
-        """Move every row along its gradient. ``rates`` holds, for each row, the learning rate of each group."""
+    def step(self, rows: Sequence[Groups | None]) -> None:
+        """Move every row along its gradient, as its groups say; rows without groups are not moved."""
         ...
 
     def store(self, row: int, optimizer: torch.optim.Optimizer) -> None:
@@ -41,7 +45,7 @@ class StackedOptimizer(Protocol):
 def stacked_optimizer(
     parameters: StackedParameters, optimizers: Sequence[torch.optim.Optimizer]
 ) -> StackedOptimizer:
-    """Make the optimizer of a stack from those of its members, which are alike in kind and constants.
+    """Make the optimizer of a stack from those of its members, which are alike in kind.
 
     Args:
         parameters: What is trained.
@@ -56,7 +60,7 @@ def stacked_optimizer(
 
 
 class _Rows:
-    """What both kinds share: groups, blocks of rows, and per-row numbers."""
+    """What both kinds share: moments, groups, blocks of rows, and per-row numbers."""
 
     def __init__(
         self,
@@ -67,17 +71,6 @@ class _Rows:
         self._matrix = parameters.matrix
         self._gradient = parameters.gradient
         self._layout: Layout = parameters.layout
-        self._rows = self._matrix.shape[0]
-        self._members = len(optimizers)
-        self._groups: list[dict[str, Any]] = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizers[0].param_groups
-        ]
-        self._decays = [
-            [float(optimizer.param_groups[g]["weight_decay"]) for optimizer in optimizers]
-            + [0.0] * (self._rows - self._members)
-            for g in range(len(self._groups))
-        ]
         self._moments = {name: torch.zeros_like(self._matrix) for name in moments}
         for name, moment in self._moments.items():
             views = self._layout.views(moment)
@@ -87,25 +80,25 @@ class _Rows:
                     if value is not None:
                         views[key][row].copy_(value)
 
-    def _factor(self, values: Sequence[float]) -> Factor:
-        first = values[0]
-        return first if all(value == first for value in values) else column(values, self._matrix)
-
-    def _each(self, update: Callable[[int, slice, slice, Sequence[int]], None]) -> None:
+    def _each(
+        self, rows: Sequence[Groups | None], update: Callable[[Block, list[Mapping[str, Any] | None]], None]
+    ) -> None:
         """Call an update for every group, in blocks of rows."""
         for g, columns in enumerate(self._layout.groups):
             width = columns.stop - columns.start
+            groups = [None if row is None else row[g] for row in rows]
             if not width:
                 continue
             if width < BLOCK_ELEMENTS:
-                update(g, columns, slice(0, self._rows), range(self._rows))
+                update(Block(slice(0, len(rows)), columns), groups)
                 continue
-            for row in range(self._rows):
-                update(g, columns, slice(row, row + 1), (row,))
+            for row, group in enumerate(groups):
+                if group is not None:
+                    update(Block(slice(row, row + 1), columns), [group])
 
     def _written(self, row: int, optimizer: torch.optim.Optimizer) -> list[tuple[str, dict[str, Any]]]:
         """Write the moments of a row; returns the states that were written, by parameter."""
-        states = _states(self._layout, optimizer)
+        states = _states(self._layout, optimizer) if self._moments else []
         for name, moment in self._moments.items():
             views = self._layout.views(moment)
             for key, state in states:
@@ -127,41 +120,43 @@ class StackedAdam(_Rows):
     def __init__(self, parameters: StackedParameters, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__(parameters, optimizers, ("exp_avg", "exp_avg_sq"))
         self._decoupled = isinstance(optimizers[0], torch.optim.AdamW) or bool(
-            self._groups[0].get("decoupled_weight_decay")
+            optimizers[0].param_groups[0].get("decoupled_weight_decay")
         )
         self._steps = [_steps_of(self._layout, optimizer) for optimizer in optimizers]
-        self._steps += [self._steps[0]] * (self._rows - self._members)
+        self._steps += [0] * (self._matrix.shape[0] - len(optimizers))
         self._scratch = torch.empty_like(self._matrix)
 
-    def step(self, rates: Sequence[Sequence[float]]) -> None:
+    def step(self, rows: Sequence[Groups | None]) -> None:
         """Move every row along its gradient."""
         self._steps = [steps + 1 for steps in self._steps]
-        self._each(lambda g, columns, block, rows: self._update(g, columns, block, rows, rates))
+        self._each(rows, self._update)
 
-    def _update(
-        self, g: int, columns: slice, block: slice, rows: Sequence[int], rates: Sequence[Sequence[float]]
-    ) -> None:
-        group = self._groups[g]
-        beta1, beta2 = group["betas"]
-        lr = [rates[row][g] for row in rows]
-        decay = [self._decays[g][row] for row in rows]
-        steps = [self._steps[row] for row in rows]
-        p, grad = self._matrix[block, columns], self._gradient[block, columns]
-        mean, square = self._moments["exp_avg"][block, columns], self._moments["exp_avg_sq"][block, columns]
+    def _update(self, block: Block, groups: list[Mapping[str, Any] | None]) -> None:
+        steps = self._steps[block.rows]
+        lr = _numbers(groups, "lr")
+        decay = _numbers(groups, "weight_decay")
+        beta1, beta2 = ([0.0 if group is None else group["betas"][i] for group in groups] for i in (0, 1))
+        p, grad, scratch = (block.of(m) for m in (self._matrix, self._gradient, self._scratch))
+        mean, square = block.of(self._moments["exp_avg"]), block.of(self._moments["exp_avg_sq"])
         if any(decay):
             if self._decoupled:
-                p.mul_(self._factor([1.0 - a * w for a, w in zip(lr, decay, strict=True)]))
+                p.mul_(_factor([1.0 - a * w for a, w in zip(lr, decay, strict=True)], p))
             else:
-                _add(grad, p, self._factor(decay))
-        mean.lerp_(grad, 1.0 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-        size = self._factor([a / (1.0 - beta1**t) for a, t in zip(lr, steps, strict=True)])
-        root = torch.sqrt(square, out=self._scratch[: len(rows), columns])
-        root.div_(self._factor([math.sqrt(1.0 - beta2**t) for t in steps])).add_(group["eps"])
-        if isinstance(size, float):
-            p.addcdiv_(mean, root, value=-size)
+                _add(grad, p, _factor(decay, p))
+        mean.lerp_(grad, _factor([1.0 - beta for beta in beta1], p))
+        kept = _factor(beta2, p)
+        torch.mul(grad, grad, out=scratch)
+        square.mul_(kept)
+        _add(square, scratch, 1.0 - kept)
+        size = [a / (1.0 - beta**t) for a, beta, t in zip(lr, beta1, steps, strict=True)]
+        root = [math.sqrt(1.0 - beta**t) for beta, t in zip(beta2, steps, strict=True)]
+        torch.sqrt(square, out=scratch)
+        scratch.div_(_factor(root, p)).add_(next(group["eps"] for group in groups if group is not None))
+        moved = _factor(size, p)
+        if isinstance(moved, float):
+            p.addcdiv_(mean, scratch, value=-moved)
         else:
-            p.sub_(torch.div(mean, root, out=root).mul_(size))
+            p.sub_(torch.div(mean, scratch, out=scratch).mul_(moved))
 
     def store(self, row: int, optimizer: torch.optim.Optimizer) -> None:
         """Write a row's moments and its count of steps into a member's own optimizer."""
@@ -179,34 +174,52 @@ class StackedSGD(_Rows):
     """
 
     def __init__(self, parameters: StackedParameters, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        momentum = any(group["momentum"] for group in optimizers[0].param_groups)
+        momentum = any(group["momentum"] for optimizer in optimizers for group in optimizer.param_groups)
         super().__init__(parameters, optimizers, ("momentum_buffer",) if momentum else ())
 
-    def step(self, rates: Sequence[Sequence[float]]) -> None:
+    def step(self, rows: Sequence[Groups | None]) -> None:
         """Move every row along its gradient."""
-        self._each(lambda g, columns, block, rows: self._update(g, columns, block, rows, rates))
+        self._each(rows, self._update)
 
-    def _update(
-        self, g: int, columns: slice, block: slice, rows: Sequence[int], rates: Sequence[Sequence[float]]
-    ) -> None:
-        group = self._groups[g]
-        momentum = group["momentum"]
-        p, grad = self._matrix[block, columns], self._gradient[block, columns]
-        decay = [self._decays[g][row] for row in rows]
+    def _update(self, block: Block, groups: list[Mapping[str, Any] | None]) -> None:
+        p, grad = block.of(self._matrix), block.of(self._gradient)
+        decay = _numbers(groups, "weight_decay")
         if any(decay):
-            _add(grad, p, self._factor(decay))
-        if momentum:
-            buffer = self._moments["momentum_buffer"][block, columns]
+            _add(grad, p, _factor(decay, p))
+        if self._moments:
+            momentum = _factor(_numbers(groups, "momentum"), p)
+            buffer = block.of(self._moments["momentum_buffer"])
             buffer.mul_(momentum).add_(grad)
-            if group["nesterov"]:
-                grad.add_(buffer, alpha=momentum)
+            if any(group is not None and group["nesterov"] for group in groups):
+                _add(grad, buffer, momentum)
             else:
                 grad = buffer
-        _add(p, grad, self._factor([-rates[row][g] for row in rows]))
+        _add(p, grad, _factor([-rate for rate in _numbers(groups, "lr")], p))
 
     def store(self, row: int, optimizer: torch.optim.Optimizer) -> None:
         """Write a row's momentum into a member's own optimizer."""
         self._written(row, optimizer)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows and columns of a matrix."""
+
+    rows: slice
+    columns: slice
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """The part of a matrix."""
+        return matrix[self.rows, self.columns]
+
+
+def _numbers(groups: Sequence[Mapping[str, Any] | None], name: str) -> list[float]:
+    return [0.0 if group is None else float(group[name]) for group in groups]
+
+
+def _factor(values: Sequence[float], like: Tensor) -> Factor:
+    first = values[0]
+    return first if all(value == first for value in values) else column(values, like)
 
 
 def _add(target: Tensor, value: Tensor, factor: Factor) -> None:
