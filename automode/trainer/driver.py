@@ -105,6 +105,7 @@ class Driver:
         self._skipped = 0
         self._done_with: list[str] = []
         self._deaf = False
+        self._closed = False
 
     # What the loop reads.
 
@@ -215,6 +216,7 @@ class Driver:
         weights = self._performer.save_final(step)
         self._feed(RunEnded(step=step, why=why, weights=weights))
         self._settle(step)
+        self._closed = True
         try:
             self._recorder.close()
         finally:
@@ -222,6 +224,8 @@ class Driver:
 
     def abort(self, step: int, error: BaseException) -> None:
         """Close the log after an error, without ever hiding it."""
+        if self._closed:
+            return
         try:
             self._trials.close()
             self._log.error("run_failed", step=step, error=f"{type(error).__name__}: {error}")

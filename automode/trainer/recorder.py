@@ -42,6 +42,8 @@ DECISIVE = frozenset(
 )
 """Kinds that wait for the disk even without a command."""
 
+_COMPLETE = "the model in memory is complete, and the session replays up to its last durable event"
+
 
 class Recorder:
     """Writes envelopes in order; hands back the commands that are durable.
@@ -111,22 +113,25 @@ class Recorder:
                 )
 
     def close(self) -> None:
-        """Write everything and close.
+        """Write everything and close; the store is let go of in any case.
 
         Raises:
             SessionError: The disk still refuses.
         """
+        if self._waiting:
+            self._failing = True
+            self.write()
         try:
-            if self._waiting:
-                self._failing = True
-                self.write()
-            if self._waiting:
-                raise SessionError(
-                    f"{len(self._waiting)} events of the session could not be written: make room on the disk; the model in memory "
-                    "is complete, and the session replays up to its last durable event"
-                )
-        finally:
-            self._store.close()
+            if not self._waiting:
+                self._store.close()
+                return
+        except SessionError as error:
+            self._store.abandon()
+            raise SessionError(f"{error}; {_COMPLETE}") from error
+        self._store.abandon()
+        raise SessionError(
+            f"{len(self._waiting)} events of the session could not be written: make room on the disk; {_COMPLETE}"
+        )
 
 
 def _cards(state: State, envelope: Envelope) -> list[CardRow]:

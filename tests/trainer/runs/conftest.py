@@ -256,6 +256,7 @@ def play(
     steps: int | None = 150,
     check: bool = True,
     fit: Mapping[str, Any] | None = None,
+    keep: list[Played] | None = None,
     **settings: Any,
 ) -> Played:
     """Run a script to its end.
@@ -270,10 +271,13 @@ def play(
         steps: Of the run.
         check: Whether the session must be sound at the end.
         fit: Arguments of ``fit`` in place of the script's.
+        keep: Gets the run before it begins, for runs that end in an error.
         settings: Of the Trainer.
     """
     folder.mkdir(exist_ok=True)
     run = Played(folder)
+    if keep is not None:
+        keep.append(run)
     run.made = (script or Script()).build() | dict(fit or {})
     model, optimizer = run.made["model"], run.made["optimizer"]
     person = Person(run)
@@ -308,12 +312,11 @@ def play(
 
         original = trainer._open_driver
         patch.setattr(trainer, "_open_driver", open_driver)
-        values = {"max_steps": steps, "seed": 3, "progress": False, "console": False} | settings
+        values = {"max_steps": steps, "seed": 3, "progress": False, "console": False, "session_dir": folder}
         run.result = Trainer(
             automode=automode,
             policy=Policy.model_validate(_merged(GENEROUS, policy or {})),
-            session_dir=folder,
-            **values,
+            **(values | settings),
         ).fit(**run.made)
     run.result.session.close()
     if check:
@@ -340,6 +343,22 @@ def play_run(tmp_path: Path) -> Play:
 
     def one(**arguments: Any) -> Played:
         return play(tmp_path / f"run{next(count)}", **arguments)
+
+    return one
+
+
+@pytest.fixture
+def failed_run(tmp_path: Path) -> Callable[..., Path]:
+    """Plays a run that must end in an error; gives the path of its session, which opens and replays."""
+
+    def one(error: type[BaseException], match: str, **arguments: Any) -> Path:
+        with pytest.raises(error, match=match):
+            play(tmp_path / "failed", **arguments)
+        (path,) = [p.parent for p in (tmp_path / "failed").glob("*/*/session.db")]
+        with Session.open(path) as session:
+            ended = any(session.events(kind="run_ended"))
+        sound(path, ended=ended)
+        return path
 
     return one
 
