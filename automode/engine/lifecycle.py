@@ -45,7 +45,7 @@ OPEN: Final = WAITING
 def charge(
     state: State, purpose: Purpose, passes: float, *, card: str | None = None, trial: int | None = None
 ) -> None:
-    """Count sample passes that were spent, whatever the caps say: they bind at admission (DECISIONS 10)."""
+    """Count sample passes that were spent, whatever the caps say: they bind at admission."""
     if passes > 0.0:
         known = card is not None and card in state.admitted
         account = Account(

@@ -185,7 +185,7 @@ def tell(changed: tuple[Reading, ...] | None, out: Emission) -> None:
 
 
 def _note(state: State, out: Emission, rule: str, outcome: str, code: str, why: str) -> int:
-    """Log a rule's outcome when it changed (DECISIONS 3); returns the seq that the outcome stands at."""
+    """Log a rule's outcome when it changed; returns the seq that the outcome stands at."""
     known = state.outcomes.get(rule)
     if known is not None and known[:2] == (outcome, code):
         return known[2]

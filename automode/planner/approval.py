@@ -218,7 +218,7 @@ def staleness(
     """Say whether a waiting card has outlived what it was made against: the state to enter, and why.
 
     Later trunk steps alone do not make a card stale; another policy, another lineage (adopted or rolled back) and the end of
-    its lifetime do (DECISIONS 18).
+    its lifetime do.
     """
     if record.state not in WAITING:
         return None

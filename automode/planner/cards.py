@@ -221,7 +221,7 @@ CARD: Final = TypeAdapter(PlanCard)
 
 
 def card_id(session: str, reason: str, step: int, ordinal: int) -> str:
-    """Derive a card's id: eight hex digits, equal on every replay (DECISIONS 18)."""
+    """Derive a card's id: eight hex digits, equal on every replay."""
     return hashlib.sha256(f"{session}\n{reason}\n{step}\n{ordinal}".encode()).hexdigest()[:8]
 
 

@@ -1,4 +1,4 @@
-"""What fits: the compute cap, the time that is left, and the longest ladder within both (DECISIONS 10).
+"""What fits: the compute cap, the time that is left, and the longest ladder within both.
 
 A person's card is priced by :func:`quote` as it stands; a proposal gets its ladder from :func:`choose_ladder`.
 """
@@ -6,7 +6,7 @@ A person's card is priced by :func:`quote` as it stands; a proposal gets its lad
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil, floor, log10
 from typing import Final
 
 from automode.planner.capability import refusals
@@ -186,11 +186,20 @@ def choose_ladder(
 
 def stated_cost(priced: WorstCase, funds: Funds, run: Run, action: str) -> Cost:
     """Word a price as it stands on a card's face."""
-    passes = priced.passes
+    passes = float(ceil(priced.passes))
     seconds = funds.seconds_per_step
+    memory = funds.memory_mib if action == "fork" else None
     return Cost(
         sample_passes=passes,
-        share_of_remaining=passes / funds.remaining if funds.remaining > 0 else 0.0,
-        memory_mib=funds.memory_mib if action == "fork" else None,
-        seconds=None if seconds is None else passes / step_passes(run) * seconds,
+        share_of_remaining=_told(passes / funds.remaining) if funds.remaining > 0 else 0.0,
+        memory_mib=None if memory is None else _told(memory),
+        seconds=None if seconds is None else _told(passes / step_passes(run) * seconds),
     )
+
+
+def _told(value: float) -> float:
+    """Three significant digits, rounded up: a card states what is taken at the most."""
+    if value <= 0.0:
+        return 0.0
+    unit = 10.0 ** (floor(log10(value)) - 2)
+    return float(f"{ceil(value / unit - 1e-9) * unit:.12g}")

@@ -268,7 +268,7 @@ class Policy(Part):
 
     @property
     def digest(self) -> Digest:
-        """Digest over the fully resolved values and the planner's version (DECISIONS 27)."""
+        """Digest over the fully resolved values and the planner's version."""
         text = json.dumps({"planner": PLANNER_VERSION, "policy": self.dump()}, sort_keys=True)
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,6 +1,6 @@
 """What a card takes at the most, in sample passes and in trunk steps: one arithmetic for admission and for the reserve.
 
-Unit: one sample pass is one forward pass of one sample (DECISIONS 7). A training step of batch b costs 3 b, an evaluation of n samples
+Unit: one sample pass is one forward pass of one sample. A training step of batch b costs 3 b, an evaluation of n samples
 n. Rungs are measured in ordinary training steps, so a sharpness-aware step, which costs two, advances a trial by two and needs
 no price of its own. The control costs nothing: it is the trunk itself.
 

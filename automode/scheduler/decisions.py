@@ -128,8 +128,10 @@ class Paused:
     @property
     def reason(self) -> str:
         """Why, for the log."""
-        verdict = "within" if self.promotable else "not within"
-        return f"trial {self.trial} is number {self.rank + 1} of {self.size} at {self.resource}: {verdict} the best {self.due}"
+        place = f"trial {self.trial} is number {self.rank + 1} of {self.size} at {self.resource}"
+        if self.due == 0:
+            return f"{place}: too few have arrived for any to go on"
+        return f"{place}: {'within' if self.promotable else 'not within'} the best {self.due}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -297,7 +297,9 @@ def _performer(
             yield source.batch(order[start : start + size])
 
     states = States(trunk, checkpoints, training)
-    performer = Performer(trunk=trunk, checkpoints=checkpoints, seed=seed, states=states)
+    performer = Performer(
+        trunk=trunk, checkpoints=checkpoints, seed=seed, states=states, exports=store.path / "exports"
+    )
     held_out = parts.held_out if held.why_no_evidence is None else None
     if held_out is not None:
         _add_evidence(performer, parts, held, held_out, training)

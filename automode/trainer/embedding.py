@@ -1,4 +1,4 @@
-"""Embeddings: the input of the last parametric layer, seen from outside by a hook and gone afterwards (DECISIONS 28)."""
+"""Embeddings: the input of the last parametric layer, seen from outside by a hook and gone afterwards."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Scoring a network on held-out samples, one by one, without leaving a trace in it or in the random state.
 
-Utility is what acceptance compares, higher is better (DECISIONS 14): 0.8 accuracy + 0.2 p(y) for classes, which stays
+Utility is what acceptance compares, higher is better: 0.8 accuracy + 0.2 p(y) for classes, which stays
 bounded where labels may be wrong; minus Huber loss for values; minus the loss itself for sequences and all else.
 """
 

@@ -1,7 +1,7 @@
 """Held-out data: split once a session by sample id into val-A and val-B, and checked for training samples among it.
 
-val-A chooses (rungs, averages, the gate), val-B judges (one look a card). The split is stratified by class and seeded
-(DECISIONS 13). A validation set that shares samples with the training set proves nothing, so that is looked for: by
+val-A chooses (rungs, averages, the gate), val-B judges (one look a card). The split is stratified by class and seeded.
+A validation set that shares samples with the training set proves nothing, so that is looked for: by
 identity of the root dataset and ids, and where the roots differ, by the content of the samples.
 """
 

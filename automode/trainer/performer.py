@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, assert_never
 from zlib import crc32
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from automode.engine import State
 from automode.errors import NotExecutableError, SessionError
+from automode.merges.moe_files import save as save_mixture
 from automode.planner.cards import PlanCard
 from automode.planner.events import (
     Adopt,
@@ -66,6 +68,7 @@ class Performer:
         seed: The session's seed.
         evidence: Held-out scores; None where there is no held-out data.
         states: Loads candidates.
+        exports: Folder for accepted mixtures, one folder a card.
         runner: Trains specialists; None where forks are refused.
         selector: Turns selections into ids; None without sample ids.
         scanner: Reads the sample ledger and clusters; None without exact per-sample losses.
@@ -77,6 +80,7 @@ class Performer:
     checkpoints: Checkpoints
     seed: int
     states: States
+    exports: Path
     evidence: Evidence | None = None
     runner: SpecialistRunner | None = None
     selector: Selector | None = None
@@ -223,6 +227,7 @@ class Performer:
         over: the trunk goes on at its own, which re-warms what was annealed.
         """
         if command.into == "export":
+            self._export(card, command)
             return Adopted(
                 card=card.id, checkpoint=command.weights.checkpoint, before=None, step=step, into="export"
             )
@@ -245,6 +250,12 @@ class Performer:
                 self.delete({before})
             raise
         return Adopted(card=card.id, checkpoint=after, before=before, step=step, into="trunk")
+
+    def _export(self, card: PlanCard, command: Adopt) -> None:
+        """Write an accepted mixture as files of its own, to be read by ``automode.merges.moe_files.load`` without this run."""
+        mixture = self._combiner().mixture(command.weights.checkpoint)
+        self.exports.mkdir(exist_ok=True)
+        save_mixture(mixture, self.exports / card.id)
 
     def _take_over(self, variant: Variant, rest: dict[str, Any], factor: float) -> None:
         trunk = self.trunk

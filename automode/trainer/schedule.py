@@ -2,7 +2,7 @@
 
 With ``budget: within`` automode pays from the run's last steps, so that a cosine that was planned to end with the run
 would be cut off. A charged clock therefore counts the steps trained and the steps' worth of compute spent, and the
-schedule ends where the user's would have ended (DECISIONS 8).
+schedule ends where the user's would have ended.
 """
 
 from __future__ import annotations

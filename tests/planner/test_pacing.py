@@ -119,7 +119,8 @@ def test_a_proposal_that_fits_becomes_a_priced_card() -> None:
     assert card.step == 1000
     assert card.asha is not None
     assert card.cost.sample_passes == worst_case(card, view.run).passes
-    assert card.cost.share_of_remaining == pytest.approx(card.cost.sample_passes / (3000 * 96))
+    exact = card.cost.sample_passes / (3000 * 96)
+    assert exact <= card.cost.share_of_remaining <= 1.01 * exact
     assert card.cost.share_of_remaining <= 0.15
     assert card.cooldown_steps == 800
     assert card.asha.max_steps <= 800
@@ -212,7 +213,8 @@ def test_expected_seconds_and_memory_stand_on_the_card() -> None:
     view = view_of()
     funds = Funds(remaining=3000 * 96.0, total=4000 * 96.0, spent=0, seconds_per_step=0.5, memory_mib=12.0)
     card = made(try_admit(fork(), view, funds=funds))
-    assert card.cost.seconds == pytest.approx(card.cost.sample_passes / 96 * 0.5)
+    exact = card.cost.sample_passes / 96 * 0.5
+    assert exact <= card.cost.seconds <= 1.01 * exact  # three digits, rounded up
     assert card.cost.memory_mib == 12.0
 
 

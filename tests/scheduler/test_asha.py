@@ -75,7 +75,7 @@ def test_the_decisions_say_why() -> None:
     paused = answer(asha, started.job, 0.5)
     assert isinstance(paused, Paused)
     assert (paused.rank, paused.size, paused.due, paused.promotable) == (0, 1, 0, False)
-    assert paused.reason == "trial 0 is number 1 of 1 at 1: not within the best 0"
+    assert paused.reason == "trial 0 is number 1 of 1 at 1: too few have arrived for any to go on"
     second = asha.decide()
     assert isinstance(second, Started)
     answer(asha, second.job, 0.4)
