@@ -13,7 +13,6 @@ import torch
 from torch.utils.data import default_collate
 
 from automode import __version__
-from automode.backends.inline import InlineBackend
 from automode.engine import initial
 from automode.engine.running import MAX_EXPERTS
 from automode.errors import AutomodeError, MergeError
@@ -30,6 +29,7 @@ from automode.session import SessionStore
 from automode.session.artifacts import ArtifactStore
 from automode.session.checkpoints import CheckpointStore
 from automode.session.logs import SessionLog
+from automode.trainer.backing import backend_of
 from automode.trainer.combining import Combiner
 from automode.trainer.driver import Driver
 from automode.trainer.evidence import Evidence
@@ -42,7 +42,7 @@ from automode.trainer.random_state import forked_rng
 from automode.trainer.reach import as_read
 from automode.trainer.run_parts import RunParts
 from automode.trainer.sample_ledger import SampleLedger
-from automode.trainer.sample_source import Ids, SampleSource
+from automode.trainer.sample_source import FixedPass, Ids, SampleSource
 from automode.trainer.scanning import Scanner
 from automode.trainer.schedule import known_drops
 from automode.trainer.selecting import Selector
@@ -83,7 +83,9 @@ def open_driver(parts: RunParts) -> Driver:
             trunk.averages = TrajectoryAverages(trainable(trunk.model), total)
         store = SessionStore.create(parts.session_path, header=_header(parts, mode))
         log = SessionLog(parts.session_path, console=parts.console.event, level="warning")
-        performer, runner = _performer(parts, held, store)
+        checkpoints = CheckpointStore(store.path / "checkpoints")
+        performer, refresh = _performer(parts, held, store, checkpoints)
+        backend = backend_of(parts, mode, performer.runner, refresh, checkpoints)
         offered = plugins()
         state = initial(chosen(policy, [plugin.rule for plugin in offered]))
         driver = Driver(
@@ -91,7 +93,7 @@ def open_driver(parts: RunParts) -> Driver:
             store=store,
             log=log,
             performer=performer,
-            backend=InlineBackend(runner) if runner is not None else None,
+            backend=backend,
             narrator=Narrator(parts.console, log.logger),
             total_steps=total if total is not None else sys.maxsize,
             guard=policy.safeguards.skip_nonfinite,
@@ -108,7 +110,7 @@ def open_driver(parts: RunParts) -> Driver:
                 policy_digest=policy.digest,
                 planner_version=PLANNER_VERSION,
                 plugins=tuple(plugin.distribution for plugin in offered),
-                run=_run(parts, held),
+                run=_run(parts, held, slots=1 if backend is None else backend.slots),
             )
         )
         return driver
@@ -205,7 +207,7 @@ def _mode(parts: RunParts, held: _Held) -> tuple[Mode, str | None]:
     return parts.mode, parts.why_mode
 
 
-def _run(parts: RunParts, held: _Held) -> Run:
+def _run(parts: RunParts, held: _Held, *, slots: int) -> Run:
     trunk, plan, loader = parts.trunk, parts.plan, parts.loader
     _, ids = _source(parts)
     held_out = parts.held_out if held.why_no_evidence is None else None
@@ -242,7 +244,7 @@ def _run(parts: RunParts, held: _Held) -> Run:
         if norm_layers(trunk.model)
         else 0,
         router=_router_size(trunk.model),
-        slots=1,
+        slots=slots,
         model_mib=_mebibytes(trunk),
         bf16=True,
     )
@@ -280,22 +282,15 @@ def _batch_size(parts: RunParts) -> float:
 
 
 def _performer(
-    parts: RunParts, held: _Held, store: SessionStore
-) -> tuple[Performer, SpecialistRunner | None]:
+    parts: RunParts, held: _Held, store: SessionStore, checkpoints: CheckpointStore
+) -> tuple[Performer, FixedPass]:
     trunk, seed = parts.trunk, parts.seed
-    checkpoints = CheckpointStore(store.path / "checkpoints")
     artifacts = ArtifactStore(store.path / "artifacts")
     source, train_ids = _source(parts)
 
-    def training() -> Iterator[Any]:
-        if source is None:
-            return
-        size = max(2, round(_batch_size(parts)))
-        rng = np.random.default_rng(np.random.SeedSequence([seed, 0xBA7C]))
-        order = rng.permutation(train_ids)[: size * REFRESH_BATCHES]
-        for start in range(0, order.size, size):
-            yield source.batch(order[start : start + size])
-
+    training = FixedPass(
+        source, train_ids, batch_size=max(2, round(_batch_size(parts))), batches=REFRESH_BATCHES, seed=seed
+    )
     states = States(trunk, checkpoints, training)
     performer = Performer(
         trunk=trunk, checkpoints=checkpoints, seed=seed, states=states, exports=store.path / "exports"
@@ -304,7 +299,7 @@ def _performer(
     if held_out is not None:
         _add_evidence(performer, parts, held, held_out, training)
     if source is None:
-        return performer, None
+        return performer, training
     ledger = _ledger(parts) if held.exact else None
     if ledger is not None:
         performer.scanner = Scanner(
@@ -327,7 +322,7 @@ def _performer(
         seed=seed,
     )
     if performer.evidence is None:
-        return performer, None
+        return performer, training
     every = parts.plan.steps_per_epoch if parts.settings.scheduler_interval == "epoch" else None
     performer.runner = SpecialistRunner(
         trunk=trunk,
@@ -339,7 +334,7 @@ def _performer(
         per_sample=held.per_sample if held.exact else None,
         cards={},
     )
-    return performer, performer.runner
+    return performer, training
 
 
 def _ledger(parts: RunParts) -> Callable[[], SampleLedger] | None:

@@ -226,6 +226,7 @@ class Driver:
         """Close the log after an error, without ever hiding it."""
         if self._closed:
             return
+        self._scheduled.clear()
         try:
             self._trials.close()
             self._log.error("run_failed", step=step, error=f"{type(error).__name__}: {error}")
@@ -235,6 +236,8 @@ class Driver:
             if not self.state.ended:
                 self._feed(RunEnded(step=step, why=why))
             self._recorder.write()
+            if not self._recorder.waiting:
+                self._clear_inbox()
             self._recorder.close()
         except Exception as second:
             self._log.error("session_not_closed", error=f"{type(second).__name__}: {second}")

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 
+from automode.backends.choose import BackendName
 from automode.errors import NotExecutableError, PolicyError, UsageError
 from automode.planner.capability import policy_refusals
 from automode.planner.card_text import policy_from_yaml
@@ -52,6 +53,7 @@ class Settings:
     progress: Progress = "auto"
     scheduler_interval: Interval = "epoch"
     console: bool = True
+    backend: BackendName = "inline"
 
     def __post_init__(self) -> None:
         for name in ("project", "run_name"):
@@ -69,6 +71,7 @@ class Settings:
             raise UsageError(f"session_dir must be a path, got {type(self.session_dir).__name__}")
         _whole("val_every_n_epochs", self.val_every_n_epochs, least=0)
         one_of("precision", self.precision, get_args(Precision))
+        one_of("backend", self.backend, get_args(BackendName))
         one_of("scheduler_interval", self.scheduler_interval, get_args(Interval))
         if self.progress != "auto":
             _flag("progress", self.progress, also='"auto"')

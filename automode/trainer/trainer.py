@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from automode.backends.choose import BackendName
 from automode.errors import UsageError
 from automode.planner.policy import Policy
 from automode.session import Session
@@ -56,6 +57,8 @@ class Trainer:
         progress: Show a progress bar; ``"auto"``: only in a terminal.
         scheduler_interval: When the scheduler is stepped: ``epoch``, ``step``, or ``manual`` (by the own training step).
         console: Print cards, events and where the session is.
+        backend: What trains a card's specialists: ``inline`` (one after another, between the trunk's steps), ``stacked``
+            (alike ones at once), ``auto`` (stacked where that pays), ``process`` (worker processes) or ``ray``.
 
     Raises:
         UsageError: An argument has a value that it cannot take.
@@ -81,6 +84,7 @@ class Trainer:
         progress: Progress = "auto",
         scheduler_interval: Interval = "epoch",
         console: bool = True,
+        backend: BackendName = "inline",
     ) -> None:
         self.settings = Settings(
             project=project,
@@ -99,6 +103,7 @@ class Trainer:
             progress=progress,
             scheduler_interval=scheduler_interval,
             console=console,
+            backend=backend,
         )
         self.policy = policy_of(policy)
         self._own_step: TrainingStep | None = None
