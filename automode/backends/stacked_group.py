@@ -18,7 +18,8 @@ MEASURED_STEPS = 5
 """First steps of a stack, the fastest of which is compared with the members' own."""
 
 SLICE_STEPS = 8
-"""Steps of a stack in one slice of time, at the least: forking the random states costs as much as a small step."""
+SLICE_SECONDS = 0.02
+"""Small steps are taken up to 8 at a time, as many as fit into 20 ms: forking the random states for a slice costs .2 ms."""
 
 Tell = Callable[[Sequence[StackableSegment], str], None]
 """Hears which segments something happened to, and what."""
@@ -96,7 +97,8 @@ class StackedGroup:
         """Resource steps that are worth a slice; 0 where nothing is left to train."""
         if not self._members:
             return 0
-        return min(SLICE_STEPS, *(segment.steps_left for segment in self._members)) * len(self._members)
+        fitting = SLICE_STEPS if not self._timings else max(1, int(SLICE_SECONDS / min(self._timings)))
+        return min(fitting, SLICE_STEPS, *(s.steps_left for s in self._members)) * len(self._members)
 
     # Alone at first.
 

@@ -354,6 +354,20 @@ def test_frozen_and_unreached_parameters_stay_as_they_are(tmp_path: Path) -> Non
         assert torch.equal(bench.weights(together[1])[name], base[name])
 
 
+@pytest.mark.usefixtures("always")
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    class Tied(Perceptron):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES))
+            self.body[2].weight = self.body[0].weight
+
+    bench = bench_of(tmp_path, Tied())
+    alone, together, said = both(bench, jobs_of(bench))
+    assert said == []
+    assert_equal(bench, alone, together)
+
+
 # Members that leave.
 
 
