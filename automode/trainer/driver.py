@@ -175,6 +175,8 @@ class Driver:
             self._perform_due(step)
         for answer, command_id in self._trials.pump(max(1, since)):
             self._feed(answer, command_id, effective_at=step)
+        for card, text in self._trials.notes():
+            self._narrator.note(card, text, step)
         self._pumped_at = step
         self._settle(step)
         self._recorder.flush_if_due(now)

@@ -67,6 +67,11 @@ class Narrator:
         )
         return name
 
+    def note(self, card: str, text: str, step: int) -> None:
+        """Tell what a backend has to say about a card's trials."""
+        self._screen.event(f"[step {step}] card {card}: {text}")
+        self._log.info("backend_note", card=card, step=step, text=text)
+
     def tell(self, envelope: Envelope, state: State) -> None:
         """Tell an event, where a person would want to know of it."""
         body = envelope.body

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentJob
+from automode.backends.stacked import StackedBackend
 from automode.errors import NotExecutableError
 from automode.planner.events import Acknowledged, StartTrial, StopTrial, TrialFailed, TrialReported
 
@@ -65,6 +66,15 @@ class TrialDesk:
             if isinstance(result, SegmentDone) and result.job.to_resource < result.job.top_resource:
                 self._lower.setdefault(result.job.card, set()).add(result.checkpoint)
         return [(_reported(r), self._commands.pop(r.job.key, None)) for r in ended]
+
+    def notes(self) -> list[tuple[str, str]]:
+        """What the backend has to say since the last call, as (card, text): who trains alone, and why."""
+        if not isinstance(self._backend, StackedBackend):
+            return []
+        return [
+            (note.card, f"trials {', '.join(str(trial) for trial in note.trials)}: {note.text}")
+            for note in self._backend.notes()
+        ]
 
     def dropped(self, card: str, checkpoints: set[str]) -> set[str]:
         """Of checkpoints that the ladder has dropped, those that are still there; told once."""
