@@ -24,7 +24,8 @@ Start: TypeAlias = Literal["auto", "forkserver", "spawn", "fork"]
 LARGEST_SENT = 1 << 30
 """Bytes, at the most, of a pickled factory: every worker gets a copy of its own."""
 
-_PRELOADED = ["torch", "automode.backends.worker"]
+_PRELOADED = ["torch", "torch._dynamo", "automode.backends.worker"]
+"""What a worker needs in any case; torch loads the second with the first optimizer, which takes longer than all the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
