@@ -33,7 +33,7 @@ def compiled(graph: Graph, inputs: list[Tensor]) -> str:
         try:
             with ExitStack() as stack:
                 # No worker processes that would outlive the training.
-                stack.enter_context(inductor.patch(compile_threads=1))  # type: ignore[no-untyped-call]
+                stack.enter_context(inductor.patch(compile_threads=1))
                 run: Callable[..., Sequence[Tensor]] = torch.compile(
                     graph.module, fullgraph=True, dynamic=False
                 )

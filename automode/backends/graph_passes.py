@@ -244,7 +244,7 @@ def _fuse_bias(module: GraphModule) -> None:
                 and shape is not None
                 and like.ndim == 3
                 and like.dtype == shape.dtype
-                and torch.broadcast_shapes(like.shape, shape.shape) == shape.shape
+                and torch.broadcast_shapes(like.shape, shape.shape) == shape.shape  # type: ignore[no-untyped-call]  # torch has no annotation here
             ):
                 _replace(module, node, aten.baddbmm.default, (bias, *product.args))
                 break

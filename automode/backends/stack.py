@@ -173,7 +173,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _foreign_chance() -> Hashable:
     state = np.random.get_state(legacy=True)  # noqa: NPY002  # the network's code may draw from it
-    return (random.getstate(), state[1].tobytes(), state[2:])  # type: ignore[index,union-attr]
+    return (random.getstate(), state[1].tobytes(), state[2:])  # type: ignore[index]
 
 
 def _cuda_states() -> list[Tensor]:
