@@ -145,9 +145,11 @@ class StackedAdam(_Rows):
                 _add(grad, p, _factor(decay, p))
         mean.lerp_(grad, _factor([1.0 - beta for beta in beta1], p))
         kept = _factor(beta2, p)
-        torch.mul(grad, grad, out=scratch)
         square.mul_(kept)
-        _add(square, scratch, 1.0 - kept)
+        if isinstance(kept, float):
+            square.addcmul_(grad, grad, value=1.0 - kept)
+        else:
+            square.add_(torch.mul(grad, grad, out=scratch).mul_(1.0 - kept))
         size = [a / (1.0 - beta**t) for a, beta, t in zip(lr, beta1, steps, strict=True)]
         root = [math.sqrt(1.0 - beta**t) for beta, t in zip(beta2, steps, strict=True)]
         torch.sqrt(square, out=scratch)
