@@ -63,6 +63,7 @@ def funds_of(state: State, *, waits: int = 0) -> Funds:
         remaining=max(0.0, float(later)),
         total=float(state.ledger.total),
         spent=float(state.ledger.automode + state.ledger.held),
+        held=float(state.ledger.held),
         seconds_per_step=state.seconds_per_step,
         memory_mib=None
         if state.run is None or state.run.model_mib is None
@@ -70,9 +71,16 @@ def funds_of(state: State, *, waits: int = 0) -> Funds:
     )
 
 
+def due_at_end(state: State) -> int:
+    """Sample passes that finishing merges have reserved, to be spent when the trunk has taken its last step."""
+    return sum(state.ledger.left(e.card) for e in state.executions.values() if e.action == "merge")
+
+
 def steps_left(state: State) -> int:
-    """Trunk steps that are left, after what automode spent is deducted."""
-    return int(state.ledger.remaining // state.passes_per_step)
+    """Trunk steps that are left, after what automode spent, and will spend at the end, is deducted."""
+    ledger = state.ledger
+    later = due_at_end(state) if ledger.within else 0
+    return max(0, int((ledger.remaining - later) // state.passes_per_step))
 
 
 def base_of(state: State) -> Base:

@@ -44,6 +44,7 @@ class Funds:
         remaining: What the rest of the run will take, before this card.
         total: What the user's whole run takes.
         spent: What automode has spent or reserved so far.
+        held: Of that, what running cards have reserved and not spent; what they hold, the next card may not.
         seconds_per_step: Measured wall-clock seconds of a trunk step; None where it is not known.
         memory_mib: Extra memory that a fork takes at the most, MiB; None where it is not known.
     """
@@ -51,6 +52,7 @@ class Funds:
     remaining: float
     total: float
     spent: float
+    held: float = 0.0
     seconds_per_step: float | None = None
     memory_mib: float | None = None
 
@@ -94,7 +96,8 @@ def spending_cap(policy: Policy, funds: Funds) -> float | Held:
                 f"({policy.pacing.total_share:.0%} of the run's {funds.total:,.0f}) is used up"
             ),
         )
-    return min(policy.pacing.exploration_share * funds.remaining, free)
+    shared = policy.pacing.exploration_share * (funds.remaining + funds.held) - funds.held
+    return max(0.0, min(shared, free))
 
 
 def unaffordable(priced: WorstCase, cap: float, funds: Funds, policy: Policy) -> Held | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from automode.backends.base import Backend
 from automode.engine import State, handle
+from automode.engine.lifecycle import due_at_end
 from automode.errors import AutomodeError, SessionError
 from automode.planner.events import (
     Acknowledged,
@@ -271,13 +272,8 @@ class Driver:
             if isinstance(envelope.body, BudgetReleased):
                 self._done_with.append(envelope.body.card)
         if self._spends:
-            taken = self.state.ledger.automode + self._due_at_end()
+            taken = self.state.ledger.automode + due_at_end(self.state)
             self.limit = max(0, self._total - ceil(taken / self.state.passes_per_step))
-
-    def _due_at_end(self) -> int:
-        """Sample passes that finishing merges will take when the trunk has taken its last step."""
-        running = self.state.executions.values()
-        return sum(self.state.ledger.left(e.card) for e in running if e.action == "merge")
 
     def _settle(self, step: int) -> None:
         """Write, perform, and go on until nothing is left to do."""

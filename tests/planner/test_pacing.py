@@ -209,6 +209,19 @@ def test_what_is_spent_counts_against_the_whole_runs_share() -> None:
     assert "5,000 may be spent" in little.why
 
 
+def test_what_running_cards_hold_the_next_one_may_not_take() -> None:
+    # The ledger lets cards hold 15 % of what remains together; a card beyond that would be approved and then refused.
+    remaining, kept = 3000 * 96.0, 10_000.0
+    card = made(
+        try_admit(
+            fork(), view_of(), funds=Funds(remaining=remaining - kept, total=1e7, spent=kept, held=kept)
+        )
+    )
+    assert card.cost.sample_passes <= 0.15 * remaining - kept
+    full = Funds(remaining=0.85 * remaining, total=1e7, spent=0.15 * remaining, held=0.15 * remaining)
+    assert held(try_admit(fork(), view_of(), funds=full)).code == "over_cap"
+
+
 def test_expected_seconds_and_memory_stand_on_the_card() -> None:
     view = view_of()
     funds = Funds(remaining=3000 * 96.0, total=4000 * 96.0, spent=0, seconds_per_step=0.5, memory_mib=12.0)

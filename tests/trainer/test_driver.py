@@ -371,6 +371,8 @@ def check(driver: Watched, folder: Path) -> None:
     assert driver.state.ledger.held == 0
     final = {card: record.state for card, record in driver.state.cards.items()}
     assert all(not TRANSITIONS[state] or state is CardState.ADOPTED for state in final.values()), final
+    told = [move.why for record in driver.state.cards.values() for move in record.history]
+    assert not [why for why in told if "no budget is left" in why], "approved, and refused by the ledger"
     assert len(driver.performed) == len(set(driver.performed))
     assert not driver.busy
     with Session.open(folder) as session:
