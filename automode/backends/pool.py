@@ -20,8 +20,9 @@ CHECK_SECONDS = 0.25
 STARTS = 3
 """Workers in a row that may fail to start before the backend gives up, where no other worker is left."""
 
+FIRST_PAUSE = 0.4
 LONGEST_PAUSE = 60.0
-"""Seconds, at the most, between two tries to start a worker where the last one failed."""
+"""Seconds between two tries to start a worker where the last one failed: four times as many each time, up to the longest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +271,7 @@ class WorkerPool(ABC, Generic[W]):
     def _not_started(self, why: str) -> None:
         self._failed_starts += 1
         self._why = why
-        self._start_at = time.monotonic() + min(LONGEST_PAUSE, 0.1 * 4.0**self._failed_starts)
+        self._start_at = time.monotonic() + min(LONGEST_PAUSE, FIRST_PAUSE * 4.0 ** (self._failed_starts - 1))
         if self._failed_starts >= STARTS and not self._workers:
             self._broken = f"{self._failed_starts} workers in a row did not start: {why}"
 

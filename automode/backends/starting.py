@@ -24,8 +24,8 @@ Start: TypeAlias = Literal["auto", "forkserver", "spawn", "fork"]
 LARGEST_SENT = 1 << 30
 """Bytes, at the most, of a pickled factory: every worker gets a copy of its own."""
 
-_PRELOADED = ["torch", "torch._dynamo", "automode.backends.worker"]
-"""What a worker needs in any case; torch loads the second with the first optimizer, which takes longer than all the rest."""
+_SLOW = ("torch", "torch._dynamo")
+"""What takes long to load, and is loaded beforehand where the training process has it; the second comes with the first optimizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,10 @@ class Starter:
         self._context: BaseContext = multiprocessing.get_context(how)
         if how == "forkserver":
             # Takes effect where no such server runs yet; one that does serves as well, and imports torch for each worker.
-            self._context.set_forkserver_preload([*_PRELOADED, type(factory).__module__])
+            slow = [name for name in _SLOW if name in sys.modules]
+            self._context.set_forkserver_preload(
+                [*slow, "automode.backends.worker", type(factory).__module__]
+            )
 
     def start(self, others: Iterable[Connection]) -> Started:
         """Start a worker; it will say whether it is ready.

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from automode.backends import pool
 from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentRunner
 from automode.backends.pool import Patience
 from automode.backends.ray import RayBackend
@@ -258,7 +259,10 @@ def test_a_runner_that_cannot_be_pickled_is_refused(fake: FakeRay) -> None:
         RayBackend(ReadyMade(runner))
 
 
-def test_a_cluster_that_has_no_more_actors_to_give_fails_what_waits_for_them(fake: FakeRay) -> None:
+def test_a_cluster_that_has_no_more_actors_to_give_fails_what_waits_for_them(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "FIRST_PAUSE", 0.02)
     with closing(RayBackend(ReadyMade(ScriptedRunner()), slots=1)) as backend:
         fake.actors[0].die()
         fake.starts_fail = True
