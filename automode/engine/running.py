@@ -185,13 +185,21 @@ def _decided(
 
 
 def combine(state: State, execution: Execution, out: Emission, *, cause: int | None = None) -> None:
-    """When the ladder is done and the control is there: fit the gate and merge, then choose."""
+    """When the ladder is done and the control is there: fit the gate and merge, then choose.
+
+    Where no trial got to the top there is nothing to compare, so that the control is not waited for.
+    """
     asha = execution.asha
-    if asha is None or not asha.finished or execution.control is None or execution.combining:
+    if asha is None or not asha.finished or execution.combining:
+        return
+    finished = finished_trials(execution, state)
+    if execution.control is None and finished:
         return
     execution.combining = True
+    if not finished:
+        deciding.choose(state, execution, out)
+        return
     card = state.cards[execution.card].card
-    finished = finished_trials(execution, state)
     for report in finished:
         lifecycle.grow(
             state,
@@ -205,11 +213,11 @@ def combine(state: State, execution: Execution, out: Emission, *, cause: int | N
         )
     experts = tuple(weights_of(report) for report in finished[:MAX_EXPERTS])
     control = control_weights(execution)
-    if experts and card.gate_recipe is not None:
+    if card.gate_recipe is not None:
         execution.waiting_for.add(
             out.command(FitGate(card=card.id, control=control, experts=experts), cause=cause)
         )
-    if experts and card.merge_recipe is not None:
+    if card.merge_recipe is not None:
         execution.waiting_for.add(
             out.command(
                 Merge(card=card.id, method=card.merge_recipe.kind, control=control, members=experts),

@@ -275,7 +275,9 @@ def test_a_model_that_cannot_be_copied_fails_its_trials_and_the_run_goes_on(
     )
     assert "cannot be copied" in run.bodies("trial_failed")[0]["error"]
     assert not any(d["decision"] == "requeued" for d in run.bodies("trial_decided"))  # it would fail again
-    assert run.states()[-1] in ("failed", "inconclusive")
+    assert run.states()[-1] == "inconclusive"
+    assert "none reached the top rung" in run.why()
+    assert run.bodies("card_started")[0]["control_at"] > run.bodies("budget_released")[0]["spent"] == 0
     assert run.result.steps == 150
     assert same_until(run, watched) == 150
 
@@ -338,6 +340,44 @@ def test_fisher_soup_weighs_each_parameter_between_its_members(play_run: Any, sc
             "a plain mean knows no Fisher information"
         )
     assert outside == 0
+
+
+def test_an_adopted_merge_becomes_the_trunk_and_its_averages_begin_anew(play_run: Any, script: Any) -> None:
+    recipe = "merge_recipe: {kind: interpolate, weights: [0.5, 0.7, 0.8, 0.9]}"
+    variants = "[{name: fast, lr_mul: 300}, {name: faster, lr_mul: 200}]"
+    run = play_run(
+        script=script(**PLAIN_NETWORK),
+        policy={"budget": "on_top"},
+        actions=answered(card(variants=variants, rung=12, top=12, more=recipe)),
+        steps=300,
+    )
+    (verdict,) = run.bodies("verdict_given")
+    assert (verdict["verdict"], verdict["candidate"]) == ("accepted", "merge:interpolate")
+    (made,), (adopted,) = run.bodies("merged"), run.bodies("adopted")
+    step = adopted["step"]
+    assert identical(run.at[step], run.checkpoint(made["weights"]["checkpoint"])[0])
+    before, after = (run.checkpoint(adopted[name])[1] for name in ("before", "checkpoint"))
+    # A merge has no optimizer state of its own: the trunk's goes on.
+    assert identical(before["optimizer"], after["optimizer"])
+    assert before["averages"]["updates"] > 0 == after["averages"]["updates"]
+    averages = run.driver._performer.trunk.averages
+    assert averages.updates > 0
+
+
+def test_the_finish_leaves_the_accepted_average_in_the_model_and_the_raw_trunk_in_the_session(
+    play_run: Any, script: Any
+) -> None:
+    terms = {"reasons": ["merge_cadence"], "evidence": {"min_samples": 20, "z": 0.0, "alpha": 0.4}}
+    noisy = script(rate=0.1, dropout=0.0)
+    run = play_run(automode="act", script=noisy, policy=terms, steps=300)
+    (adopted,) = run.bodies("adopted")
+    steps = run.result.steps
+    assert (adopted["step"], adopted["into"]) == (steps, "trunk")
+    assert identical(run.final, run.checkpoint(adopted["checkpoint"])[0])
+    plain = play_run(automode="observe", script=noisy, steps=300)
+    assert identical(run.checkpoint(adopted["before"])[0], plain.after[steps - 1])
+    assert run.bodies("run_ended")[0]["weights"] is not None
+    assert identical(run.final, run.checkpoint(run.bodies("run_ended")[0]["weights"])[0])
 
 
 TURN = 4  # the feature whose sign says which of two rules holds
