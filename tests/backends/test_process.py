@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from automode.backends import pool
+from automode.backends import pool, starting
 from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentJob, SegmentRunner
 from automode.backends.pool import Patience
 from automode.backends.process import ProcessBackend
@@ -337,6 +337,46 @@ def test_a_worker_that_goes_on_is_not_given_up_with_those_that_do_not_start(
     assert 4 <= len(list(tmp_path.iterdir())) <= 7
 
 
+@LINUX
+def test_whatever_is_killed_or_cancelled_when_every_job_is_reported_once_or_was_cancelled() -> None:
+    rng = np.random.default_rng(7)
+
+    def work(job: SegmentJob, brief: Any) -> int:
+        time.sleep(0.001 * (job.trial % 7))
+        return job.trial
+
+    with doing(work, slots=3) as backend:
+        waiting = [scripted_job(trial) for trial in range(120)]
+        seen: list[tuple[int, int]] = []
+        cancelled: list[tuple[int, int]] = []
+        submitted: list[SegmentJob] = []
+        until = time.monotonic() + 60
+        while waiting or backend.busy:
+            assert time.monotonic() < until
+            if waiting and rng.random() < 0.5:
+                submitted.append(waiting.pop())
+                backend.submit(submitted[-1])
+            up = [w for w in backend._workers if w.ready]  # three that die as they start would end it all
+            if rng.random() < 0.02 and up:
+                up[int(rng.integers(len(up)))].started.process.kill()
+            open_jobs = [j for j in submitted if (j.trial, j.attempt) not in {*seen, *cancelled}]
+            if rng.random() < 0.02 and open_jobs:
+                job = open_jobs[int(rng.integers(len(open_jobs)))]
+                assert backend.cancel(*job.key) in (0.0, 1.0)
+                cancelled.append((job.trial, job.attempt))
+            for result in backend.pump(1):
+                seen.append((result.job.trial, result.job.attempt))
+                if isinstance(result, SegmentFailed):
+                    assert result.retryable
+                    waiting.append(replace(result.job, attempt=result.job.attempt + 1))
+                else:
+                    assert result.choice == str(result.job.trial)
+            time.sleep(0.001)
+        handed = [(j.trial, j.attempt) for j in submitted]
+        assert sorted([*seen, *cancelled]) == sorted(handed)
+        assert len(set(handed)) == len(handed)
+
+
 # Giving up.
 
 
@@ -505,6 +545,21 @@ def test_a_platform_without_a_way_of_starting_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
     with pytest.raises(NotExecutableError, match=r"forkserver: .* has no such way"):
         ProcessBackend(ReadyMade(ScriptedRunner()), start="forkserver")
+
+
+def test_what_is_too_large_to_send_is_inherited_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "LARGEST_SENT", 10)
+    with pytest.raises(NotExecutableError, match="every worker would hold a copy"):
+        ProcessBackend(ReadyMade(ScriptedRunner()), start="spawn")
+    if sys.platform == "linux":
+        with closing(ProcessBackend(ReadyMade(ScriptedRunner()))) as backend:
+            assert backend.how == "fork"
+
+
+def test_a_daemonic_process_may_have_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multiprocessing.current_process", lambda: types.SimpleNamespace(daemon=True))
+    with pytest.raises(NotExecutableError, match="runs in a daemonic process itself"):
+        ProcessBackend(ReadyMade(ScriptedRunner()))
 
 
 def test_a_backend_without_slots_is_refused() -> None:
