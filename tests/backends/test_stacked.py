@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -65,6 +66,12 @@ class TestStacked(BackendConformance):
 class TestStackedWithRealSpecialists(TrainingConformance):
     def backend(self, runner: SegmentRunner) -> Backend:
         return StackedBackend(stackable(runner))
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here survives the test, so that the disk need not be waited for."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

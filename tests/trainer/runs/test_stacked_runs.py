@@ -1,0 +1,69 @@
+"""A card whose trials train together, from approval to verdict: the same ladder as inline, and a log that replays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from automode.backends import stacking_rule
+from automode.backends.stacked_group import StackedGroup
+
+CARD = """
+schema: 1
+action: fork
+reason: manual
+because: The rate was a guess.
+selection: {kind: all}
+training_recipe:
+  replay: 0.1
+  variants:
+    - {name: plain}
+    - {name: fast, lr_mul: 10}
+    - {name: faster, lr_mul: 30}
+    - {name: slow, lr_mul: 0.1}
+    - {name: clipped, clip_norm: 0.1, lr_mul: 3}
+    - {name: decayed, weight_decay: 0.1, lr_mul: 3}
+budget_steps: 12
+asha: {reduction_factor: 3, max_steps: 36}
+"""
+
+
+def played(play_run: Any, script: Any, backend: str) -> Any:
+    return play_run(
+        script=script(rate=0.003, norm=False, dropout=0.0),
+        policy={"budget": "on_top"},
+        actions={8: lambda person: person.submit(CARD), 9: lambda person: person.approve()},
+        backend=backend,
+        steps=260,
+    )
+
+
+def reports(run: Any) -> dict[tuple[int, int], float]:
+    return {(body["trial"], body["resource"]): body["value"] for body in run.bodies("trial_reported")}
+
+
+def test_a_card_goes_the_same_way_with_its_trials_trained_together(
+    play_run: Any, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacking_rule, "why_too_short", lambda members, *_: None if members > 1 else "alone")
+    monkeypatch.setattr(stacking_rule, "why_slower", lambda *_: None)
+    sizes: list[int] = []
+    step = StackedGroup._step
+
+    def counted(group: StackedGroup, built: Any) -> Any:
+        sizes.append(len(group.segments))
+        return step(group, built)
+
+    monkeypatch.setattr(StackedGroup, "_step", counted)
+    inline = played(play_run, script, "inline")
+    assert sizes == []
+    stacked = played(play_run, script, "stacked")
+    assert sizes[:8] == [6] * 8  # the first rung, after four steps alone
+    mine, theirs = reports(stacked), reports(inline)
+    assert len(mine) >= 8
+    assert mine.keys() == theirs.keys()
+    for key, value in mine.items():
+        assert value == pytest.approx(theirs[key], abs=1e-4)
+    (verdict,), (other,) = stacked.bodies("verdict_given"), inline.bodies("verdict_given")
+    assert (verdict["verdict"], verdict["candidate"]) == (other["verdict"], other["candidate"])
