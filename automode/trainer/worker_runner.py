@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -254,5 +255,5 @@ def specialist_factory(
         steps_per_epoch=runner.steps_per_epoch,
         weighted=runner.per_sample is not None and runner.per_sample.exact,
         arithmetic=Arithmetic.capture(),
-        checkpoints=fspath(checkpoints),
+        checkpoints=str(Path(checkpoints).absolute()),
     )

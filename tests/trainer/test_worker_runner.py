@@ -215,6 +215,16 @@ def test_the_factory_leaves_the_run_as_it_is_and_holds_none_of_it(bench: Bench) 
     assert before.differences(Memory.of(bench.trunk)) == []
 
 
+def test_a_relative_folder_means_the_same_wherever_a_worker_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench = make_bench(Path("runs"))
+    with workers(bench, "auto") as backend:
+        (done,) = trained(backend, bench.job(PLAIN))
+    assert_same(bench, done, bench.train(done.job))
+
+
 def test_workers_may_keep_their_checkpoints_elsewhere(bench: Bench, tmp_path: Path) -> None:
     store = bench.factory()(str(tmp_path / "elsewhere")).runner.checkpoints
     assert getattr(store, "root") == tmp_path / "elsewhere"  # noqa: B009
