@@ -48,7 +48,6 @@ from automode.trainer.schedule import known_drops
 from automode.trainer.selecting import Selector
 from automode.trainer.specialists import SpecialistRunner
 from automode.trainer.states import States
-from automode.trainer.tasks import task_of
 from automode.trainer.trunk import Trunk, trainable
 from automode.trainer.user_warning import warn_user
 from automode.trainer.validation import SliceFn
@@ -169,7 +168,7 @@ def _task_of(
             with trunk.autocast():
                 loss, outputs, targets = trunk.step_fn(trunk.model, batch)
         exact = per_sample.check(outputs, targets, loss)
-        kind = task_of(outputs, targets)
+        kind = per_sample.task(outputs, targets)
     except Exception as error:  # whatever it is, training will meet it, and tell it as it is
         return "unknown", False, f"one batch could not be read beforehand ({type(error).__name__}: {error})"
     return kind if kind != "binary" else "unknown", exact, per_sample.reason

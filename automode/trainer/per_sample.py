@@ -33,6 +33,10 @@ _OF_VALUES = (
     nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss,
     F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss,
 )  # fmt: skip
+_OF_DISTANCES = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss,
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss,
+)  # fmt: skip
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _NEEDS = "pass a loss whose mean or sum over samples is the training loss to get per-sample losses"
 
@@ -77,7 +81,10 @@ class PerSampleLoss:
         self.how: str | None = None
         self.reason: str | None = None
         self.probabilities = base_of(loss_fn) in (nn.BCELoss, F.binary_cross_entropy)
-        self._of_values = base_of(loss_fn) in _OF_VALUES
+        base = base_of(loss_fn)
+        self._of_values = base in _OF_VALUES
+        of_torch = str(getattr(base, "__module__", "")).startswith("torch.nn")
+        self._of_scores = of_torch and base not in _OF_DISTANCES
 
     @property
     def exact(self) -> bool:
@@ -123,10 +130,13 @@ class PerSampleLoss:
     def task(self, outputs: Any, targets: Any) -> Task:
         """Tell the kind of task, as :func:`~automode.trainer.tasks.task_of`, with what the loss says about it.
 
-        A squared error on targets that happen to be 0 and 1 is a regression: its outputs are no logits.
+        A squared error on targets that happen to be 0 and 1 is a regression: its outputs are no logits. A loss of scores
+        (cross entropy on several labels, or on soft ones) is none: how far logits are from their targets says nothing.
         """
         found = task_of(outputs, targets)
-        return "regression" if found == "binary" and self._of_values else found
+        if found == "binary" and self._of_values:
+            found = "regression"
+        return "unknown" if found == "regression" and self._of_scores else found
 
     def check(self, outputs: Any, targets: Any, loss: Tensor | float) -> bool:
         """Compare with a training loss, and on the first finite one choose the twin.

@@ -300,6 +300,29 @@ def test_the_task_is_read_off_a_batch(outputs: Any, targets: Any, task: str) -> 
     assert task_of(outputs, targets) == task
 
 
+LABELS = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "targets", "task"),
+    [
+        (nn.MSELoss(), LABELS, "regression"),
+        (F.huber_loss, LABELS, "regression"),
+        (lambda outputs, targets: (outputs - targets).abs().mean(), LABELS, "regression"),
+        (nn.BCEWithLogitsLoss(), LABELS, "unknown"),
+        (functools.partial(F.binary_cross_entropy_with_logits, reduction="sum"), LABELS, "unknown"),
+        (nn.CrossEntropyLoss(), LABELS / LABELS.sum(1, keepdim=True), "unknown"),
+        (nn.PoissonNLLLoss(), LABELS, "unknown"),
+        (nn.MSELoss(), LABELS[:, 0], "unknown"),
+        (nn.CrossEntropyLoss(), LABELS[:, 0].long(), "classification"),
+    ],
+)
+def test_distances_of_logits_from_their_labels_are_no_regression(
+    loss_fn: Any, targets: Tensor, task: str
+) -> None:
+    assert per_sample_twin(loss_fn).task(torch.randn(2, 3), targets) == task
+
+
 def test_a_margin_is_the_true_score_less_the_best_other() -> None:
     scores = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [0.0, 0.0, -1.0], [1.0, 2.0, 3.0]])
     found = margins(scores, torch.tensor([0, 1, 0, -100]))
