@@ -129,8 +129,9 @@ class StackedGroup:
         members = self._members
         steps = min(segment.steps_left for segment in members)
         tensors = sum(p.requires_grad for p in members[0].model.parameters())
-        recording = 0.0 if self._graphs.kept else stacking_rule.recording_seconds(tensors)
-        why = stacking_rule.why_too_short(len(members), steps, self._alone_seconds, recording)
+        why = stacking_rule.why_too_short(
+            len(members), steps, self._alone_seconds, tensors, recorded=bool(self._graphs.kept)
+        )
         if why is not None:
             self._part(progress, why)
             return

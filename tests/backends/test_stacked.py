@@ -77,7 +77,7 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short rungs are stacked too, and stay so however long their steps take."""
-    monkeypatch.setattr(stacking_rule, "why_too_short", lambda *_: None)
+    monkeypatch.setattr(stacking_rule, "why_too_short", lambda *_, **__: None)
     monkeypatch.setattr(stacking_rule, "why_slower", lambda *_: None)
 
 
@@ -463,7 +463,7 @@ def test_a_kept_graph_is_filled_up_with_idle_rows(tmp_path: Path, monkeypatch: p
 
 
 def test_a_slower_group_is_taken_apart_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stacking_rule, "why_too_short", lambda *_: None)
+    monkeypatch.setattr(stacking_rule, "why_too_short", lambda *_, **__: None)
     monkeypatch.setattr(stacking_rule, "why_slower", lambda *_: "no faster")
     bench = bench_of(tmp_path)
     alone, together, said = both(bench, jobs_of(bench))

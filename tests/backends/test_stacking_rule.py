@@ -20,16 +20,24 @@ def graph_of(function: Callable[..., Any], rows: int = 8, **how: Any) -> Graph:
     return Graph(run=module, module=module, rows=rows, **{"made_in": 0.2, **how})
 
 
-def test_one_member_or_few_steps_are_not_worth_a_stack() -> None:
-    assert "no other trial" in str(stacking_rule.why_too_short(1, 10_000, 1.0, 0.0))
-    assert "16 x 20 steps" in str(stacking_rule.why_too_short(16, 20, 1.0, 0.0))
-    assert "too little to repay" in str(stacking_rule.why_too_short(4, 100, 3e-4, 0.2))
-    assert stacking_rule.why_too_short(16, 1000, 3e-4, 0.2) is None
-    assert stacking_rule.why_too_short(4, 100, 3e-4, 0.0) is None
+def too_short(members: int, steps: int, seconds: float, tensors: int, *, recorded: bool = False) -> bool:
+    return stacking_rule.why_too_short(members, steps, seconds, tensors, recorded=recorded) is not None
 
 
-def test_a_recording_is_expected_to_take_longer_for_more_tensors() -> None:
-    assert stacking_rule.recording_seconds(4) < 0.3 < stacking_rule.recording_seconds(27) < 2.0
+def test_a_rung_must_repay_the_recording_of_a_graph() -> None:
+    assert "no other trial" in str(stacking_rule.why_too_short(1, 10_000, 1.0, 4, recorded=True))
+    assert "16 x 20 steps take 0.096 s" in str(stacking_rule.why_too_short(16, 20, 3e-4, 4, recorded=False))
+    assert too_short(4, 100, 3e-4, 4)
+    assert not too_short(4, 100, 3e-4, 4, recorded=True)
+    assert not too_short(16, 1000, 3e-4, 4)
+    assert too_short(16, 20, 3e-3, 27)
+    assert not too_short(16, 200, 3e-3, 27)
+
+
+def test_a_step_that_is_arithmetic_alone_is_not_worth_a_stack_however_long_the_rung() -> None:
+    assert not too_short(8, 1000, 2e-3, 6)
+    assert too_short(8, 20, 0.5, 6)
+    assert too_short(8, 1000, 0.5, 6)
 
 
 def test_a_group_must_have_been_seen_to_save_time() -> None:

@@ -46,7 +46,9 @@ def reports(run: Any) -> dict[tuple[int, int], float]:
 def test_a_card_goes_the_same_way_with_its_trials_trained_together(
     play_run: Any, script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stacking_rule, "why_too_short", lambda members, *_: None if members > 1 else "alone")
+    monkeypatch.setattr(
+        stacking_rule, "why_too_short", lambda members, *_, **__: None if members > 1 else "alone"
+    )
     monkeypatch.setattr(stacking_rule, "why_slower", lambda *_: None)
     sizes: list[int] = []
     step = StackedGroup._step
