@@ -136,10 +136,22 @@ def start_waiting(state: State, out: Emission, *, cause: int | None = None) -> N
     if state.trunk_ended:
         return
     for record in list(state.cards.values()):
-        if record.state is CardState.APPROVED and not (
+        if record.state is not CardState.APPROVED or (
             record.card.action == "fork" and state.fork is not None
         ):
+            continue
+        outlived = approval.staleness(
+            record,
+            policy_digest=state.policy_digest,
+            lineage=state.lineage,
+            step=state.step,
+            time=state.t_mono,
+        )
+        if outlived is None:
             start(state, record.card, out, cause=cause)
+        else:
+            after, why = outlived
+            apply_move(state, approval.move(record, after, actor=PLANNER, why=why), out, cause=cause)
 
 
 def start(state: State, card: PlanCard, out: Emission, *, cause: int | None = None) -> None:

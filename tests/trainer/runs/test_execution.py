@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from automode import replay
 from automode.planner.events import Weights
@@ -696,6 +696,24 @@ def test_after_a_cancelled_card_another_one_runs(play_run: Any, script: Any) -> 
     assert run.states(second)[-1] == "adopted"
 
 
+def test_a_card_that_waited_for_another_is_stale_once_that_is_adopted(play_run: Any, script: Any) -> None:
+    """It was made for weights that are no longer there (DECISIONS 18), also where somebody has approved it."""
+    run = play_run(
+        script=script(rate=SLOW),
+        policy={"budget": "on_top"},
+        actions=answered(card())
+        | answered(card(variants="[{name: late, lr_mul: 2}]", rung=4, top=4), at=12)
+        | {14: lambda p: p.submit(card(variants="[{name: later, lr_mul: 2}]", rung=4, top=4))},
+        steps=200,
+    )
+    first, approved, waiting = [b["card"]["id"] for b in run.bodies("card_proposed")]
+    assert run.states(first)[-1] == "adopted"
+    assert run.states(approved) == ["approved", "stale"]
+    assert run.states(waiting) == ["stale"]
+    assert "it was made for trunk:0, and the run goes on as trunk:1" in run.why()
+    assert len(run.bodies("card_started")) == 1
+
+
 @pytest.mark.parametrize("mode", ["propose", "act"])
 def test_with_every_card_refused_the_trunk_is_that_of_observe(
     mode: str, play_run: Any, script: Any, watched: Any
@@ -724,6 +742,86 @@ def test_with_every_card_refused_the_trunk_is_that_of_observe(
     assert 100 < run.result.steps < 150  # which the trunk paid for
     assert same_until(run, watched) == run.result.steps
     assert identical(run.final, watched.after[run.result.steps - 1])
+
+
+class OverPositions(nn.Module):
+    """Scores of three classes at each of five positions, classes second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.outer(torch.relu(self.inner(x)))
+        return scores.transpose(1, 2)
+
+
+TASKS: dict[str, tuple[str, Callable[[], nn.Module], Any, Callable[[Tensor], Tensor]]] = {
+    "values": (
+        "regression",
+        lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1)),
+        nn.MSELoss,
+        lambda x: x[:, :1] * x[:, 1:2],
+    ),
+    "yes or no": (
+        "unknown",
+        lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1)),
+        nn.BCEWithLogitsLoss,
+        lambda x: (x[:, :1] > 0).float(),
+    ),
+    "several labels": (
+        "unknown",
+        lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)),
+        nn.BCEWithLogitsLoss,
+        lambda x: (x[:, :3] > 0).float(),
+    ),
+    "sequences": ("sequence", OverPositions, nn.CrossEntropyLoss, lambda x: x[..., :3].argmax(-1)),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_card_runs_to_a_verdict_whatever_the_task(
+    name: str, precision: str, play_run: Any, script: Any
+) -> None:
+    task, model, loss, target = TASKS[name]
+
+    def data(n: int, seed: int) -> TensorDataset:
+        shape = (n, 5, 6) if name == "sequences" else (n, 6)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return TensorDataset(x, target(x))
+
+    run = play_run(
+        script=script(
+            rate=SLOW, model=model, loss=loss, make_val=lambda: DataLoader(data(160, 2), batch_size=80)
+        ),
+        fit={
+            "train_loader": DataLoader(
+                data(150, 1), batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(6)
+            )
+        },
+        policy={"budget": "on_top"},
+        actions=answered(
+            card(
+                selection="{kind: quantile, from: 0.3, to: 1.0, exclude_suspects: false}",
+                variants="[{name: fast, lr_mul: 30}, {name: weighted, lr_mul: 30, loss_weight: 3.0}]",
+                rung=12,
+                top=12,
+                replay_share=0.5,
+                more="merge_recipe: {kind: interpolate}",
+            )
+        ),
+        precision=precision,
+        clip_norm=10.0,
+    )
+    assert run.bodies("session_started")[0]["run"]["task"] == task
+    (verdict,) = run.bodies("verdict_given")
+    assert verdict["n"] == 80
+    assert run.states()[-1] == {"accepted": "adopted"}.get(verdict["verdict"], verdict["verdict"])
+    metrics = run.bodies("evaluated")[0]["candidate_metrics"]
+    if task != "regression" and name != "yes or no":
+        assert metrics["utility"] == pytest.approx(-metrics["loss"])  # judged by the loss itself
+    assert all(torch.isfinite(weight).all() for weight in run.final.values())
 
 
 def test_the_rules_card_runs_by_itself_in_act_mode(play_run: Any, script: Any) -> None:
