@@ -149,7 +149,9 @@ def test_scans_and_rules_that_run_meanwhile_change_nothing(tmp_path: Path) -> No
     script = Script(scheduler="epoch", validates=True)
     losses, weights, rng, _ = bare_loop(script, epochs=30)
     made = script.build()
-    policy = Policy(scan=ScanPolicy(every=20, probe=64, min_visits=1.0), pacing=PacingPolicy(warmup_steps=0))
+    policy = Policy(
+        scan=ScanPolicy(every=20, share=1.0, probe=64, min_visits=1.0), pacing=PacingPolicy(warmup_steps=0)
+    )
     trainer = Trainer(
         max_epochs=30,
         automode="observe",
