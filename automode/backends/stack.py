@@ -118,13 +118,13 @@ def _agree(pairs: list[tuple[Tensor, Tensor]]) -> None:
     if not all(bool(torch.isfinite(own).all()) for _, own in pairs):
         return  # nothing can be learned from a member that has diverged; its row is dropped when it is met
     tolerance = TOLERANCES[pairs[0][1].dtype]
-    scale = max(float(torch.linalg.vector_norm(own)) for _, own in pairs[1:])
+    scale = max(float(torch.linalg.vector_norm(own)) for _, own in pairs[1:]) + 1e-12
     for i, (found, own) in enumerate(pairs):
         size = abs(float(own)) + 1e-3 if i == 0 else scale
         distance = float(torch.linalg.vector_norm(found - own))
         if not distance <= tolerance * size:
             raise CannotStackError(
-                f"stacked and single gradients differ by {distance / max(size, 1e-300):.1e} of their size, "
+                f"stacked and single gradients differ by {distance / size:.1e} of their size, "
                 f"where {tolerance:.0e} is allowed"
             )
 
@@ -138,6 +138,8 @@ def reference_of(segment: StackableSegment, batch: Any) -> Reference:
     """
     model = segment.model
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise CannotStackError("its network has nothing to train")
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     settings, plain = settings_of(model), plain_settings(model)
     chance = _foreign_chance()
