@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from automode.backends.base import Backend
 from automode.backends.process import ProcessBackend
 from automode.backends.ray import RayBackend
 from automode.backends.remote import BriefOf, RunnerFactory, no_brief
-from automode.errors import UsageError
+from automode.errors import SessionError, UsageError
 from automode.session.checkpoints import CheckpointStore
 
 AWAY: Mapping[str, Callable[..., Backend]] = {"process": ProcessBackend, "ray": RayBackend}
@@ -24,7 +26,8 @@ class Away:
     Attributes:
         factory: Makes what workers make their runner of; called once, and only where such a backend is wanted.
         brief: Gives what travels with a job.
-        checkpoints: The session's store; the ray backend takes it where a ``uri`` is among its options.
+        checkpoints: The session's store, of which what nobody wants any more is deleted; the ray backend also copies from it and
+            to it where a ``uri`` is among its options.
         options: More arguments of the backend: ``patience`` and ``start`` of ``process``; ``num_cpus``, ``num_gpus``,
             ``uri``, ``address`` and ``patience`` of ``ray``.
     """
@@ -33,6 +36,11 @@ class Away:
     brief: BriefOf = no_brief
     checkpoints: CheckpointStore | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _discard(store: CheckpointStore, digest: str) -> None:
+    with contextlib.suppress(SessionError):  # it stays where it is, and does no harm there
+        store.delete([digest])
 
 
 def make_away(name: str, away: Away, *, slots: int = 2) -> Backend:
@@ -48,13 +56,16 @@ def make_away(name: str, away: Away, *, slots: int = 2) -> Backend:
         NotExecutableError: Workers cannot have what training needs; the inline backend can.
     """
     kind = AWAY[name]
-    known = set(inspect.signature(kind).parameters) - {"factory", "slots", "brief", "checkpoints"}
+    known = set(inspect.signature(kind).parameters) - {"factory", "slots", "brief", "checkpoints", "discard"}
     unknown = sorted(set(away.options) - known)
     if unknown:
         raise UsageError(
             f"the {name} backend has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
         )
     options = dict(away.options)
+    store = away.checkpoints
+    if store is not None:
+        options["discard"] = partial(_discard, store)
     if options.get("uri") is not None:
         options["checkpoints"] = away.checkpoints
     return kind(away.factory(), slots=slots, brief=away.brief, **options)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from automode.backends.base import SegmentDone, SegmentFailed, SegmentJob
-from automode.backends.remote import BriefOf, failure, lost, no_brief, refused
+from automode.backends.remote import BriefOf, Dropped, failure, lost, no_brief, refused
 from automode.errors import NotExecutableError
 
 Result = SegmentDone | SegmentFailed
+Discard: TypeAlias = Callable[[str], object]
 
 CHECK_SECONDS = 0.25
 """How often deadlines are looked at."""
@@ -76,17 +79,25 @@ class WorkerPool(ABC, Generic[W]):
         slots: Workers at the most; they are started as they are needed.
         brief: Gives what travels with a job.
         patience: When a worker is given up.
+        discard: Called with the checkpoint of a segment that had ended when it was cancelled: nobody will hear of it.
 
     Raises:
         NotExecutableError: There is no slot.
     """
 
-    def __init__(self, slots: int, brief: BriefOf = no_brief, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        slots: int,
+        brief: BriefOf = no_brief,
+        patience: Patience | None = None,
+        discard: Discard | None = None,
+    ) -> None:
         if slots < 1:
             raise NotExecutableError(f"slots must be at least 1, got {slots}")
         self._slots = slots
         self._brief = brief
         self._patience = patience or Patience()
+        self._discard = discard
         self._queue: deque[SegmentJob] = deque()
         self._workers: list[W] = []
         self._ended: list[Result] = []
@@ -135,12 +146,12 @@ class WorkerPool(ABC, Generic[W]):
         for result in self._ended:
             if result.job.key == key:
                 self._ended.remove(result)
-                return result.passes
+                return self._unwanted(result)
         for worker in self._workers:
             if worker.job is not None and worker.job.key == key:
-                spent = self._give_up(worker)
-                if spent is None:
-                    spent = worker.spent
+                answer = self._give_up(worker)
+                spent = worker.spent if answer is None else self._unwanted(answer)
+                if answer is None or isinstance(answer, SegmentFailed):
                     self._retire(worker)
                 worker.job = None
                 self._hand_out()
@@ -169,8 +180,13 @@ class WorkerPool(ABC, Generic[W]):
         """Give up everything; no worker is left when this returns."""
         self._closed = True
         self._queue.clear()
-        self._ended.clear()
-        self._retire_all()
+        if self._workers:
+            with contextlib.suppress(Exception):  # a cluster may be gone, with everything that it had to say
+                self._listen(0.0)
+        while self._ended:
+            self._unwanted(self._ended.pop())
+        while self._workers:
+            self._end(self._workers.pop())
 
     # What a kind of worker needs.
 
@@ -187,8 +203,8 @@ class WorkerPool(ABC, Generic[W]):
         """Hear what workers say, waiting at the most so long for the first to speak."""
 
     @abstractmethod
-    def _give_up(self, worker: W) -> float | None:
-        """Make a worker drop its segment; tell what that had spent, or None where it does not answer."""
+    def _give_up(self, worker: W) -> Result | Dropped | None:
+        """Make a worker drop its segment; give what it answers, which may be that it had ended, or None."""
 
     @abstractmethod
     def _end(self, worker: W) -> str:
@@ -279,6 +295,7 @@ class WorkerPool(ABC, Generic[W]):
         self._workers.remove(worker)
         return self._end(worker)
 
-    def _retire_all(self) -> None:
-        while self._workers:
-            self._end(self._workers.pop())
+    def _unwanted(self, result: Result | Dropped) -> float:
+        if isinstance(result, SegmentDone) and self._discard is not None:
+            self._discard(result.checkpoint)
+        return result.passes

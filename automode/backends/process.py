@@ -14,8 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from automode.backends.base import SegmentFailed, SegmentJob
-from automode.backends.pool import Patience, Worker, WorkerPool
+from automode.backends.base import SegmentJob
+from automode.backends.pool import Discard, Patience, Result, Worker, WorkerPool
 from automode.backends.remote import BriefOf, Dropped, RunnerFactory, no_brief
 from automode.backends.starting import Start, Started, Starter, ways
 from automode.backends.worker import Ended, Ready, Refused, Task
@@ -49,6 +49,7 @@ class ProcessBackend(WorkerPool[_Process]):
         slots: Workers at the most; they are started as they are needed.
         brief: Gives what travels with a job.
         patience: When a worker is given up.
+        discard: Called with the checkpoint of a segment that had ended when it was cancelled.
         start: How workers are started; ``auto`` takes the first way that works.
 
     Attributes:
@@ -65,9 +66,10 @@ class ProcessBackend(WorkerPool[_Process]):
         slots: int = 2,
         brief: BriefOf = no_brief,
         patience: Patience | None = None,
+        discard: Discard | None = None,
         start: Start = "auto",
     ) -> None:
-        super().__init__(slots, brief, patience)
+        super().__init__(slots, brief, patience, discard)
         self._numbers = 0
         reasons = []
         for how in ways(start):
@@ -101,7 +103,7 @@ class ProcessBackend(WorkerPool[_Process]):
         else:
             _send(worker.connection, message)
 
-    def _give_up(self, worker: _Process) -> float | None:
+    def _give_up(self, worker: _Process) -> Result | Dropped | None:
         worker.started.pulse.unwanted = float(worker.number)
         if not wait([worker.connection], self._patience.cancel):
             return None
@@ -110,9 +112,7 @@ class ProcessBackend(WorkerPool[_Process]):
         except (EOFError, OSError):
             return None
         assert isinstance(message, Ended)
-        if isinstance(message.result, SegmentFailed):
-            self._retire(worker)
-        return message.result.passes
+        return message.result
 
     def _listen(self, seconds: float) -> None:
         for connection in wait([worker.connection for worker in self._workers], seconds):

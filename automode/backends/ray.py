@@ -6,13 +6,14 @@ Ray places actors and notices what dies; it decides nothing else, and retries no
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
 
 from automode.backends.actor import SegmentActor
 from automode.backends.base import SegmentDone, SegmentFailed, SegmentJob
-from automode.backends.pool import Patience, Worker, WorkerPool
+from automode.backends.pool import Discard, Patience, Result, Worker, WorkerPool
 from automode.backends.remote import BriefOf, Dropped, RunnerFactory, failure, no_brief
 from automode.errors import NotExecutableError
 from automode.session.checkpoints import CheckpointStore
@@ -51,6 +52,7 @@ class RayBackend(WorkerPool[_Actor]):
         address: Of the cluster; None: the one that this process is connected to, else what ``RAY_ADDRESS`` names, else a
             local one of our own.
         patience: When an actor is given up; Ray itself notices its death.
+        discard: Called with the checkpoint of a segment that had ended when it was cancelled.
 
     Raises:
         NotExecutableError: Ray is not installed, or no actor can have what the factory needs.
@@ -68,8 +70,9 @@ class RayBackend(WorkerPool[_Actor]):
         uri: str | None = None,
         address: str | None = None,
         patience: Patience | None = None,
+        discard: Discard | None = None,
     ) -> None:
-        super().__init__(slots, brief, patience)
+        super().__init__(slots, brief, patience, discard)
         if (uri is None) != (checkpoints is None):
             raise NotExecutableError("`uri` and `checkpoints` are given together or not at all")
         self._mirror = CheckpointMirror(checkpoints, uri) if checkpoints is not None and uri else None
@@ -104,14 +107,14 @@ class RayBackend(WorkerPool[_Actor]):
         worker.answer = worker.actor.run.remote(job, brief)
         worker.asked, worker.told = None, 0.0
 
-    def _give_up(self, worker: _Actor) -> float | None:
+    def _give_up(self, worker: _Actor) -> Result | Dropped | None:
         worker.actor.spent.remote(False)
         try:
-            result = self._ray.get(worker.answer, timeout=self._patience.cancel)
+            result: Result | Dropped = self._ray.get(worker.answer, timeout=self._patience.cancel)
         except self._ray.exceptions.RayError:  # it took too long, or died
             return None
         worker.answer = None
-        return float(result.passes)
+        return result
 
     def _listen(self, seconds: float) -> None:
         now = time.monotonic()
@@ -147,7 +150,8 @@ class RayBackend(WorkerPool[_Actor]):
         return result
 
     def _end(self, worker: _Actor) -> str:
-        self._ray.kill(worker.actor)
+        with contextlib.suppress(self._ray.exceptions.RayError):  # it, or its cluster, is gone already
+            self._ray.kill(worker.actor)
         return "kill"
 
 

@@ -28,7 +28,7 @@ from automode.backends.starting import Start
 from automode.errors import NotExecutableError
 from automode.testing import BackendConformance
 from automode.testing.backends import drained
-from automode.testing.scripted import PASSES_PER_RESOURCE, Script, ScriptedRunner, scripted_job
+from automode.testing.scripted import DIGEST, PASSES_PER_RESOURCE, Script, ScriptedRunner, scripted_job
 from automode.testing.training import TrainingConformance
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks and /proc as Linux has them")
@@ -89,7 +89,7 @@ class DoingSegment:
             job=self.job,
             value=1.0,
             choice=said,
-            checkpoint="sha256:" + "0" * 64,
+            checkpoint=DIGEST,
             passes=self.passes,
             stopped_early=False,
             seconds=0.0,
@@ -418,6 +418,21 @@ def test_a_result_that_nobody_has_fetched_yet_can_still_be_cancelled() -> None:
         assert backend.cancel(*scripted_job(0).key) == 1.0
         assert backend.pump(1) == []
         assert not backend.busy
+
+
+@LINUX
+@pytest.mark.parametrize("how", ["cancelled as it ends", "cancelled", "closed"])
+def test_the_checkpoint_of_a_segment_that_nobody_wants_is_given_up_with_it(how: str) -> None:
+    discarded: list[str] = []
+    backend = ProcessBackend(Doing(lambda job, brief: 0), slots=1, start="fork", discard=discarded.append)
+    with closing(backend):
+        backend.submit(scripted_job(0))
+        if how != "cancelled as it ends":
+            backend.wait(10.0)
+        if how != "closed":
+            assert backend.cancel(*scripted_job(0).key) == 1.0
+            assert backend.pump(1) == []
+    assert discarded in ([DIGEST], []) if how == "cancelled as it ends" else discarded == [DIGEST]
 
 
 @LINUX
