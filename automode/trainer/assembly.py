@@ -216,6 +216,8 @@ def _run(parts: RunParts, held: _Held, *, slots: int) -> Run:
         why_no_forks = "the training step is the user's own and steps the optimizer itself, so no specialist can be trained by it"
     elif trunk.precision == "fp16":
         why_no_forks = "specialists are not trained under gradient scaling (fp16); use bf16"
+    elif not {id(p) for p in trunk.parameters} <= {id(p) for p in trunk.model.parameters()}:
+        why_no_forks = "the optimizer also trains parameters that are not the model's, which no specialist would take along"
     return Run(
         total_steps=total,
         batch=_batch_size(parts),
@@ -328,7 +330,7 @@ def _performer(
         source=source,
         judge=performer.evidence,
         checkpoints=checkpoints,
-        batch_size=max(1, round(_batch_size(parts))),
+        batch_size=max(1, int(_batch_size(parts))),  # not above the mean that steps are priced by
         steps_per_epoch=every,
         per_sample=held.per_sample if held.exact else None,
         cards={},

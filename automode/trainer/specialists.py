@@ -143,7 +143,6 @@ class SpecialistSegment:
             self._model.load_state_dict(weights)
             self._averages = copy.deepcopy(runner.trunk.averages)
             self._take_over(optimizer, rest)
-            self._model.train()
             self._trained = trainable(self._model)
             if job.from_resource == 0:
                 seed_everything(_mixed(data.entropy))

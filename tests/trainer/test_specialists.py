@@ -547,3 +547,15 @@ def test_the_judge_chooses_the_best_of_raw_weights_and_averages(tmp_path: Path) 
             values[choice] = bench.judged.value(model)[0]
     assert done.value == max(values.values())
     assert values[done.choice] == done.value
+
+
+def test_what_the_user_has_frozen_stays_frozen(tmp_path: Path) -> None:
+    network = small_network(norm=True, dropout=0.4)
+    network[1].eval()  # statistics that are not to move
+    network[0].weight.requires_grad_(False)
+    bench = make_bench(tmp_path, model=network)
+    done = bench.train(bench.job(PLAIN, end=4))
+    base, after = bench.checkpoints.load(bench.base)[0], bench.weights(done)
+    for name in ("0.weight", "1.running_mean", "1.running_var", "1.num_batches_tracked"):
+        assert torch.equal(base[name], after[name]), name
+    assert not torch.equal(base["4.bias"], after["4.bias"])

@@ -7,6 +7,8 @@ import sys
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from torch.optim import lr_scheduler as schedules
 from torch.utils.data import DataLoader
 
@@ -221,8 +223,6 @@ def test_the_policy_lets_small_risks_run_and_asks_for_the_rest(play_run: Any, sc
 
 def spiking(step: int) -> Any:
     """A loss that is not finite for three training steps."""
-    import torch
-    from torch import nn
 
     calls = [0]
 
@@ -348,3 +348,40 @@ def test_a_run_of_unknown_length_is_only_observed(play_run: Any, script: Any, tr
         )
     assert run.result.mode == "observe"
     assert run.result.steps == 10
+
+
+def test_an_optimizer_that_trains_more_than_the_model_gets_no_forks(play_run: Any, script: Any) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def forward(self, outputs: Any, targets: Any) -> Any:
+            return nn.functional.cross_entropy(outputs * self.temperature, targets)
+
+    loss = Scaled()
+    model = script().network()
+    run = play_run(
+        automode="act",
+        script=script(),
+        fit={
+            "model": model,
+            "loss_fn": loss,
+            "optimizer": torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.01),
+        },
+        actions={8: lambda p: p.submit(PLAIN)},
+        steps=30,
+    )
+    (refused,) = run.bodies("request_refused")
+    assert "parameters that are not the model's" in refused["why"]
+    assert float(loss.temperature.detach()) != 1.0
+
+
+def test_specialists_draw_no_larger_batches_than_steps_are_priced_by(play_run: Any, script: Any) -> None:
+    rows: list[tuple[int, float]] = []
+
+    def look(person: Any) -> None:
+        rows.append((person.performer.runner.batch_size, person.driver.state.run.batch))
+
+    play_run(script=script(train=95), actions={5: look}, steps=20)  # 32, 32 and 31 samples
+    assert rows == [(31, pytest.approx(95 / 3))]
