@@ -1,4 +1,4 @@
-"""Random states go out as plain numbers and come back exactly."""
+"""Random states go out as plain text and come back exactly."""
 
 # ruff: noqa: NPY002 - numpy's global generator is what is tested
 from __future__ import annotations
@@ -76,7 +76,7 @@ def test_a_state_of_another_version_is_refused_and_changes_nothing() -> None:
 
 def test_states_for_other_cuda_devices_are_refused_and_change_nothing() -> None:
     packed = pack_rng()
-    states = [[0] * 16] * (torch.cuda.device_count() + 1)
+    states = ["00" * 16] * (torch.cuda.device_count() + 1)
     with pytest.raises(SessionError, match="CUDA devices"):
         unpack_rng({**packed, "cuda": states})
     assert pack_rng() == packed
