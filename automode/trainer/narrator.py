@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from automode.engine import State
+from automode.engine.climbing import climb_of
 from automode.planner.card_text import to_yaml
 from automode.planner.card_view import card_summary
-from automode.planner.cards import PlanCard
+from automode.planner.cards import CardState, PlanCard
 from automode.planner.events import (
     Adopted,
     CardMoved,
     CardProposed,
+    CardStarted,
     CommandFailed,
     Envelope,
     Evaluated,
@@ -40,6 +42,14 @@ class Screen(Protocol):
 
     def event(self, text: str) -> None:
         """Print one line."""
+        ...
+
+    def climb(self, card: str, done: int, total: int, text: str) -> None:
+        """Show how far a card's trials have come."""
+        ...
+
+    def climbed(self, card: str) -> None:
+        """Know that a card's trials have ended."""
         ...
 
 
@@ -75,6 +85,7 @@ class Narrator:
     def tell(self, envelope: Envelope, state: State) -> None:
         """Tell an event, where a person would want to know of it."""
         body = envelope.body
+        self._follow(body, state)
         if isinstance(body, CardProposed):
             self._screen.card(card_summary(body.card))
             self._log.info("card_proposed", card=body.card.id, reason=body.card.reason, step=body.card.step)
@@ -83,6 +94,17 @@ class Narrator:
         if line is not None:
             self._screen.event(f"[step {state.step}] {line}")
             self._log.info(body.kind, step=state.step, seq=envelope.seq, text=line)
+
+    def _follow(self, body: Any, state: State) -> None:
+        """Move the bar of a card whose ladder has moved; take it away when its trials are over."""
+        match body:
+            case CardStarted() | TrialReported() | TrialFailed():
+                execution = state.executions.get(body.card)
+                climb = None if execution is None else climb_of(execution)
+                if climb is not None:
+                    self._screen.climb(climb.card, climb.done, climb.total, climb.text)
+            case CardMoved(before=CardState.RUNNING):
+                self._screen.climbed(body.card)
 
 
 def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event

@@ -33,6 +33,7 @@ class Console:
         self._speak = speak
         self._description = description
         self._bar: _Bar | None = None
+        self._climbs: dict[str, _Bar] = {}
         self._known: dict[str, str] = {}
 
     def start(self, total: int | None) -> None:
@@ -66,6 +67,38 @@ class Console:
             self._postfix("val", loss)
             self._bar.refresh()
 
+    def climb(self, card: str, done: int, total: int, text: str) -> None:
+        """Show how far a card's trials have come on their ladder, in a bar below the run's.
+
+        Args:
+            card: Id of the card.
+            done: Resource steps trained.
+            total: Resource steps of the whole ladder.
+            text: Rungs and leader.
+        """
+        if self._bar is None:
+            return
+        bar = self._climbs.get(card)
+        if bar is None:
+            bar = self._climbs[card] = _Bar(
+                total=total,
+                desc=f"card {card}",
+                unit="step",
+                dynamic_ncols=True,
+                leave=False,
+                position=1 + len(self._climbs),
+            )
+        bar.total = total
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(done - bar.n)
+        bar.refresh()
+
+    def climbed(self, card: str) -> None:
+        """Take a card's bar away; without one, nothing happens."""
+        bar = self._climbs.pop(card, None)
+        if bar is not None:
+            bar.close()
+
     def card(self, text: str) -> None:
         """Print a plan card, set off by blank lines."""
         self._print(f"\n{text.rstrip()}\n")
@@ -76,6 +109,8 @@ class Console:
 
     def close(self) -> None:
         """Leave the bar as it stands; calling it twice does no harm."""
+        for card in list(self._climbs):
+            self.climbed(card)
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.close()

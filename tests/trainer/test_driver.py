@@ -90,6 +90,14 @@ class Silent:
     def event(self, text: str) -> None:
         assert text
 
+    def climb(self, card: str, done: int, total: int, text: str) -> None:
+        assert card
+        assert text
+        assert 0 <= done <= total
+
+    def climbed(self, card: str) -> None:
+        assert card
+
 
 class Ticking:
     """A clock that moves on by itself, so that every poll is due."""

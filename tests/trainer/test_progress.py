@@ -70,6 +70,28 @@ def test_cards_and_events_go_to_standard_output_with_or_without_a_bar(
         assert capsys.readouterr().out == "\ncard: one\n\nit happened\n"
 
 
+def test_a_card_that_climbs_has_a_bar_of_its_own_until_its_trials_are_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    console = Console(True)
+    console.climb("early", 1, 2, "before the run's own bar there is none")
+    console.start(100)
+    console.climb("c0ffee00", 0, 54, "0/6 at 3")
+    console.climb("c0ffee00", 18, 60, "6/6 at 3, 0/2 at 9; trial 4 leads with 0.5000 at 3")
+    console.climb("decade00", 3, 9, "1/3 at 3")
+    console.climbed("c0ffee00")
+    console.climbed("c0ffee00")
+    console.close()
+    said = stream.getvalue()
+    assert "card c0ffee00" in said
+    assert "18/60" in said
+    assert "trial 4 leads" in said
+    assert "3/9" in said
+    assert "early" not in said
+
+
 def test_a_quiet_console_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(False, speak=False)
     console.start(5)

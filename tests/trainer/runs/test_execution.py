@@ -854,3 +854,16 @@ def test_a_replay_names_a_verdict_that_was_tampered_with(play_run: Any, script: 
     assert report.differences == 1
     assert report.first is not None
     assert "verdict_given.verdict" in report.first
+
+
+def test_a_terminal_shows_how_far_the_trials_have_come(play_run: Any, script: Any, capsys: Any) -> None:
+    play_run(
+        script=script(rate=SLOW),
+        policy={"budget": "on_top"},
+        actions=answered(card()),
+        steps=90,
+        progress=True,
+    )
+    said = capsys.readouterr().err
+    assert "0/3 at 8, 0/1 at 24" in said
+    assert "3/3 at 8, 1/1 at 24; trial 1 leads with" in said
