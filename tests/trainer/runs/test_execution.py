@@ -861,7 +861,6 @@ def test_a_terminal_shows_how_far_the_trials_have_come(play_run: Any, script: An
         script=script(rate=SLOW),
         policy={"budget": "on_top"},
         actions=answered(card()),
-        steps=90,
         progress=True,
     )
     said = capsys.readouterr().err
