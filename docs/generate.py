@@ -190,6 +190,8 @@ def takes(schema: Schema, defs: Schema, titles: Mapping[str, str]) -> str:
     words = ", ".join(links)
     if schema.get("type") == "array":
         words = f"a list of at most {schema['maxItems']} {words}"
+    if schema.get("type") == "object" and "additionalProperties" in schema:
+        words = f"a mapping of at most {schema['maxProperties']} to {words}"
     return f"{words} or null" if any(m.get("type") == "null" for m in schema.get("anyOf", ())) else words
 
 
@@ -197,10 +199,16 @@ def _leaves(schema: Schema) -> Iterator[Schema]:
     inner = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
     if schema.get("type") == "array":
         inner.append(schema["items"])
+    if isinstance(values := schema.get("additionalProperties"), dict) and _refers(values):
+        inner.append(values)
     if not inner:
         yield schema
     for member in inner:
         yield from _leaves(member)
+
+
+def _refers(schema: Schema) -> bool:
+    return "$ref" in schema or any("$ref" in member for member in schema.get("oneOf", ()))
 
 
 def default_of(schema: Schema) -> str:

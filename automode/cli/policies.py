@@ -15,6 +15,7 @@ from automode.planner.policy import Policy
 from automode.planner.rules import chosen
 from automode.planner.yaml_text import shown
 from automode.planner.yaml_writer import flow
+from automode.plugins import plugins
 from automode.presets import preset_names, preset_text
 
 
@@ -28,10 +29,12 @@ def policy() -> None:
 def check(file: str) -> None:
     """Validate a policy (a file, or a preset's name) and say how it differs from the default."""
     found = load_policy(file)
-    chosen(found)
+    offered = plugins()
+    chosen(found, [plugin.rule for plugin in offered])
     if cannot := policy_refusals(found):
         raise NotExecutableError(f"{shown(file, 400)}: {'; '.join(cannot)}")
-    click.echo(f"{shown(file, 400)} is a valid policy: {shown(found.name)}, digest {found.digest}")
+    digest = found.digest_with(plugin.distribution for plugin in offered)
+    click.echo(f"{shown(file, 400)} is a valid policy: {shown(found.name)}, digest {digest}")
     changed = differences(Policy(), found)
     click.echo("it is the default policy" if not changed else "it differs from the default in:")
     for line in changed:

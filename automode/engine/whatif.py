@@ -67,7 +67,11 @@ def _as_observed(item: Envelope, policy: Policy) -> Envelope | None:
     match item.body:
         case SessionStarted() as body:
             other = body.model_copy(
-                update={"policy": policy.dump(), "policy_digest": policy.digest, "mode": "observe"}
+                update={
+                    "policy": policy.dump(),
+                    "policy_digest": policy.digest_with(body.plugins),
+                    "mode": "observe",
+                }
             )
             return replace(item, body=other, command_id=None)
         case Validated() | Scanned() | Clustered():

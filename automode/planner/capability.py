@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from automode.planner.cards import PlanCard
 from automode.planner.inputs import Run, Task
@@ -231,31 +229,9 @@ def _variant(variant: Variant, selection: Selection, run: Run) -> Iterator[str]:
 
 def _search(search: SearchSpace, selection: Selection, run: Run) -> Iterator[str]:
     """Check each corner of a search space as the variant that it would become."""
-    for name, spec in search.parameters.items():
+    for name, corner in search.corners():
         where = f"training_recipe.search.{name}"
-        choices = spec.get("choices")
-        if choices is None and search.sampler == "grid":
-            yield f"{where}: a grid needs `choices`, and this has a range"
-            continue
-        if choices is not None and not (isinstance(choices, list | tuple) and choices):
-            yield f"{where}: `choices` must be a list with at least one value"
-            continue
-        if choices is None and not _is_range(spec):
-            yield f"{where}: `low` and `high` must be numbers with low < high, and are {spec['low']!r} and {spec['high']!r}"
-            continue
-        for value in choices if choices is not None else (spec["low"], spec["high"]):
-            try:
-                corner = Variant.model_validate({"name": "corner", name: value})
-            except ValidationError as error:
-                yield f"{where}: {value!r} cannot be taken: {error.errors()[0]['msg']}"
-                continue
-            yield from (why.replace("variant 'corner'", where, 1) for why in _variant(corner, selection, run))
-
-
-def _is_range(spec: dict[str, Any]) -> bool:
-    low, high = spec["low"], spec["high"]
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (low, high))
-    return numbers and low < high
+        yield from (why.replace("variant 'corner'", where, 1) for why in _variant(corner, selection, run))
 
 
 def _merge(merge: MergeRecipe, action: str) -> Iterator[str]:

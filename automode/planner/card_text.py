@@ -56,20 +56,13 @@ def to_yaml(card: PlanCard) -> str:
     """Return the card as YAML, in the order of its fields; parts that it does not have are left out.
 
     A variant shows only what it does differently from the trunk. ``from_yaml`` gives the same card back.
-
-    Raises:
-        CardError: A search space holds a value that YAML has no plain form for.
     """
     # The first line holds numbers and hex digits only, so that no text can break out of the comment.
     head = (
         f"# automode plan card {card.id}, revision {card.rev}: proposed at step {card.step}, "
         "takes effect at the next step after approval"
     )
-    try:
-        lines = block(_spare(card), comments=_REMARKS, prose=("because",))
-    except UsageError as error:
-        raise CardError(f"plan card {card.id} cannot be written: {error}") from error
-    return "\n".join([head, *lines, ""])
+    return "\n".join([head, *block(_spare(card), comments=_REMARKS, prose=("because",)), ""])
 
 
 def from_yaml(text: str) -> PlanCard:
@@ -210,5 +203,7 @@ def _spare_value(value: Any) -> Any:
             return _spare(value)
         case list() | tuple():
             return [_spare_value(v) for v in value]
+        case dict():
+            return {k: _spare_value(v) for k, v in value.items()}
         case _:
             return value

@@ -20,6 +20,7 @@ from automode.planner.recipes import (
     TrainingRecipe,
     Variant,
 )
+from automode.planner.variants import Draw, DrawChoice, DrawInt, DrawLogUniform, DrawUniform
 from automode.planner.yaml_text import shown
 from automode.planner.yaml_writer import flow
 
@@ -49,12 +50,25 @@ def variant_text(variant: Variant) -> str:
     return f"{variant.name} ({told})" if told else variant.name
 
 
+def draw_text(draw: Draw) -> str:
+    """Say in a few words what is drawn for a field."""
+    match draw:
+        case DrawLogUniform(low=low, high=high):
+            return f"{low:g} to {high:g} (log)"
+        case DrawUniform(low=low, high=high, step=step) | DrawInt(low=low, high=high, step=step):
+            apart = "" if step is None or (step == 1 and isinstance(draw, DrawInt)) else f" by {step:g}"
+            return f"{low:g} to {high:g}{apart}"
+        case DrawChoice(choices=choices):
+            return f"one of {', '.join(flow(c) for c in choices)}"
+
+
 def _recipe_text(recipe: TrainingRecipe) -> str:
+    told = [variant_text(v) for v in recipe.variants]
     if recipe.search is not None:
-        return (
-            f"{recipe.search.n} drawn by {recipe.search.sampler} over {', '.join(recipe.search.parameters)}"
-        )
-    return "; ".join(variant_text(v) for v in recipe.variants)
+        search = recipe.search
+        over = ", ".join(f"{name} {draw_text(draw)}" for name, draw in search.parameters.items())
+        told.append(f"{search.draws} drawn by {search.sampler} over {over}")
+    return "; ".join(told)
 
 
 def _merge_text(merge: MergeRecipe) -> str:

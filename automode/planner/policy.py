@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
@@ -15,7 +16,7 @@ from pydantic import Field, model_validator
 from automode.planner.cards import Reason, Risk
 from automode.planner.recipes import Digest, Fraction, Part, Positive
 
-PLANNER_VERSION: Final = 1
+PLANNER_VERSION: Final = 2
 """Part of the policy digest: raised whenever the same inputs may lead to another decision."""
 
 ALL_REASONS: Final[tuple[Reason, ...]] = (
@@ -234,7 +235,9 @@ class Policy(Part):
     """Everything that a person allows automode to do. The defaults are the ``default`` preset."""
 
     schema_: Literal[1] = Field(default=1, alias="schema", description="version of this format")
-    name: str = Field(default="default", min_length=1, max_length=64, description="what you call it")
+    name: str = Field(
+        default="default", min_length=1, max_length=64, description="what you call it; no part of the digest"
+    )
     reasons: tuple[Reason, ...] = Field(default=ALL_REASONS, description="rules that may propose")
     budget: Literal["within", "on_top"] = Field(
         default="within", description="pay for automode out of the run's own steps, or on top of them"
@@ -268,9 +271,18 @@ class Policy(Part):
 
     @property
     def digest(self) -> Digest:
-        """Digest over the fully resolved values and the planner's version."""
-        text = json.dumps({"planner": PLANNER_VERSION, "policy": self.dump()}, sort_keys=True)
-        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        """Digest of the policy where no rule of a third party takes part; see :meth:`digest_with`."""
+        return self.digest_with(())
+
+    def digest_with(self, plugins: Iterable[str]) -> Digest:
+        """Digest over what decides: the resolved values, the planner's version, and the plugins. Its name decides nothing.
+
+        Args:
+            plugins: Distributions whose rules take part, with their versions, in any order.
+        """
+        values = {name: value for name, value in self.dump().items() if name != "name"}
+        decides = {"planner": PLANNER_VERSION, "plugins": sorted(plugins), "policy": values}
+        return "sha256:" + hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def planning_budget(self, total_steps: int) -> int:
         """B, in steps: given, or 800 but at most a fifth of the run where its length is known (and at least 40)."""

@@ -7,29 +7,49 @@ separate question (:mod:`automode.planner.capability`): the schema lists everyth
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
+
+from automode.planner.parts import Digest, Fraction, Name, Part, Positive
+from automode.planner.variants import DRAWN, EarlyStopping, SearchSpace, Variant
+
+__all__ = [
+    "INLINE_IDS",
+    "Acceptance",
+    "Asha",
+    "Base",
+    "Cost",
+    "Digest",
+    "EarlyStopping",
+    "Fraction",
+    "GateRecipe",
+    "MergeAdapterFuse",
+    "MergeDistill",
+    "MergeFisherSoup",
+    "MergeGreedy",
+    "MergeInterpolate",
+    "MergeRecipe",
+    "MergeSwa",
+    "MergeUniform",
+    "Name",
+    "Part",
+    "Positive",
+    "SearchSpace",
+    "SelectAll",
+    "SelectIndices",
+    "SelectKMeans",
+    "SelectQuantile",
+    "Selection",
+    "TrainingRecipe",
+    "Variant",
+]
+
+MOST_TRIALS = 64
+"""Most trials of one card, written out and drawn together."""
 
 INLINE_IDS = 200
 """Longest id list that stands inline on a card; longer ones are artifacts, named by digest."""
-
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.:/+ -]+$")]
-
-
-class Part(BaseModel):
-    """Base settings of everything that a person may type: frozen, no unknown keys, NaN written as a string."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        ser_json_inf_nan="strings",
-        populate_by_name=True,
-        serialize_by_alias=True,
-    )
 
 
 class SelectAll(Part):
@@ -112,82 +132,16 @@ class SelectIndices(Part):
 Selection = Annotated[SelectAll | SelectQuantile | SelectKMeans | SelectIndices, Field(discriminator="kind")]
 
 
-class EarlyStopping(Part):
-    """Stop a trial whose training loss no longer falls; it is looked at ten times a rung, as a mean since the last look."""
-
-    patience: int = Field(default=3, ge=1, le=1000, description="looks in a row without a new best")
-    min_delta: float = Field(
-        default=0.0, ge=0.0, allow_inf_nan=False, description="how far below the best a new best must lie"
-    )
-
-
-class Variant(Part):
-    """One way of training the specialist. Defaults mean: exactly as the trunk trains."""
-
-    name: Name = Field(description="what tables and stories call it")
-    lr_mul: Positive = Field(default=1.0, le=1e4, description="factor on every group's learning rate")
-    weight_decay_mul: float = Field(
-        default=1.0, ge=0.0, le=1e4, allow_inf_nan=False, description="factor on every group's weight decay"
-    )
-    weight_decay: float | None = Field(
-        default=None, ge=0.0, le=10.0, description="absolute, in place of the factor"
-    )
-    clip_norm: Positive | None = Field(
-        default=None, description="largest gradient norm; null: as the trunk clips"
-    )
-    optimizer: Literal["keep", "sgd", "adam", "adamw", "sam"] = Field(
-        default="keep", description="sam wraps the trunk's own optimizer; a step then costs two"
-    )
-    sam_rho: Positive = Field(default=0.05, description="radius of a sharpness-aware step")
-    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
-        default=None, description="decay of the weight average that the variant offers as its candidate"
-    )
-    precision: Literal["keep", "fp32", "bf16"] = Field(
-        default="keep", description="arithmetic of the forward pass"
-    )
-    loss_weight: Positive = Field(
-        default=1.0, le=100.0, description="weight of selected samples against replayed ones"
-    )
-    batch_mul: Positive = Field(default=1.0, le=64.0, description="factor on the batch size")
-    schedule: Literal["keep", "constant", "anneal"] = Field(
-        default="keep",
-        description="keep the trunk's schedule, hold the rate, or go linearly to zero by the top rung",
-    )
-
-
-class SearchSpace(Part):
-    """Variants drawn by Optuna's samplers in place of a fixed list, all of them before the first trial starts."""
-
-    parameters: dict[str, dict[str, Any]] = Field(
-        min_length=1,
-        max_length=16,
-        description="field of a variant to its `choices`, or to `low` and `high` (and `log`, `step`, `integer`)",
-    )
-    n: int = Field(ge=2, le=64, description="how many variants to draw")
-    sampler: Literal["tpe", "random", "grid"] = Field(
-        default="tpe", description="tpe draws as random does while it has been told no result"
-    )
-
-    @field_validator("parameters")
-    @classmethod
-    def _known(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        unknown = sorted(set(value) - (set(Variant.model_fields) - {"name"}))
-        if unknown:
-            raise ValueError(f"{unknown} are no fields of a variant")
-        for name, spec in value.items():
-            if not (set(spec) >= {"choices"} or set(spec) >= {"low", "high"}):
-                raise ValueError(f"`{name}` needs `choices` or `low` and `high`, and has {sorted(spec)}")
-        return value
-
-
 class TrainingRecipe(Part):
     """How the specialists train: the variants, what is replayed, when a trial stops early."""
 
     replay: Fraction = Field(default=0.1, description="share of each batch drawn from outside the selection")
     variants: tuple[Variant, ...] = Field(
-        default=(), max_length=64, description="a trial each; either these or `search`"
+        default=(), max_length=64, description="a trial each, before those of `search`"
     )
-    search: SearchSpace | None = Field(default=None, description="variants to draw")
+    search: SearchSpace | None = Field(
+        default=None, description="variants to draw, beside or in place of those written out"
+    )
     early_stopping: EarlyStopping | None = Field(
         default=None, description="null: every trial reaches its rung"
     )
@@ -196,18 +150,27 @@ class TrainingRecipe(Part):
 
     @model_validator(mode="after")
     def _some_variants(self) -> TrainingRecipe:
-        if bool(self.variants) == (self.search is not None):
-            raise ValueError("needs either `variants` or `search`")
+        if not self.variants and self.search is None:
+            raise ValueError("needs `variants`, `search`, or both")
         names = [v.name for v in self.variants]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"variant names {twice} stand twice")
+        if self.candidates > MOST_TRIALS:
+            raise ValueError(f"{self.candidates} trials are too many: {MOST_TRIALS} at the most")
+        taken = sorted(n for n in names if self.search is not None and _reserved(n))
+        if taken:
+            raise ValueError(f"variant names {taken} are those of drawn variants: give others")
         return self
 
     @property
     def candidates(self) -> int:
-        """How many trials the recipe starts."""
-        return self.search.n if self.search is not None else len(self.variants)
+        """How many trials the recipe starts: one a variant, those that are written out first."""
+        return len(self.variants) + (self.search.draws if self.search is not None else 0)
+
+
+def _reserved(name: str) -> bool:
+    return name.startswith(DRAWN) and name[len(DRAWN) :].isdigit()
 
 
 class GateRecipe(Part):

@@ -106,7 +106,7 @@ def open_driver(parts: RunParts) -> Driver:
                 asked_mode=parts.settings.mode,
                 why_mode=why,
                 policy=policy.dump(),
-                policy_digest=policy.digest,
+                policy_digest=policy.digest_with(plugin.distribution for plugin in offered),
                 planner_version=PLANNER_VERSION,
                 plugins=tuple(plugin.distribution for plugin in offered),
                 run=_run(parts, held, slots=1 if backend is None else backend.slots),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from automode.planner.recipes import (
     TrainingRecipe,
     Variant,
 )
+from automode.planner.variants import DRAWN
 from automode.scheduler.candidates import Candidates
 from automode.session.artifacts import ArtifactStore
 from automode.trainer.clusters import Clusters
@@ -197,10 +198,9 @@ class Selector:
             return recipe.variants
         search = recipe.search
         drawn = Candidates(
-            search.parameters, sampler=search.sampler, seed=(self.seed + card.step) & 0x7FFFFFFF
+            search.as_space(), sampler=search.sampler, seed=(self.seed + card.step) & 0x7FFFFFFF
         )
-        found: list[Variant] = []
-        for i in range(min(search.n, drawn.size or search.n)):
-            values: dict[str, Any] = dict(drawn.ask().values)
-            found.append(Variant(name=f"draw{i}", **values))
-        return tuple(found)
+        found = [
+            Variant.model_validate({"name": f"{DRAWN}{i}", **drawn.ask().values}) for i in range(search.draws)
+        ]
+        return (*recipe.variants, *found)

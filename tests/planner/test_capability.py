@@ -209,29 +209,31 @@ def test_what_a_policy_asks_for_and_nothing_carries_out_is_refused() -> None:
     assert "validation loader" in found[0]
 
 
-def search(sampler: str = "tpe", **parameters: Any) -> Proposal:
-    space = SearchSpace.model_validate({"parameters": parameters, "n": 4, "sampler": sampler})
+def search(**parameters: Any) -> Proposal:
+    space = SearchSpace.model_validate({"parameters": parameters, "draws": 2})
     return fork(training_recipe=TrainingRecipe(search=space))
 
 
 def test_a_search_space_is_checked_at_its_corners() -> None:
-    assert (
-        refusals(search(lr_mul={"low": 0.1, "high": 10.0}, optimizer={"choices": ["keep", "sam"]}), run_of())
-        == []
-    )
+    space = {
+        "lr_mul": {"kind": "log_uniform", "low": 0.1, "high": 10.0},
+        "optimizer": {"kind": "choice", "choices": ["keep", "sam"]},
+    }
+    assert refusals(search(**space), run_of()) == []
 
 
 @pytest.mark.parametrize(
     ("proposal", "words"),
     [
-        (search(lr_mul={"low": -1.0, "high": 1.0}), ["search.lr_mul", "-1.0 cannot be taken"]),
-        (search(lr_mul={"low": 1.0, "high": 1.0}), ["low < high"]),
-        (search(lr_mul={"low": "a", "high": 1.0}), ["must be numbers"]),
-        (search(precision={"choices": ["keep", "bf16"]}), ["search.precision", "bf16"]),
-        (search(optimizer={"choices": ["keep", "lion"]}), ["'lion' cannot be taken"]),
-        (search(optimizer={"choices": []}), ["at least one value"]),
-        (search("grid", lr_mul={"low": 0.1, "high": 1.0}), ["a grid needs `choices`"]),
-        (search(batch_mul={"choices": [1.0, 2.0]}), ["search.batch_mul", "2 cannot run"]),
+        (
+            search(precision={"kind": "choice", "choices": ["keep", "bf16"]}),
+            ["search.precision", "bf16"],
+        ),
+        (search(batch_mul={"kind": "int", "low": 1, "high": 2}), ["search.batch_mul", "2 cannot run"]),
+        (
+            search(schedule={"kind": "choice", "choices": ["keep", "anneal"]}),
+            ["search.schedule", "anneal cannot run"],
+        ),
     ],
 )
 def test_a_search_space_that_reaches_too_far_is_refused(proposal: Proposal, words: list[str]) -> None:

@@ -186,7 +186,7 @@ def test_nan_and_infinity_stay_numbers_through_json() -> None:
         (MERGE | {"gate_recipe": {}}, "a merge trains nothing"),
         ({"id": "C7F3A1E0"}, "String should match pattern"),
         ({"because": ""}, "at least 1 character"),
-        ({"training_recipe": {"variants": []}}, "needs either `variants` or `search`"),
+        ({"training_recipe": {"variants": []}}, "needs `variants`, `search`, or both"),
         ({"training_recipe": {"variants": [{"name": "a"}, {"name": "a"}]}}, "stand twice"),
         ({"selection": {"kind": "quantile", "from": 0.5, "to": 0.5}}, "must be above"),
         ({"selection": {"kind": "quantile", "from": math.nan, "to": 0.5}}, "less than or equal to 1"),

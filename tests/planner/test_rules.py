@@ -113,6 +113,10 @@ def test_a_rule_answers_its_case(rule: str, case: dict[str, Any]) -> None:
         if "variants" in expect:
             assert answer.training_recipe is not None
             assert [v.name for v in answer.training_recipe.variants] == expect["variants"]
+        if "drawn" in expect:
+            assert answer.training_recipe is not None
+            search = answer.training_recipe.search
+            assert (0 if search is None else search.draws) == expect["drawn"]
         for name, value in expect.get("has", {}).items():
             part = getattr(answer, name)
             got = (

@@ -9,19 +9,34 @@ from automode.planner.recipes import TrainingRecipe, Variant
 from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.rules.execution import if_executable
 from automode.planner.signals.trend import MIN_BLOCKS, BlockTrend, TrendState
+from automode.planner.variants import DrawLogUniform, SearchSpace
 
-VARIANTS = (
+DROPS = (
     Variant(name="third", lr_mul=1 / 3),
-    Variant(name="double", lr_mul=2.0),
     Variant(name="tenth", lr_mul=0.1),
-    Variant(name="flat", optimizer="sam"),
-    Variant(name="triple", lr_mul=3.0),
+    Variant(name="gentle", lr_mul=0.6),
 )
+"""The drop in the learning rate that a person would try first; it is an arm of every card."""
+
+DRAWN = DrawLogUniform(low=0.03, high=3.0)
+"""What else is tried: factors on the rate from a thirtieth to three times, their logarithms evenly."""
+
+
+def sweep(arms: int) -> TrainingRecipe:
+    """Return a small sweep over the learning rate: one arm in three is a drop by a fixed factor, the others are drawn.
+
+    Args:
+        arms: How many trials; ASHA stops two in three of them at each rung.
+    """
+    fixed = min(len(DROPS), max(1, arms // 3))
+    drawn = arms - fixed
+    search = SearchSpace(parameters={"lr_mul": DRAWN}, draws=drawn) if drawn else None
+    return TrainingRecipe(variants=DROPS[:fixed], search=search)
 
 
 @dataclass(frozen=True, slots=True)
 class LossPlateau:
-    """Propose another learning rate when the trend says PLATEAU at the confidence for acting.
+    """Propose a small sweep over the learning rate when the trend says PLATEAU at the confidence for acting.
 
     Silent while the trend is undecided (no significant trend is no plateau), before its first look, and where the
     schedule is about to drop the rate anyway. Thresholds are ``policy.trend``: budget, gain, z_execute.
@@ -40,7 +55,7 @@ class LossPlateau:
                 reason=self.id,
                 action="fork",
                 because=trend.describe(),
-                training_recipe=TrainingRecipe(variants=VARIANTS[: view.policy.pacing.variants]),
+                training_recipe=sweep(view.policy.pacing.variants),
                 diagnostics={
                     "best_case": trend.best_execute,
                     "worst_case": trend.worst_execute,

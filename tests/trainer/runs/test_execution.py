@@ -825,7 +825,7 @@ def test_a_card_runs_to_a_verdict_whatever_the_task(
 
 
 def test_the_rules_card_runs_by_itself_in_act_mode(play_run: Any, script: Any) -> None:
-    """A flat loss: the plateau rule proposes three rates, the policy lets them run, the evidence decides."""
+    """A flat loss: the plateau rule proposes a sweep, the policy lets it run, the evidence decides; the draws replay."""
     run = play_run(
         automode="act",
         script=script(rate=1e-6),
@@ -845,6 +845,12 @@ def test_the_rules_card_runs_by_itself_in_act_mode(play_run: Any, script: Any) -
     assert [d["decision"] for d in run.bodies("trial_decided")].count("started") == 3
     assert run.bodies("verdict_given")
     assert run.bodies("card_moved")[0]["actor"] == "policy"
+    (resolved,) = run.bodies("resolved")
+    drop, *drawn = resolved["variants"]
+    assert (drop["name"], [v["name"] for v in drawn]) == ("third", ["draw0", "draw1"])
+    assert len({v["lr_mul"] for v in drawn}) == 2
+    assert all(0.03 <= v["lr_mul"] <= 3.0 for v in drawn)
+    replay(run.path).check()
 
 
 def test_a_replay_names_a_verdict_that_was_tampered_with(play_run: Any, script: Any, tamper: Any) -> None:
