@@ -6,7 +6,7 @@ bounded where labels may be wrong; minus Huber loss for values; minus the loss i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -106,6 +106,15 @@ class Evaluator:
             correct=_joined([row[3] for row in found]),
             p_true=_joined([row[4] for row in found]),
         )
+
+    def state(self) -> dict[str, Any]:
+        """What has been settled so far, as plain data for :meth:`load`."""
+        return {"delta": self.delta, "task": self.task, "per_sample": self.per_sample.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Measure as :meth:`state` found it."""
+        self.delta, self.task = state["delta"], state["task"]
+        self.per_sample.load(state["per_sample"])
 
     def settle(self, model: nn.Module) -> None:
         """Fix the task and the scale of the Huber loss on the first batch of val-A, where scoring has not fixed them yet.

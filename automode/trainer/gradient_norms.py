@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,21 @@ class HeldGradients:
                 norms[index] = math.nan
                 self._may_hold = False
         return {row: norm for (row, _, _), norm in zip(held, norms, strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """How norms are taken from here on, as plain data for :meth:`load`; everything held must have been closed."""
+        assert not self._held
+        return {
+            "may_hold": self._may_hold,
+            "trial": self._trial,
+            "one_before": self._previous is not None,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take norms as they were taken where :meth:`state` was called: the ways differ in their last bits."""
+        self._may_hold, self._trial = bool(state["may_hold"]), int(state["trial"])
+        # The gradients of the step before are gone with their process; nothing writes to them any more.
+        self._previous = ([], []) if state["one_before"] else None
 
     def _try(self, gradients: list[Tensor], versions: list[int]) -> None:
         """See whether the step before left its gradients alone and this one made new ones."""

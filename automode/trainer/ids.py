@@ -16,7 +16,6 @@ import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from automode.errors import DataError
+from automode.trainer.recording_sampler import RecordingBatchSampler, checksum_of
 
 IdArray = npt.NDArray[np.int64]
 
 _FINGERPRINT_ROWS = 16
+_READ_AT_MOST = 512
 _CONTENT_ATTRIBUTES = ("tensors", "data", "targets", "labels")
 
 
@@ -51,10 +52,10 @@ def fingerprint(dataset: Any) -> str:
     length = _length(root)
     digest = hashlib.sha256()
     seen = False
-    for array in _content(root):
-        digest.update(f"{tuple(array.shape)}{array.dtype}".encode())
-        rows = np.unique(np.linspace(0, max(len(array) - 1, 0), _FINGERPRINT_ROWS).astype(np.int64))
-        digest.update(array_bytes(array[rows.tolist()]) if len(array) else b"")
+    for kept in _content(root):
+        digest.update(f"{tuple(kept.shape)}{kept.dtype}".encode())
+        rows = np.unique(np.linspace(0, max(len(kept) - 1, 0), _FINGERPRINT_ROWS).astype(np.int64))
+        digest.update(array_bytes(kept[rows.tolist()]) if len(kept) else b"")
         seen = True
     return f"{type(root).__qualname__}:{'?' if length is None else length}:{digest.hexdigest()[:16] if seen else '-'}"
 
@@ -117,7 +118,9 @@ class RecordedLoader:
         self._map: IdArray | None = None
         self._source_length: int | None = None
         self._clone: DataLoader[Any] | None = None
-        self._recorder: _RecordingBatchSampler | None = None
+        self._recorder: RecordingBatchSampler | None = None
+        self._read: list[Sequence[Any] | None] = []
+        self._digest = 0
         if self.reason is not None:
             return
         assert isinstance(loader, DataLoader)
@@ -129,19 +132,39 @@ class RecordedLoader:
         self.length = _length(self.root)
         self._source_length = _length(loader.dataset)
         self.fingerprint = fingerprint(self.root)
-        self._recorder = _RecordingBatchSampler(loader.batch_sampler)
+        self._recorder = RecordingBatchSampler(loader.batch_sampler)
         self._clone = object.__new__(type(loader))
         vars(self._clone)["_iterator"] = None
 
+    @property
+    def recorded(self) -> bool:
+        """Whether index lists are noted on their way past, so that batches can be skipped without being read."""
+        return self._clone is not None
+
     def __iter__(self) -> Iterator[Any]:
+        return self.batches()
+
+    def batches(self, skip: int = 0) -> Iterator[Any]:
+        """Begin a pass.
+
+        Args:
+            skip: Batches at the beginning whose index lists are drawn and dropped, their samples never read; only while
+                :attr:`recorded`.
+        """
+        self._read, self._digest = [], 0
         if self._clone is None or self._recorder is None:
             return iter(self.loader)
         # Attributes that the user set since the last epoch count, as they would on the plain loader. The guard in
         # DataLoader.__setattr__ is for samplers swapped in mid-life, which a copy made before each epoch is not.
         kept = vars(self._clone)["_iterator"]
         self._recorder.inner = vars(self.loader)["batch_sampler"]
+        self._recorder.skip = skip
         vars(self._clone).update(vars(self.loader), batch_sampler=self._recorder, _iterator=kept)
         batches = iter(self._clone)
+        self._recorder.skip = 0
+        if skip:
+            assert self._recorder.latest is not None
+            self._read = self._recorder.latest.skipped()
         return _RecordedIterator(self, batches, self._recorder.pending)
 
     def __len__(self) -> int:
@@ -154,6 +177,16 @@ class RecordedLoader:
             Positions, one per sample, or None where there are no ids.
         """
         return self._current
+
+    def order(self) -> int:
+        """A checksum of the index lists of the batches yielded (or skipped) in this pass, in order; 0 where none are noted."""
+        self._digest, self._read = checksum_of(self._read, self._digest), []
+        return self._digest
+
+    def ahead(self, count: int | None = None) -> tuple[int, int]:
+        """How many index lists have been drawn for batches not yielded yet, and a checksum of the first ``count`` of them."""
+        drawn = [] if self._recorder is None else list(self._recorder.pending)[:count]
+        return len(drawn), checksum_of(drawn, 0)
 
     def root_ids(self, batches: Sequence[Sequence[Any]]) -> IdArray | None:
         """Map the positions of several batches to root ids at once.
@@ -188,45 +221,12 @@ class RecordedLoader:
         self._current = None
 
     def _yielded(self, positions: Sequence[Any] | None) -> None:
+        self._read.append(positions)
+        if len(self._read) >= _READ_AT_MOST:
+            self.order()
         if self.reason is None and positions is None:
             self._refuse("the batch sampler yields something other than lists of integer positions")
         self._current = None if self.reason is not None else positions
-
-
-class _RecordingBatchSampler:
-    """The user's batch sampler, with a note taken of each index list as it is drawn."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.pending: deque[Sequence[Any] | None] = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        # iter() of the inner sampler must run now and not at the first next(): some draw random numbers in it. A
-        # loader with workers calls this twice before its first batch; the last call is the one that is drawn from.
-        self.pending = deque()
-        return _RecordingIterator(iter(self.inner), self.pending)
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["inner"], name)
-
-
-class _RecordingIterator:
-    __slots__ = ("_inner", "_pending")
-
-    def __init__(self, inner: Iterator[Any], pending: deque[Sequence[Any] | None]) -> None:
-        self._inner = inner
-        self._pending = pending
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        positions = next(self._inner)
-        self._pending.append(_noted(positions))
-        return positions
 
 
 class _RecordedIterator:
@@ -256,30 +256,18 @@ class _RecordedIterator:
         return batch
 
 
-def array_bytes(array: Any) -> bytes:
+def array_bytes(values: Any) -> bytes:
     """Give the raw bytes of a tensor or array, so that equal contents have equal bytes.
 
     Args:
-        array: Tensor (any device, any dtype) or numpy array.
+        values: Tensor (any device, any dtype) or numpy array.
 
     Returns:
         The elements in C order.
     """
-    if isinstance(array, torch.Tensor):
-        return array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return np.ascontiguousarray(array).tobytes()
-
-
-def _noted(positions: Any) -> Sequence[Any] | None:
-    """Copy an index list, since a batch sampler may reuse its list; None where it is not one."""
-    if isinstance(positions, (list, tuple, range)):
-        if not positions or type(positions[0]) is int or isinstance(positions[0], (Integral, torch.Tensor)):
-            return list(positions)
-        return None
-    if isinstance(positions, (torch.Tensor, np.ndarray)) and positions.ndim == 1:
-        noted: list[Any] = positions.tolist()
-        return noted if not noted or isinstance(noted[0], int) else None
-    return None
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return np.ascontiguousarray(values).tobytes()
 
 
 def _refusal(loader: Any) -> str | None:

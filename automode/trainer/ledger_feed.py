@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,46 @@ class LedgerFeed:
             self._enter_by_shape(self._unspoilt(visits))
         except Exception as error:  # whatever the outputs are, observing them must not end the run
             self._refuse(f"no per-sample losses: {type(error).__name__}: {error}")
+
+    def state(self) -> dict[str, Any]:
+        """Everything, with the steps kept since the last flush: entering them now could round otherwise than later.
+
+        Returns:
+            Plain data and tensors, for :meth:`load`.
+        """
+        last_at = {_address(visit[0]): visit for visit in self.visits}
+        ledger = self.ledger.state()
+        ledger["columns"] = {name: torch.from_numpy(column) for name, column in ledger["columns"].items()}
+        return {
+            "ledger": ledger,
+            "visits": [_stored(visit, last=last_at[_address(visit[0])] is visit) for visit in self.visits],
+            "max_visits": self.max_visits,
+            "overwritten": self.overwritten,
+            "reason": self._reason,
+            "fast": self._fast,
+            "copies": self._copies,
+            "has_margins": self._has_margins,
+            "per_sample": self._per_sample.state(),
+        }
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what :meth:`state` gave.
+
+        Args:
+            state: As given; its tensors may be on the CPU.
+            device: Where outputs and targets belong.
+
+        Raises:
+            DataError: The ledger is of another dataset.
+        """
+        ledger = dict(state["ledger"])
+        ledger["columns"] = {name: column.numpy() for name, column in ledger["columns"].items()}
+        self.ledger = SampleLedger.from_state(ledger)
+        self.visits = [_restored(visit, device) for visit in state["visits"]]
+        self.max_visits, self.overwritten = int(state["max_visits"]), int(state["overwritten"])
+        self._reason, self._fast = state["reason"], bool(state["fast"])
+        self._copies, self._has_margins = bool(state["copies"]), state["has_margins"]
+        self._per_sample.load(state["per_sample"])
 
     def _refuse(self, reason: str) -> None:
         self._reason = self._reason or reason
@@ -197,6 +237,20 @@ def _are_as_they_were(visits: list[_Visit]) -> bool:
         and tuple(map(_version_of_tensor, targets)) == targets_versions
         and len(set(map(Tensor.data_ptr, outputs))) == len(visits)
     )
+
+
+def _stored(visit: _Visit, *, last: bool) -> list[Any]:
+    """Give a visit as plain data, marked where its tensors are not what they were; ``last``: at its address."""
+    outputs, targets, ids, value, outputs_version, targets_version = visit
+    spoilt = not last or _version(outputs) != outputs_version or _version(targets) != targets_version
+    return [*map_tensors(Tensor.clone, (outputs, targets)), [int(i) for i in ids], value, spoilt]
+
+
+def _restored(stored: Sequence[Any], device: torch.device) -> _Visit:
+    outputs, targets, ids, value, spoilt = stored
+    outputs, targets = map_tensors(lambda tensor: tensor.to(device), (outputs, targets))
+    # One that was written to before it was stored is left out at the flush, as it would have been.
+    return outputs, targets, ids, value, _version(outputs) - spoilt, _version(targets)
 
 
 def _shape_of_rows(visit: _Visit) -> Any:

@@ -11,6 +11,7 @@ A sample with several loss elements (a sequence, several targets) has their mean
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +186,27 @@ class PerSampleLoss:
             Whether all finite ones agree.
         """
         return _agree(self._modes[0], self._tolerance, host, width, starts, losses)
+
+    def state(self) -> dict[str, Any]:
+        """What has been settled so far, as plain data for :meth:`load`."""
+        return {
+            "twin": None if self._twin is None else self._twins.index(self._twin),
+            "modes": list(self._modes),
+            "tolerance": self._tolerance,
+            "reason": self.reason,
+            "probabilities": self.probabilities,
+            "of_values": self._of_values,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave, for the same loss function."""
+        twin = state["twin"]
+        self._twin = None if twin is None else self._twins[twin]
+        self.how = None if self._twin is None else self._twin.how
+        self._modes = list(state["modes"])
+        self._tolerance = float(state["tolerance"])
+        self.reason = state["reason"]
+        self.probabilities, self._of_values = bool(state["probabilities"]), bool(state["of_values"])
 
     def refuse(self, reason: str) -> None:
         """Give up per-sample losses for good; the first reason stays."""

@@ -164,6 +164,30 @@ class Probe:
                 self._flushed_at = now
         return blocks
 
+    def state(self) -> dict[str, Any]:
+        """Everything but rows: those must have been drained. Plain data and tensors, for :meth:`load`."""
+        assert not self._raw
+        return {
+            "rows": self.rows,
+            "gradients": self._gradients.state(),
+            "feed": None if self._feed is None else self._feed.state(),
+        }
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what :meth:`state` gave.
+
+        Args:
+            state: As given; its tensors may be on the CPU.
+            device: Where the run trains.
+
+        Raises:
+            DataError: The sample ledger is of another dataset.
+        """
+        self.rows = int(state["rows"])
+        self._gradients.load(state["gradients"])
+        if self._feed is not None and state["feed"] is not None:
+            self._feed.load(state["feed"], device)
+
     def _number(self, scalar: Any) -> float | Tensor:
         """Read a number; of a scalar on a device take a copy, which the drain reads together with others."""
         if not isinstance(scalar, Tensor):

@@ -8,7 +8,7 @@ schedule ends where the user's would have ended.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -96,6 +96,14 @@ class Schedule:
         self._tick(due)
         if self._advanced is not None and due > unspent:
             self._advanced(due - unspent)
+
+    def state(self) -> dict[str, int]:
+        """The clock, as plain data for :meth:`load`; the user's scheduler saves itself."""
+        return {"ticks": self.ticks, "steps": self._steps}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Set the clock to what :meth:`state` gave."""
+        self.ticks, self._steps = state["ticks"], state["steps"]
 
     def _tick(self, times: int) -> None:
         for _ in range(times):
