@@ -92,7 +92,7 @@ SESSION is a session's folder, as the run prints it, or `last`: the session unde
 written last. CARD is a card's id or as much of its beginning as only one card has. No command changes a session: what asks for
 something posts a request, which the run takes up between two steps; its answer is waited for a few seconds.
 
-Exit codes: 0 fine, 1 any error (or, for `replay`, a difference), 2 cards are waiting (`cards` only).
+Exit codes: 0 fine, 1 any error (or, for `replay`, a difference), 2 cards are waiting (`cards` and `plan`).
 """
 
 

@@ -3,7 +3,7 @@
 A command lives in a module of this room and is named in ``COMMANDS`` with the line that ``automode --help`` prints, so that
 neither ``--help`` nor ``--version`` imports the command's module, nor torch behind it.
 
-Exit codes: 0 fine, 1 any error (or, for ``replay``, a difference), 2 cards are waiting (``cards`` only).
+Exit codes: 0 fine, 1 any error (or, for ``replay``, a difference), 2 cards are waiting (``cards`` and ``plan``).
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ COMMANDS: Mapping[str, CommandSource] = {
         cancel="Stop a card, running or not.",
         mode="Switch the mode of a running session.",
         rollback="Undo an adoption: the weights from before it come back.",
+    ),
+    **_from(
+        "planning",
+        plan="Show the cards that wait for you, and save one (exit code 2 when one waits).",
+        apply="Let a saved card run, as it was saved or as you have edited it.",
     ),
     **_from(
         "policies",

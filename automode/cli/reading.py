@@ -23,9 +23,10 @@ from automode.session import Record, Session
 from automode.session.records import ROLES
 
 CARDS_WAIT = 2
-"""Exit code of ``automode cards`` when a card waits for a person."""
+"""Exit code of ``automode cards`` and ``automode plan`` when a card waits for a person."""
 
-_ASKS = frozenset({CardState.PROPOSED, CardState.REVISE})
+ASKS = frozenset({CardState.PROPOSED, CardState.REVISE})
+"""States in which a card waits for a person."""
 
 
 @click.command()
@@ -53,7 +54,7 @@ def cards(context: click.Context, session: Path) -> None:
         lines.append([row.card_id, str(row.rev), row.state, card.reason, str(card.step), cost, age])
     head = ["CARD", "REV", "STATE", "REASON", "STEP", "COST", "AGE"]
     click.echo(table(head, lines, right=(1, 4, 5, 6)))
-    waiting = [row for row in rows if row.state in _ASKS]
+    waiting = [row for row in rows if row.state in ASKS]
     if waiting:
         first = waiting[0]
         click.echo(

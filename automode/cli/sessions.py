@@ -12,6 +12,7 @@ import click
 from automode.errors import SessionError, UsageError
 from automode.planner.card_text import from_yaml
 from automode.planner.cards import PlanCard
+from automode.planner.yaml_text import shown
 from automode.session import CardRow, Session
 
 RUNS: Final = "automode-runs"
@@ -53,6 +54,29 @@ def session_argument(command: F) -> F:
 def _folder(_context: click.Context, _parameter: click.Parameter, value: str) -> Path:
     # Whether it holds a session is told when it is opened.
     return newest(Path(RUNS)) if value == LAST else Path(value)
+
+
+def session_named(given: str | None, name: str) -> Path:
+    """Return the folder of a session that is given, or else found by its name under ``automode-runs``.
+
+    Args:
+        given: A folder, ``last``, or None.
+        name: The session's name, where none is given.
+
+    Raises:
+        UsageError: None is given, and there is no such session, or several.
+    """
+    if given is not None:
+        return newest(Path(RUNS)) if given == LAST else Path(given)
+    runs = Path(RUNS)
+    found = [file.parent for file in (*runs.glob(f"*/{_DATABASE}"), *runs.glob(f"*/*/{_DATABASE}"))]
+    mine = [folder for folder in found if folder.name == name]
+    if len(mine) == 1:
+        return mine[0]
+    raise UsageError(
+        f"{len(mine) or 'no'} session{'s are' if mine else ' is'} called {shown(name)} under {RUNS}; give its folder: "
+        "automode apply FILE SESSION"
+    )
 
 
 def card_argument(command: F) -> F:

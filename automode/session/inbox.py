@@ -62,6 +62,27 @@ def post(session_path: str | os.PathLike[str], request: Mapping[str, Any]) -> st
     return request_id
 
 
+def withdraw(session_path: str | os.PathLike[str], request_id: str) -> bool:
+    """Take a request back that one has posted.
+
+    Returns:
+        False where it is gone: the run has answered it, or refused it. A run that was reading it just now may still answer.
+
+    Raises:
+        UsageError: It is no request id.
+        SessionError: The disk refused.
+    """
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise UsageError(f"{request_id!r} is no request id")
+    folder = Path(session_path)
+    with storage_errors(folder, "taking a request back"):
+        try:
+            (folder / _FOLDER / f"{request_id}.json").unlink()
+        except FileNotFoundError:
+            return False
+    return True
+
+
 class Inbox:
     """The reading end, held by the run.
 

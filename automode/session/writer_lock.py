@@ -50,6 +50,24 @@ class WriterLock:
         self._connection.close()
 
 
+def held(folder: Path) -> bool:
+    """Tell whether a process, this one or another, holds the right to write a session now."""
+    file = folder / _LOCK_NAME
+    if not file.is_file():
+        return False
+    connection = sqlite3.connect(file.absolute().as_uri() + "?mode=ro", uri=True, timeout=0.0)
+    try:
+        # Reading takes a shared lock, which an exclusive transaction does not grant.
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return True
+    finally:
+        connection.close()
+    return False
+
+
 def _holder(folder: Path) -> str:
     try:
         holder = json.loads((folder / _HOLDER_NAME).read_text())

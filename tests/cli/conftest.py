@@ -261,5 +261,5 @@ def live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
             monotonic = staticmethod(time.monotonic)
             sleep = staticmethod(run.look)
 
-        monkeypatch.setattr("automode.cli.answering.time", Clock)
+        monkeypatch.setattr("automode.cli.asking.time", Clock)
         yield run

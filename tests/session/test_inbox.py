@@ -15,7 +15,7 @@ import pytest
 
 from automode.errors import SessionError, UsageError
 from automode.session import SessionStore
-from automode.session.inbox import MAX_BYTES, Inbox, post
+from automode.session.inbox import MAX_BYTES, Inbox, post, withdraw
 
 GOOD_NAME = "00000000000000000001-0000001-00000001-0123abcd.json"
 
@@ -177,3 +177,15 @@ for n in range(20):
     for who in ("0", "1", "t0", "t1", "t2"):
         assert [n for w, n in seen if w == who] == list(range(20))
     assert list(box.folder.iterdir()) == []
+
+
+def test_a_request_can_be_taken_back_until_it_is_answered(store: SessionStore) -> None:
+    inbox = Inbox(store.path)
+    first, second = post(store.path, {"n": 1}), post(store.path, {"n": 2})
+    assert withdraw(store.path, first)
+    assert not withdraw(store.path, first)
+    assert inbox.poll(0.0) == [(second, {"n": 2})]
+    inbox.done(second)
+    assert not withdraw(store.path, second)
+    with pytest.raises(UsageError, match="is no request id"):
+        withdraw(store.path, "../session")

@@ -16,6 +16,7 @@ import pytest
 
 from automode.errors import SessionBusyError, SessionError, UsageError
 from automode.session import CardRow, CheckpointRow, LineageRow, Record, Session, SessionStore
+from automode.session.writer_lock import held
 
 MakeRecord = Callable[..., Record]
 NAMES = ("loss", "lr")
@@ -357,6 +358,23 @@ def test_a_second_writer_is_refused_and_told_who_writes(store: SessionStore) -> 
     assert f"process {os.getpid()} on " in out.stdout
     store.close()
     SessionStore.open(store.path).close()
+
+
+def test_whether_a_run_writes_can_be_asked_without_disturbing_it(store: SessionStore) -> None:
+    code = "import sys; from pathlib import Path; from automode.session.writer_lock import held; print(held(Path(sys.argv[1])))"
+
+    def elsewhere() -> str:
+        command = [sys.executable, "-c", code, str(store.path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    assert held(store.path)
+    assert elsewhere() == "True"
+    assert store.next_seq == 1  # and the run goes on
+    store.add_rows("trunk", 1, NAMES, _rows(1))
+    store.close()
+    assert not held(store.path)
+    assert elsewhere() == "False"
+    assert not held(store.path.parent)
 
 
 def test_the_lock_is_free_again_when_opening_fails(tmp_path: Path) -> None:
