@@ -37,6 +37,7 @@ BUDGET = 800
 GAIN = 0.01
 PROBE_EVERY = 20
 CREDIT = 12
+SPIKE_ALARMS = ("non_finite", "loss", "grad_norm", "joint", "shift")
 Array = NDArray[np.float64]
 
 
@@ -91,6 +92,8 @@ def replay(trace: Trace) -> Replay:
             out.alarms["loss"].append(step)
         if suite.grad_norm_z.fired:
             out.alarms["grad_norm"].append(step)
+        if suite.joint_z.fired:
+            out.alarms["joint"].append(step)
         entered = {(r.name, r.state) for r in readings}
         if ("level_shift", "SHIFTED") in entered:
             out.alarms["shift"].append(step)
@@ -213,9 +216,10 @@ def report_clean(runs: list[tuple[Trace, Replay]]) -> None:
     rules = {
         "loss": ["loss"],
         "grad_norm": ["grad_norm"],
+        "joint": ["joint"],
         "shift": ["shift"],
         "drift": ["drift"],
-        "loss | grad_norm | shift": ["loss", "grad_norm", "shift", "non_finite"],
+        "all of these": [*SPIKE_ALARMS],
     }
     for name, kinds in rules.items():
         found = [
@@ -244,9 +248,7 @@ def report_spikes(runs: list[tuple[Trace, Replay]]) -> None:
                 continue
             events += 1
             hits = {rule: [a for a in at if t <= a < t + n + CREDIT] for rule, at in said.alarms.items()}
-            combined = [
-                a for rule in ("non_finite", "loss", "grad_norm", "shift") for a in hits.get(rule, [])
-            ]
+            combined = [a for rule in SPIKE_ALARMS for a in hits.get(rule, [])]
             by_kind[kind].append(bool(combined))
             if combined:
                 delays.append(min(combined) - t)
@@ -254,7 +256,7 @@ def report_spikes(runs: list[tuple[Trace, Replay]]) -> None:
                 print(f"      missed: {trace.name} {kind} at {t}")
             for rule, at in hits.items():
                 by_rule[rule] += bool(at)
-        combined = [a for rule in ("non_finite", "loss", "grad_norm", "shift") for a in said.alarms[rule]]
+        combined = [a for rule in SPIKE_ALARMS for a in said.alarms[rule]]
         stray += sum(not any(a <= t < b + 100 for a, b in spans) for t in onsets(combined))
     hit = sum(sum(v) for v in by_kind.values())
     print(f"\nSpikes: {events} disturbing events in {len(runs)} runs")

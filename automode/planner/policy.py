@@ -60,8 +60,13 @@ class SpikePolicy(Part):
 
     window: int = Field(default=101, ge=21, le=1001, description="steps that a step is compared with")
     warmup: int = Field(default=25, ge=10, description="steps before the first comparison")
-    loss_z: Positive = Field(default=5.5, description="robust z of a loss that is a spike")
-    grad_norm_z: Positive = Field(default=8.0, description="robust z of a gradient norm that is a spike")
+    loss_z: Positive = Field(default=4.5, description="robust z of a loss that is a spike")
+    grad_norm_z: Positive = Field(default=6.0, description="robust z of a gradient norm that is a spike")
+    joint_z: Positive = Field(
+        default=5.5,
+        le=8.0,
+        description="sum of the two, each cut at 6, over the square root of 2, that is a spike",
+    )
     shift_z: Positive = Field(default=7.0, description="rise of the loss's level that makes a card, sigmas")
     count: int = Field(default=3, ge=1, description="spikes within `within` steps that make a card")
     within: int = Field(default=100, ge=1, description="steps over which spikes are counted")

@@ -8,6 +8,7 @@ from math import nan, sqrt
 from automode.planner.inputs import Group, Validated
 from automode.planner.policy import Policy
 from automode.planner.signals.gap import GeneralizationGap
+from automode.planner.signals.joint_z import JointZ
 from automode.planner.signals.level_shift import LevelShift
 from automode.planner.signals.nonfinite import NonFinite
 from automode.planner.signals.readings import Reading
@@ -30,6 +31,7 @@ def signals_for(policy: Policy, budget: int) -> SignalSuite:
     suite.non_finite = NonFinite(stall_after=spike.unapplied)
     suite.loss_z = RobustZ(base=spike.loss_z, window=spike.window, warm=spike.warmup)
     suite.grad_norm_z = RobustZ(base=spike.grad_norm_z, signed=False, window=spike.window, warm=spike.warmup)
+    suite.joint_z = JointZ(base=spike.joint_z)
     suite.burst = SpikeBurst(count=spike.count, window=spike.within)
     suite.shift = LevelShift(threshold=spike.shift_z)
     suite.trend = BlockTrend(

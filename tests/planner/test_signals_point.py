@@ -124,15 +124,54 @@ def noise(n: int, seed: int = 0, sigma: float = 0.1) -> Any:
     return np.exp(sigma * np.random.default_rng(seed).standard_normal(n))
 
 
-def test_z_is_the_distance_from_the_median_in_interquartile_sigmas_of_the_logarithm() -> None:
+def spread(v: Any) -> float:
+    """Sigma of a window: half its middle half or its upper tail, whichever is wider."""
+    ordered = np.sort(v)
+    middle, low, high, upper = (ordered[q * (len(v) - 1) // 100] for q in (50, 25, 75, 90))
+    return max((high - low) / 1.349, (upper - middle) / 1.2816, 0.02)
+
+
+def slow_spread(v: Any, warm: int = 25) -> float:
+    """The average of the spreads that a signal has seen in the windows that begin with the warm-up, half-life 300."""
+    keep = 0.5 ** (1 / 300)
+    slow = spread(v[:warm])
+    for n in range(warm + 1, len(v) + 1):
+        slow = keep * slow + (1 - keep) * spread(v[:n])
+    return slow
+
+
+def test_z_is_the_distance_from_the_median_in_sigmas_of_the_logarithm() -> None:
     values = noise(101)
     signal = fed(values)
     logs = np.log(values)
-    sigma = (np.quantile(logs, 0.75) - np.quantile(logs, 0.25)) / 1.349
+    sigma = max(spread(logs), slow_spread(logs))
     signal.update(1.3)
     # A value above median + 3 sigma would have been cut when it was pushed; this seed has none.
     assert logs.max() < np.median(logs) + 3 * sigma
     assert signal.z == pytest.approx((math.log(1.3) - np.median(logs)) / sigma)
+
+
+def test_a_long_upper_tail_widens_sigma_and_a_long_lower_tail_does_not() -> None:
+    sigma = 0.1 * np.random.default_rng(0).standard_normal(101)
+    up = fed(np.exp(np.where(sigma > 0.1, 4.0 * sigma, sigma)))
+    down = fed(np.exp(np.where(sigma < -0.1, 4.0 * sigma, sigma)))
+    up.update(1.6)
+    down.update(1.6)
+    assert 1.5 * up.z < down.z
+
+
+def test_a_window_that_happens_to_be_quiet_does_not_narrow_sigma_at_once() -> None:
+    rng = np.random.default_rng(0)
+    loud, quiet = np.exp(0.2 * rng.standard_normal(900)), np.exp(0.04 * rng.standard_normal(150))
+    signal = fed([*loud, *quiet])
+    signal.update(1.4)
+    assert not signal.fired
+    alone = fed(quiet)
+    alone.update(1.4)
+    assert alone.fired
+    for x in np.exp(0.04 * rng.standard_normal(3000)):
+        signal.update(float(x))
+    assert signal.update(1.4), "it does once the run has been quiet for long"
 
 
 def test_sigma_never_falls_below_its_floor() -> None:
@@ -230,8 +269,7 @@ def test_a_loss_that_becomes_negative_later_switches_the_whole_window() -> None:
     scale = float(np.sort(positive[:25])[12])
     assert signal.scale == pytest.approx(scale)
     v = np.arcsinh(positive / scale)
-    sigma = (np.quantile(v, 0.75) - np.quantile(v, 0.25)) / 1.349
-    assert signal.z == pytest.approx((math.asinh(-0.5 / scale) - np.median(v)) / sigma)
+    assert signal.z == pytest.approx((math.asinh(-0.5 / scale) - np.median(v)) / spread(v))
     signal.reset()
     for x in noise(30, seed=2):
         signal.update(float(x))
@@ -262,7 +300,7 @@ def test_the_ceiling_is_the_largest_ordinary_value() -> None:
     for x in values:
         signal.update(float(x))
     logs = np.log(values)
-    sigma = (np.quantile(logs, 0.75) - np.quantile(logs, 0.25)) / 1.349
+    sigma = max(spread(logs), slow_spread(logs[:-1]))
     assert signal.ceiling == pytest.approx(math.exp(np.median(logs) + 3.0 * sigma))
 
 

@@ -15,7 +15,7 @@ from automode.planner.watching import signals_for, watch_validation
 
 def test_the_default_policy_asks_for_the_suites_own_thresholds() -> None:
     mine, theirs = signals_for(Policy(), 800).state(), SignalSuite().state()
-    for name in ("non_finite", "loss_z", "grad_norm_z", "burst", "shift", "drift", "trend"):
+    for name in ("non_finite", "loss_z", "grad_norm_z", "joint_z", "burst", "shift", "drift", "trend"):
         assert mine[name] == theirs[name], name
 
 
@@ -28,6 +28,7 @@ def test_every_threshold_lands_in_its_signal() -> None:
                 "warmup": 20,
                 "loss_z": 4.4,
                 "grad_norm_z": 6.6,
+                "joint_z": 7.7,
                 "shift_z": 8.8,
                 "count": 5,
                 "within": 70,
@@ -49,6 +50,7 @@ def test_every_threshold_lands_in_its_signal() -> None:
     )
     for z, base in ((suite.loss_z, 4.4), (suite.grad_norm_z, 6.6)):
         assert (z.base, z.window, z.warm) == (base, 51, 20)
+    assert suite.joint_z.base == 7.7
     assert (suite.burst.count, suite.burst.window) == (5, 70)
     assert suite.shift.threshold == 8.8
     assert suite.non_finite.stall_after == 9

@@ -88,8 +88,8 @@ def _signs(view: View) -> Iterator[tuple[str, str]]:
         yield (
             "regressing",
             (
-                f"The loss rose by at least {trend.rise:.1%} over the last {min(trend.window, trend.budget) or trend.budget} steps "
-                f"(one-sided, z {trend.z_regress:g}; a card at {trend.regress_rise:.0%})."
+                f"The loss rose by at least {trend.rise:.1%} over the last {trend.rise_window} steps "
+                f"(one-sided, z {trend.z_execute:g}; a card at {trend.regress_rise:.0%})."
             ),
         )
 
@@ -120,6 +120,7 @@ def _diagnostics(view: View) -> dict[str, Diagnostic]:
         "spikes_window": suite.burst.window,
         "loss_z": suite.loss_z.z,
         "grad_norm_z": suite.grad_norm_z.z,
+        "joint_z": suite.joint_z.z,
         "level_shift": suite.shift.value,
     }
     if isfinite(suite.trend.rise):

@@ -1,6 +1,7 @@
 """Streaming signals: scalars in, readings out when a state changes. Pure Python and numpy, serialisable, no clock."""
 
 from automode.planner.signals.gap import GapState, GeneralizationGap
+from automode.planner.signals.joint_z import JointZ
 from automode.planner.signals.level_shift import LevelShift
 from automode.planner.signals.mann_kendall import MannKendall
 from automode.planner.signals.nonfinite import NonFinite, NonFiniteState, SteppingState
@@ -17,6 +18,7 @@ __all__ = [
     "BlockTrend",
     "GapState",
     "GeneralizationGap",
+    "JointZ",
     "LevelShift",
     "MannKendall",
     "NonFinite",

@@ -9,6 +9,7 @@ from automode.planner.signals.gap import GeneralizationGap
 from automode.planner.signals.readings import Detail, Reading
 from automode.planner.signals.robust_z import RobustZ
 from automode.planner.signals.slices import SliceWatch
+from automode.planner.signals.tail_alarm import TailAlarm
 from automode.planner.signals.trend import MIN_BLOCKS, TrendState
 
 if TYPE_CHECKING:
@@ -48,24 +49,28 @@ def _skipped_steps(suite: SignalSuite) -> Reading:
     )
 
 
-def _spike(name: str, suite: SignalSuite, signal: RobustZ) -> Reading:
+def _spike(name: str, suite: SignalSuite, signal: TailAlarm, scored_by: RobustZ) -> Reading:
     return Reading(
         name=name,
         step=suite.step,
         value=signal.z,
         state=SPIKE if signal.active else QUIET,
         threshold=signal.threshold,
-        window=signal.window,
-        details={"ready": signal.ready, "recent_spikes": suite.burst.recent},
+        window=scored_by.window,
+        details={"ready": scored_by.ready, "recent_spikes": suite.burst.recent},
     )
 
 
 def _loss_spike(suite: SignalSuite) -> Reading:
-    return _spike("loss_spike", suite, suite.loss_z)
+    return _spike("loss_spike", suite, suite.loss_z, suite.loss_z)
 
 
 def _grad_norm_spike(suite: SignalSuite) -> Reading:
-    return _spike("grad_norm_spike", suite, suite.grad_norm_z)
+    return _spike("grad_norm_spike", suite, suite.grad_norm_z, suite.grad_norm_z)
+
+
+def _joint_spike(suite: SignalSuite) -> Reading:
+    return _spike("joint_spike", suite, suite.joint_z, suite.grad_norm_z)
 
 
 def _spike_burst(suite: SignalSuite) -> Reading:
@@ -145,7 +150,7 @@ def _slow_divergence(suite: SignalSuite) -> Reading:
         state="REGRESSING" if regressing else STEADY,
         threshold=signal.regress_rise,
         window=signal.rise_window,
-        details={"level": signal.level, "z": signal.z_regress},
+        details={"level": signal.level, "z": signal.z_execute},
     )
 
 
@@ -154,6 +159,7 @@ READERS: dict[str, Callable[[SignalSuite], Reading]] = {
     "skipped_steps": _skipped_steps,
     "loss_spike": _loss_spike,
     "grad_norm_spike": _grad_norm_spike,
+    "joint_spike": _joint_spike,
     "spike_burst": _spike_burst,
     "level_shift": _level_shift,
     "drift": _drift,

@@ -2,38 +2,44 @@
 
 The reference window holds what was ordinary: each value is pushed after being cut at median + 3 sigma, and non-finite
 values are never pushed, so one NaN cannot blind the detector for a whole window as it does where a windowed mean is
-used. The threshold follows the run's own tail, because at small batch sizes an ordinary step reaches z = 6.
+used.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from math import asinh, exp, inf, log, nan, sinh
+from math import asinh, exp, log, nan, sinh
 
 from automode.errors import UsageError
 from automode.planner.signals.nonfinite import FINITE_LIMIT
-from automode.planner.signals.wire import SignalState, from_wire, require_positive, to_wire
+from automode.planner.signals.tail_alarm import TailAlarm
+from automode.planner.signals.wire import SignalState
 
 SIGMA_PER_IQR = 1.0 / 1.349
 """Of a normal distribution: sigma over the interquartile range."""
 
+SIGMA_PER_UPPER = 1.0 / 1.2816
+"""Of a normal distribution: sigma over what lies between the median and the 90th percentile."""
+
 SIGMA_FLOOR = 0.02
 """Smallest sigma, in log units: a window of nearly equal values must not turn rounding into an alarm."""
+
+SIGMA_HALF_LIFE = 300.0
+"""Values after which half of the slow sigma is from newer windows."""
 
 LARGEST_LOG = 700.0
 """Just below the largest argument that exp and sinh take."""
 
 PUSH_CAP_SIGMA = 3.0
-TAIL_FACTOR = 1.3
-TAIL_HALF_LIFE = 3000.0
 
 
-class RobustZ:
-    """Score each value against the median and the interquartile range of the window before it.
+class RobustZ(TailAlarm):
+    """Score each value against the median and the spread of the window before it.
 
-    z = (v - median) / max(IQR / 1.349, 0.02) with v = ln x; an alarm when z > max(base, 1.3 m), where m is the run's own
-    largest z, decaying with a half-life of 3000 values. What enters m is cut at the threshold in force and once per
-    event, so that a real spike raises the bar by 30 % at most.
+    z = (v - median) / sigma with v = ln x; the bar is that of `TailAlarm`. Sigma is the largest of three: IQR / 1.349; (90th
+    percentile - median) / 1.2816, because what an alarm is compared with is the upper tail, which is often longer; and the
+    slow average of these over windows before, because 101 values know their spread to a fifth at best, and a window that
+    happens to be quiet made most of the false alarms. All at least 0.02.
 
     Where a signed quantity (a loss that may be 0 or negative) is first seen at or below 0, v becomes asinh(x / s) with
     s the median magnitude of the warm-up values, for good: about linear below s and logarithmic above. An unsigned quantity
@@ -48,51 +54,37 @@ class RobustZ:
 
     Attributes:
         z: Score of the last value, before it was pushed; 0 during warm-up, inf for a non-finite value.
-        threshold: What `z` was compared with.
-        fired: Whether the last value exceeded the threshold.
-        active: Whether an event is going on: it begins with a value that fires and ends after `hold` that do not.
         scale: The warm-up scale s once asinh(x / s) is in use, else 0.
     """
 
     __slots__ = (
-        "_calm",
         "_cursor",
-        "_decay",
         "_i_mid",
         "_i_q1",
         "_i_q3",
+        "_i_upper",
+        "_keep",
         "_ring",
+        "_slow",
         "_sorted",
-        "_tail",
         "_warm_scale",
         "_warming",
-        "active",
-        "base",
-        "fired",
-        "hold",
         "scale",
         "signed",
-        "threshold",
         "warm",
         "window",
-        "z",
     )
 
     def __init__(
         self, *, base: float, signed: bool = True, window: int = 101, warm: int = 25, hold: int = 12
     ) -> None:
-        require_positive("base", base)
         if not 8 <= warm <= window:
             raise UsageError(f"need 8 <= warm <= window, but warm is {warm} and window is {window}")
-        if hold < 1:
-            raise UsageError(f"the value of `hold` is {hold}, but it must be at least 1")
-        self.base = base
+        super().__init__(base=base, hold=hold)
         self.signed = signed
         self.window = window
         self.warm = warm
-        self.hold = hold
-        self._decay = 0.5 ** (1.0 / TAIL_HALF_LIFE)
-        self._tail = 0.0
+        self._keep = 0.5 ** (1.0 / SIGMA_HALF_LIFE)
         self._warm_scale = 0.0
         self.scale = 0.0
         self.reset()
@@ -103,12 +95,9 @@ class RobustZ:
         self._ring: list[float] = []
         self._sorted: list[float] = []
         self._cursor = 0
-        self._calm = 0
-        self._i_mid = self._i_q1 = self._i_q3 = 0
-        self.z = 0.0
-        self.threshold = max(self.base, TAIL_FACTOR * self._tail)
-        self.fired = False
-        self.active = False
+        self._i_mid = self._i_q1 = self._i_q3 = self._i_upper = 0
+        self._slow = 0.0
+        self.end_event()
 
     @property
     def ready(self) -> bool:
@@ -118,12 +107,9 @@ class RobustZ:
     @property
     def ceiling(self) -> float | None:
         """The largest ordinary value in its own unit: median + 3 sigma, as in the push; None during the warm-up."""
-        ordered = self._sorted
         if not self._ring:
             return None
-        sigma = max((ordered[self._i_q3] - ordered[self._i_q1]) * SIGMA_PER_IQR, SIGMA_FLOOR)
-        v = ordered[self._i_mid] + PUSH_CAP_SIGMA * sigma
-        return self._original(v)
+        return self._original(self._sorted[self._i_mid] + PUSH_CAP_SIGMA * max(self._spread(), self._slow))
 
     @property
     def median(self) -> float:
@@ -146,8 +132,7 @@ class RobustZ:
             True when `active` changed.
         """
         if not -FINITE_LIMIT < x < FINITE_LIMIT:
-            self.z = inf
-            return self._fire()
+            return self.judge_non_finite()
         ring = self._ring
         if not ring:
             return self._warm_up(x)
@@ -159,12 +144,13 @@ class RobustZ:
             v = self._switch_to_asinh(x)
             ring = self._ring
         else:
-            return self._ordinary(0.0)
+            return self.pass_over()
         ordered = self._sorted
         middle = ordered[self._i_mid]
-        sigma = (ordered[self._i_q3] - ordered[self._i_q1]) * SIGMA_PER_IQR
-        if sigma < SIGMA_FLOOR:
-            sigma = SIGMA_FLOOR
+        sigma = self._spread()
+        self._slow = slow = sigma + self._keep * (self._slow - sigma) if self._slow else sigma
+        if sigma < slow:
+            sigma = slow
         z = (v - middle) / sigma
         if z > PUSH_CAP_SIGMA:
             v = middle + PUSH_CAP_SIGMA * sigma
@@ -178,40 +164,19 @@ class RobustZ:
             ring.append(v)
             insort(ordered, v)
             self._place_quantiles()
-        tail = self._tail * self._decay
-        threshold = TAIL_FACTOR * tail
-        if threshold < self.base:
-            threshold = self.base
-        self.threshold = threshold
-        self.z = z
-        if z > threshold:
-            self._tail = tail if self.active else max(tail, threshold)
-            return self._fire()
-        self._tail = max(tail, z)
-        if self.active:
-            return self._ordinary(z)
-        return False
+        return self.judge(z)
 
-    def _fire(self) -> bool:
-        self.fired = True
-        self._calm = 0
-        began = not self.active
-        self.active = True
-        return began
-
-    def _ordinary(self, z: float) -> bool:
-        self.z = z
-        self.fired = False
-        if not self.active:
-            return False
-        self._calm += 1
-        if self._calm < self.hold:
-            return False
-        self.active = False
-        return True
+    def _spread(self) -> float:
+        """Sigma of the window as it stands, by its middle half or its upper tail, whichever is wider."""
+        ordered = self._sorted
+        sigma = (ordered[self._i_q3] - ordered[self._i_q1]) * SIGMA_PER_IQR
+        upper = (ordered[self._i_upper] - ordered[self._i_mid]) * SIGMA_PER_UPPER
+        if sigma < upper:
+            sigma = upper
+        return max(SIGMA_FLOOR, sigma)
 
     def _warm_up(self, x: float) -> bool:
-        changed = self._ordinary(0.0)
+        changed = self.pass_over()
         if x <= 0.0 and not self.signed:
             return changed
         self._warming.append(x)
@@ -235,31 +200,27 @@ class RobustZ:
         self.scale = scale = self._warm_scale
         self._ring = [asinh(exp(v) / scale) for v in self._ring]
         self._sorted = sorted(self._ring)
+        self._slow = 0.0
         return asinh(x / scale)
 
     def _place_quantiles(self) -> None:
         last = len(self._ring) - 1
         self._i_mid, self._i_q1, self._i_q3 = last // 2, last // 4, 3 * last // 4
+        self._i_upper = 9 * last // 10
 
     def state(self) -> SignalState:
         """Return everything that `from_state` needs to go on from here."""
         return {
-            "base": self.base,
+            **self.alarm_state(),
             "signed": self.signed,
             "window": self.window,
             "warm": self.warm,
-            "hold": self.hold,
             "warming": list(self._warming),
             "ring": list(self._ring),
             "cursor": self._cursor,
-            "calm": self._calm,
-            "tail": self._tail,
+            "slow": self._slow,
             "warm_scale": self._warm_scale,
             "scale": self.scale,
-            "z": to_wire(self.z),
-            "threshold": self.threshold,
-            "fired": self.fired,
-            "active": self.active,
         }
 
     @classmethod
@@ -276,16 +237,12 @@ class RobustZ:
         signal._ring = list(state["ring"])
         signal._sorted = sorted(signal._ring)
         signal._cursor = state["cursor"]
-        signal._calm = state["calm"]
-        signal._tail = state["tail"]
+        signal._slow = state["slow"]
         signal._warm_scale = state["warm_scale"]
         signal.scale = state["scale"]
         if signal._ring:
             signal._place_quantiles()
-        signal.z = from_wire(state["z"])
-        signal.threshold = state["threshold"]
-        signal.fired = state["fired"]
-        signal.active = state["active"]
+        signal.restore_alarm(state)
         return signal
 
 

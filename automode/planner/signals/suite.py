@@ -10,6 +10,7 @@ from typing import Any
 from automode.errors import UsageError
 from automode.planner.signals.current import READERS, gap_reading, slice_reading
 from automode.planner.signals.gap import GeneralizationGap
+from automode.planner.signals.joint_z import JointZ
 from automode.planner.signals.level_shift import LevelShift
 from automode.planner.signals.nonfinite import NonFinite
 from automode.planner.signals.page_hinkley import PageHinkley
@@ -23,7 +24,7 @@ from automode.planner.signals.wire import SignalState
 LR_JUMP = 0.10
 """A relative change of the learning rate above this, within one step, starts the trend anew."""
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 COLUMNS = ("step", "loss", "grad_norm", "lr", "applied")
 
 
@@ -37,13 +38,15 @@ class SignalSuite:
         z_execute: One-sided confidence at which the trend may be acted upon.
         loss_threshold: Lowest threshold of the loss's robust z.
         grad_norm_threshold: Lowest threshold of the gradient norm's robust z.
+        joint_threshold: Lowest threshold of the two together.
         stall_after: Consecutive un-applied optimizer steps that count as a stall.
 
     Attributes:
         non_finite: S0.
         loss_z: S1 on the loss.
         grad_norm_z: S1 on the gradient norm.
-        burst: Spikes of either in quick succession.
+        joint_z: Both together.
+        burst: Spikes of any of the three in quick succession.
         shift: S2.
         drift: Page-Hinkley on the loss's standardised residuals.
         trend: S3 and S4; holds the streaming Mann-Kendall.
@@ -61,6 +64,7 @@ class SignalSuite:
         "drift",
         "gap",
         "grad_norm_z",
+        "joint_z",
         "loss_z",
         "non_finite",
         "observations",
@@ -78,13 +82,15 @@ class SignalSuite:
         *,
         z_advise: float = 1.28,
         z_execute: float = 1.645,
-        loss_threshold: float = 5.5,
-        grad_norm_threshold: float = 8.0,
+        loss_threshold: float = 4.5,
+        grad_norm_threshold: float = 6.0,
+        joint_threshold: float = 5.5,
         stall_after: int = 5,
     ) -> None:
         self.non_finite = NonFinite(stall_after=stall_after)
         self.loss_z = RobustZ(base=loss_threshold)
         self.grad_norm_z = RobustZ(base=grad_norm_threshold, signed=False)
+        self.joint_z = JointZ(base=joint_threshold)
         self.burst = SpikeBurst()
         self.shift = LevelShift()
         self.drift = PageHinkley()
@@ -125,11 +131,9 @@ class SignalSuite:
         loss_z = self.loss_z
         if loss_z.update(loss):
             changed = True
-        fired = loss_z.fired
-        if grad_norm is not None:
-            if self.grad_norm_z.update(grad_norm):
-                changed = True
-            fired = fired or self.grad_norm_z.fired
+        if self._observe_norm(grad_norm):
+            changed = True
+        fired = loss_z.fired or self.grad_norm_z.fired or self.joint_z.fired
         if self.burst.update(fired):
             changed = True
         z = loss_z.z
@@ -146,6 +150,14 @@ class SignalSuite:
         if trend.update(loss):
             changed = True
         return self._tell() if changed else None
+
+    def _observe_norm(self, grad_norm: float | None) -> bool:
+        norm_z, joint_z = self.grad_norm_z, self.joint_z
+        if grad_norm is None:
+            ended = norm_z.pass_over()
+            return joint_z.pass_over() or ended
+        changed = norm_z.update(grad_norm)
+        return joint_z.update(self.loss_z.z, norm_z.z) or changed
 
     def observe_block(self, columns: Mapping[str, Any]) -> list[Reading]:
         """Take many observations: the same readings as one `observe` for each row, in order.
@@ -212,8 +224,10 @@ class SignalSuite:
         Returns:
             None when no state changed by it, else a reading for each that did.
         """
-        for signal in (self.non_finite, self.loss_z, self.grad_norm_z, self.burst, self.shift, self.drift):
+        for signal in (self.non_finite, self.loss_z, self.grad_norm_z, self.joint_z, self.burst):
             signal.reset()
+        self.shift.reset()
+        self.drift.reset()
         self.gap.reset()
         self.slices.reset()
         return self.reset_trend(reason)
@@ -276,6 +290,7 @@ class SignalSuite:
             "non_finite": self.non_finite.state(),
             "loss_z": self.loss_z.state(),
             "grad_norm_z": self.grad_norm_z.state(),
+            "joint_z": self.joint_z.state(),
             "burst": self.burst.state(),
             "shift": self.shift.state(),
             "drift": self.drift.state(),
@@ -305,6 +320,7 @@ class SignalSuite:
         suite.non_finite = NonFinite.from_state(state["non_finite"])
         suite.loss_z = RobustZ.from_state(state["loss_z"])
         suite.grad_norm_z = RobustZ.from_state(state["grad_norm_z"])
+        suite.joint_z = JointZ.from_state(state["joint_z"])
         suite.burst = SpikeBurst.from_state(state["burst"])
         suite.shift = LevelShift.from_state(state["shift"])
         suite.drift = PageHinkley.from_state(state["drift"])

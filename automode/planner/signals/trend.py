@@ -8,17 +8,21 @@ bound decides, the answer is UNKNOWN, and UNKNOWN never acts.
     h       = (k - w/2) ln((k + B/b) / k)          blocks ahead, discounted as ln t flattens
     best    = -lower(z) h / level                  PLATEAU when best <= rho
     worst   = -upper(z) h / level                  IMPROVING when worst >= rho
-    rise    = lower(z) w / level over the last B   REGRESSING when rise >= 10 %
+    rise    = lower(z) w / level over the last B   REGRESSING when rise >= 10 % at two looks in a row
 
-with k blocks since the reset, w = min(k, 2 B / b) of them in the window, and level the median of the last w / 4. A loss that has
-jumped up and is coming down again is not standing still: an excursion starts the plateau's window anew, while the window of
-the rise goes on.
+with k blocks since the reset, w = min(k, 2 B / b) of them in the window, and level the median of the last w / 4. Where that
+leaves it open and its middle estimate is below rho, the last min(k, 4 B / b) blocks, two by two, may settle that it is a
+plateau: a noisy loss needs a longer look. The rise is
+judged over the last B and over the last B / 2 steps, whichever shows more: a run that diverges faster than B is still falling
+or flat in most pairs of the longer window. A loss that has
+jumped or crept up and is coming down again is not standing still: an excursion, and the end of REGRESSING, start the plateau's
+window anew, while the window of the rise goes on.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from math import ceil, hypot, isfinite, log, nan
+from math import ceil, hypot, inf, isfinite, log, nan
 
 import numpy as np
 
@@ -32,6 +36,9 @@ BLOCKS_PER_BUDGET = 40
 MIN_BLOCKS = 10
 LOOK_EVERY_STEPS = 20
 """With small budgets blocks are short; they are looked at together, so that the cost per step stays bounded."""
+
+REGRESS_LOOKS = 2
+"""Looks in a row that must show the rise: one look in some four hundred shows one by chance."""
 
 _NUMBERS = (
     "level",
@@ -61,16 +68,15 @@ class BlockTrend:
         budget: B, the steps that one would spend to find out, at least 10.
         gain: rho, the relative gain over B steps that would make waiting worthwhile, in (0, 1).
         z_advise: One-sided confidence at which `status` decides, in sigmas.
-        z_execute: One-sided confidence at which `firm` decides; at least `z_advise`.
-        regress_rise: Relative rise over B steps, at its smallest plausible, that counts as slow divergence.
-        z_regress: One-sided confidence of that smallest plausible rise.
+        z_execute: One-sided confidence at which `firm` decides, and that of the smallest plausible rise; at least `z_advise`.
+        regress_rise: Relative rise over B or B / 2 steps, at its smallest plausible, that counts as slow divergence.
 
     Attributes:
         status: The state at `z_advise`.
         firm: The state at `z_execute`.
         looks: Looks taken since the last reset.
         blocks: Blocks closed since the last reset or excursion (k).
-        used: Blocks in the window of the last look (w).
+        used: Blocks in the window of the last look (w), or in the longer one where that gave the bound.
         level: Median of the last quarter of the window.
         best_advise, best_execute: Largest plausible relative gain over the next B steps at either confidence; NaN
             before the first look, as all numbers of a look are.
@@ -78,8 +84,9 @@ class BlockTrend:
         slope: Theil-Sen slope in loss units per step.
         z_against_gain: Mann-Kendall z of the series with the slope that would just bring `gain` taken out: the plateau is
             declared at every confidence up to about this.
-        rise: Smallest plausible relative rise over the last B steps; NaN until B / 2 steps since the reset, because
-            the first steps after a change of rate often rise.
+        rise: Smallest plausible relative rise over the last B or B / 2 steps, the larger of the two; NaN until B / 2 steps since
+            the reset, because the first steps after a change of rate often rise.
+        rise_window: Steps over which that rise took place.
         mann_kendall: Streaming Mann-Kendall over the block means of the last B steps.
     """
 
@@ -90,7 +97,10 @@ class BlockTrend:
         "_end",
         "_held",
         "_in_block",
+        "_long_best",
+        "_long_slopes",
         "_look_blocks",
+        "_rising",
         "_since_look",
         "_slopes",
         "_wide",
@@ -107,6 +117,7 @@ class BlockTrend:
         "mann_kendall",
         "regress_rise",
         "rise",
+        "rise_window",
         "slope",
         "status",
         "used",
@@ -115,7 +126,6 @@ class BlockTrend:
         "z_advise",
         "z_against_gain",
         "z_execute",
-        "z_regress",
     )
 
     def __init__(
@@ -126,13 +136,12 @@ class BlockTrend:
         z_advise: float = 1.28,
         z_execute: float = 1.645,
         regress_rise: float = 0.10,
-        z_regress: float = 1.28,
     ) -> None:
         if budget < MIN_BLOCKS:
             raise UsageError(f"the value of `budget` is {budget} steps, but it must be at least {MIN_BLOCKS}")
         if not 0.0 < gain < 1.0:
             raise UsageError(f"the value of `gain` is {gain}, but a relative gain lies between 0 and 1")
-        for name, value in (("z_advise", z_advise), ("z_regress", z_regress), ("regress_rise", regress_rise)):
+        for name, value in (("z_advise", z_advise), ("regress_rise", regress_rise)):
             require_positive(name, value)
         if not (isfinite(z_execute) and z_execute >= z_advise):
             raise UsageError(
@@ -143,13 +152,13 @@ class BlockTrend:
         self.z_advise = z_advise
         self.z_execute = z_execute
         self.regress_rise = regress_rise
-        self.z_regress = z_regress
         self.block_steps = ceil(budget / BLOCKS_PER_BUDGET)
         self._wide = max(MIN_BLOCKS, round(budget / self.block_steps))
         self._capacity = 2 * self._wide
         self._look_blocks = max(1, LOOK_EVERY_STEPS // self.block_steps)
-        self._slopes = PairSlopes(self._capacity, (z_advise, z_execute, z_regress))
-        self._buffer: Vector = np.empty(4 * self._capacity)
+        self._slopes = PairSlopes(self._capacity, (z_advise, z_execute))
+        self._long_slopes = PairSlopes(self._capacity, (z_advise, z_execute))
+        self._buffer: Vector = np.empty(6 * self._capacity)
         self.level_scale = 0.0
         self.mann_kendall = MannKendall(window=self._wide)
         self.reset()
@@ -166,6 +175,8 @@ class BlockTrend:
         self.firm = TrendState.UNKNOWN
         self.looks = 0
         self.rise = nan
+        self.rise_window = 0
+        self._rising = 0
         self._forget_window()
 
     def excursion(self) -> bool:
@@ -186,16 +197,12 @@ class BlockTrend:
         self.used = 0
         self.level = self.slope = self.z_against_gain = nan
         self.best_advise = self.best_execute = self.worst_advise = self.worst_execute = nan
+        self._long_best = (inf, inf)
 
     @property
     def window(self) -> int:
         """Steps in the window of the last look."""
         return self.used * self.block_steps
-
-    @property
-    def rise_window(self) -> int:
-        """Steps over which the rise is judged, B at the most."""
-        return min(self._held, self._wide) * self.block_steps
 
     def update(self, loss: float) -> bool:
         """Take one raw loss; a non-finite one is passed over.
@@ -217,7 +224,7 @@ class BlockTrend:
         self._in_block = 0
         buffer = self._buffer
         if self._end == buffer.size:
-            keep = self._capacity - 1
+            keep = 2 * self._capacity - 1
             buffer[:keep] = buffer[self._end - keep :]
             self._end = keep
         buffer[self._end] = mean
@@ -234,11 +241,15 @@ class BlockTrend:
     def _look(self) -> bool:
         before = (self.status, self.firm)
         self.looks += 1
-        self.rise = self._smallest_rise(min(self._held, self._wide)) if 2 * self._held >= self._wide else nan
+        self._bound_rise()
         if self.blocks >= MIN_BLOCKS:
             self._bound_gain()
-        if self.rise >= self.regress_rise:
+        self._rising = self._rising + 1 if self.rise >= self.regress_rise else 0
+        if self._rising >= REGRESS_LOOKS:
             self.status = self.firm = TrendState.REGRESSING
+        elif self.status is TrendState.REGRESSING:
+            self._forget_window()
+            self.status = self.firm = TrendState.UNKNOWN
         else:
             self.status = self._decide(self.best_advise, self.worst_advise)
             self.firm = self._decide(self.best_execute, self.worst_execute)
@@ -259,11 +270,41 @@ class BlockTrend:
         self.worst_advise = -slopes.upper(self.z_advise) * ahead / weight
         self.worst_execute = -slopes.upper(self.z_execute) * ahead / weight
         self.z_against_gain = slopes.kendall_z(-self.gain * weight / ahead)
+        open_yet = self.worst_advise < self.gain < self.best_execute
+        if open_yet and k > self._capacity and -slopes.median * ahead / weight <= self.gain:
+            self._look_longer(weight)
+
+    def _look_longer(self, weight: float) -> None:
+        """Bound the gain by the last 4 B as well, in blocks twice as long; every other block, for they must be whole."""
+        k = self.blocks
+        if k % 2 == 0:
+            pairs = min(k, 2 * self._capacity) // 2
+            y = self._buffer[self._end - 2 * pairs : self._end].reshape(pairs, 2).mean(axis=1)
+            self._long_slopes.compute(y)
+            ahead = (k - pairs) * log((k + self.budget / self.block_steps) / k) / weight
+            advise, execute = (
+                -0.5 * self._long_slopes.lower(z) * ahead for z in (self.z_advise, self.z_execute)
+            )
+            self._long_best = (advise, execute)
+        self.best_advise = min(self.best_advise, self._long_best[0])
+        if self._long_best[1] < self.best_execute:
+            self.best_execute = self._long_best[1]
+            self.used = min(k, 2 * self._capacity)
+
+    def _bound_rise(self) -> None:
+        half = self._wide // 2
+        if self._held < half:
+            self.rise = nan
+            return
+        w = min(self._held, self._wide)
+        self.rise, self.rise_window = self._smallest_rise(w), w * self.block_steps
+        if w > half >= MIN_BLOCKS and (sooner := self._smallest_rise(half)) > self.rise:
+            self.rise, self.rise_window = sooner, half * self.block_steps
 
     def _smallest_rise(self, w: int) -> float:
         y = self._buffer[self._end - w : self._end]
         self._slopes.compute(y)
-        return self._slopes.lower(self.z_regress) * w / self._level(y)[1]
+        return self._slopes.lower(self.z_execute) * w / self._level(y)[1]
 
     def _level(self, y: Vector) -> tuple[float, float]:
         """The level, and what a change is relative to.
@@ -295,14 +336,13 @@ class BlockTrend:
 
     def state(self) -> SignalState:
         """Return everything that `from_state` needs to go on from here."""
-        kept = min(self._end, self._capacity)
+        kept = min(self._end, 2 * self._capacity)
         return {
             "budget": self.budget,
             "gain": self.gain,
             "z_advise": self.z_advise,
             "z_execute": self.z_execute,
             "regress_rise": self.regress_rise,
-            "z_regress": self.z_regress,
             "level_scale": self.level_scale,
             "means": self._buffer[self._end - kept : self._end].tolist(),
             "block_sum": self._block_sum,
@@ -314,14 +354,17 @@ class BlockTrend:
             "looks": self.looks,
             "blocks": self.blocks,
             "held": self._held,
+            "rising": self._rising,
+            "rise_window": self.rise_window,
             "used": self.used,
+            "long_best": [to_wire(best) for best in self._long_best],
             "numbers": {name: to_wire(getattr(self, name)) for name in _NUMBERS},
         }
 
     @classmethod
     def from_state(cls, state: SignalState) -> BlockTrend:
         """Rebuild the signal from what `state` returned."""
-        parameters = ("budget", "gain", "z_advise", "z_execute", "regress_rise", "z_regress")
+        parameters = ("budget", "gain", "z_advise", "z_execute", "regress_rise")
         signal = cls(**{name: state[name] for name in parameters})
         signal.level_scale = state["level_scale"]
         means = state["means"]
@@ -336,7 +379,10 @@ class BlockTrend:
         signal.looks = state["looks"]
         signal.blocks = state["blocks"]
         signal._held = state["held"]
+        signal._rising = state["rising"]
+        signal.rise_window = state["rise_window"]
         signal.used = state["used"]
+        signal._long_best = (from_wire(state["long_best"][0]), from_wire(state["long_best"][1]))
         for name in _NUMBERS:
             setattr(signal, name, from_wire(state["numbers"][name]))
         return signal
