@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import assert_never
 
-from automode.engine import deciding, lifecycle, observing, running
+from automode.engine import deciding, lifecycle, observing, resuming, running
 from automode.engine.emission import Emission
 from automode.engine.state import State, remember
 from automode.errors import ReplayDifferenceError
@@ -21,6 +21,7 @@ from automode.planner.acceptance import AlphaSpending
 from automode.planner.events import (
     Acknowledged,
     Adopted,
+    Checkpointed,
     Clustered,
     CommandFailed,
     Decided,
@@ -30,6 +31,7 @@ from automode.planner.events import (
     Input,
     Merged,
     Resolved,
+    Resumed,
     RolledBack,
     Rows,
     RunEnded,
@@ -73,6 +75,8 @@ def handle(state: State, events: Iterable[Envelope | Rows]) -> tuple[State, list
             case Rows():
                 observing.take_rows(state, event, out)
             case Envelope():
+                if isinstance(event.body, Resumed):
+                    resuming.skip(state, event.body, event)
                 if event.seq != state.next_seq:
                     raise ReplayDifferenceError(f"event {event.seq} came where {state.next_seq} was due")
                 state.next_seq += 1
@@ -98,12 +102,11 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case Scanned():
             remember(state.scanned, body)
             lifecycle.charge(state, "scan", body.passes)
-            observing.pace_scans(state, event)
+            state.next_scan = max(state.next_scan, state.step + body.rest)
             observing.look(state, out)
         case Clustered():
             remember(state.clustered, body)
             lifecycle.charge(state, "scan", body.passes)
-            observing.pace_scans(state, event)
             observing.look(state, out)
         case Decided():
             lifecycle.answer(state, body, out)
@@ -133,6 +136,10 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
             observing.look(state, out)
         case Acknowledged():
             lifecycle.charge(state, "evaluate", body.passes, card=body.card)
+        case Checkpointed():
+            pass  # what a later event refers to; nothing is decided on it
+        case Resumed():
+            resuming.resumed(state, body, out)
         case TrunkEnded():
             lifecycle.trunk_ended(state, body, out)
         case RunEnded():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from math import ceil
-
 from automode.engine import lifecycle
 from automode.engine.emission import Emission
 from automode.engine.state import State
 from automode.errors import ReplayDifferenceError
 from automode.planner.approval import Lifetime, sweep
-from automode.planner.events import Envelope, ReadingChanged, Rows, RuleEvaluated, Scan
+from automode.planner.events import ReadingChanged, Rows, RuleEvaluated, Scan
 from automode.planner.pacing import Held, admit, in_order
 from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.signals.readings import Reading
@@ -53,7 +51,7 @@ def take_rows(state: State, rows: Rows, out: Emission) -> None:
 
 def _charge_trunk(state: State) -> None:
     """Bring the trunk's account up to the rows seen; a function of their number, so that blocks of any size agree."""
-    state.ledger.charge_trunk(int(state.rows * state.passes_per_step) - state.ledger.trunk)
+    state.ledger.charge_trunk(int(state.trained * state.passes_per_step) - state.ledger.trunk)
 
 
 def look(state: State, out: Emission) -> None:
@@ -134,7 +132,6 @@ def _scan(state: State, out: Emission) -> None:
     wanted = set(state.policy.reasons)
     if not wanted & {"residual_cluster", "high_loss_tail", "label_noise"}:
         return
-    state.scan_asked = state.t_mono
     out.command(
         Scan(
             tail_from=state.policy.scan.tail_from,
@@ -142,18 +139,6 @@ def _scan(state: State, out: Emission) -> None:
             clusters="residual_cluster" in wanted,
         )
     )
-
-
-def pace_scans(state: State, answer: Envelope) -> None:
-    """Put the next scan off until this one's time is no more than the policy's share of the run's."""
-    per_step = state.seconds_per_step
-    if state.scan_asked is None or not per_step:
-        return
-    took = max(0.0, answer.t_mono - state.scan_asked)
-    apart = ceil(took / (state.policy.scan.share * per_step))
-    state.next_scan = max(state.next_scan, state.step + apart)
-    if answer.command_id is not None:
-        state.scan_asked = None
 
 
 def _sweep(state: State, out: Emission) -> None:

@@ -33,12 +33,15 @@ class Recovered:
     commands: tuple[Envelope, ...]
 
 
-def recover(items: Iterable[Rows | Envelope], *, rules: Sequence[Rule] = BUILT_IN) -> Recovered:
+def recover(
+    items: Iterable[Rows | Envelope], *, rules: Sequence[Rule] = BUILT_IN, until: int | None = None
+) -> Recovered:
     """Fold a log that broke off.
 
     Args:
         items: The log in order, as :func:`automode.engine.replay.fold` takes it.
         rules: The rules that the session ran with.
+        until: The last event to fold; None: to the log's end.
 
     Raises:
         ReplayDifferenceError: The log is not what this machine decides, so going on would contradict it.
@@ -50,9 +53,15 @@ def recover(items: Iterable[Rows | Envelope], *, rules: Sequence[Rule] = BUILT_I
             if isinstance(item, Envelope) and item.role == "command" and item.command_id is not None:
                 asked[item.command_id] = item
             yield item
+            if until is not None and isinstance(item, Envelope) and item.seq >= until:
+                return
 
     outcome: Outcome
     outcome, due = fold_keeping(watched(), rules=rules)
+    if until is not None and outcome.state.next_seq <= until:
+        raise ReplayDifferenceError(
+            f"event {until} is not in the log's story; it ends at {outcome.state.next_seq - 1}"
+        )
     if outcome.differences:
         raise ReplayDifferenceError(f"the log cannot be taken up: {outcome.shown[0]}")
     unrecorded = tuple(due[seq] for seq in sorted(due))

@@ -85,6 +85,8 @@ class State:
     next_seq: int = 1
     attempt: int = 1
     rows: int = 0
+    superseded: int = 0
+    """Rows of attempts that a later one has put out of the story; ``rows`` counts them."""
     step: int = 0
     t_mono: float = 0.0
     first_time: float | None = None
@@ -100,7 +102,6 @@ class State:
     look_every: int = 1
     next_look: int = 0
     next_scan: int = 0
-    scan_asked: float | None = None
     suite: SignalSuite = field(default_factory=SignalSuite)
     rules: Sequence[Rule] = ()
     outcomes: dict[str, tuple[str, str, int]] = field(default_factory=dict)
@@ -131,6 +132,11 @@ class State:
         return self.run is not None
 
     @property
+    def trained(self) -> int:
+        """Rows of the story: attempted steps that led to where the trunk stands."""
+        return self.rows - self.superseded
+
+    @property
     def passes_per_step(self) -> float:
         """Forward-equivalents of one trunk step."""
         return 3.0 * (self.run.batch if self.run is not None else 1.0)
@@ -138,9 +144,9 @@ class State:
     @property
     def seconds_per_step(self) -> float | None:
         """Mean seconds of a trunk step so far, by the rows' clock; None before there are two rows."""
-        if self.first_time is None or self.rows < 2:
+        if self.first_time is None or self.trained < 2:
             return None
-        return max(0.0, self.row_time - self.first_time) / (self.rows - 1)
+        return max(0.0, self.row_time - self.first_time) / (self.trained - 1)
 
     @property
     def fork(self) -> Execution | None:

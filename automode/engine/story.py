@@ -18,6 +18,7 @@ from automode.planner.events import (
     GateFitted,
     Merged,
     Resolved,
+    Resumed,
     RolledBack,
     RuleEvaluated,
     Snapshotted,
@@ -48,6 +49,9 @@ def story(card: str, log: Iterable[Envelope]) -> str:
         for ancestor in _ancestors(event, by_seq):
             told.setdefault(ancestor.seq, ancestor)
         told[event.seq] = event
+    for event in events:
+        if isinstance(event.body, Resumed) and min(told) < event.seq < max(told):
+            told[event.seq] = event
     lines = [f"The story of card {card}"]
     for seq in sorted(told):
         text = _sentence(told[seq].body)
@@ -113,6 +117,11 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
             return f"{'exported' if body.into == 'export' else 'adopted into the trunk'} at step {body.step}"
         case RolledBack():
             return f"rolled back at step {body.step}"
+        case Resumed():
+            how = "exactly" if body.exact else f"not exactly ({body.why_approximate})"
+            return (
+                f"the run was cut off here, and taken up again {how} from its checkpoint at step {body.step}"
+            )
         case CommandFailed():
             return f"{body.command} failed: {body.error}"
         case _:

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 
 from automode.engine.machine import handle, initial
 from automode.planner.cards import PlanCard
-from automode.planner.events import Clustered, Envelope, Rows, Scanned, SessionStarted, Validated
+from automode.planner.events import (
+    Clustered,
+    Envelope,
+    Resumed,
+    Rows,
+    Scanned,
+    SessionStarted,
+    Validated,
+)
 from automode.planner.policy import Policy
 from automode.planner.rules import BUILT_IN
 from automode.planner.rules.base import Rule
@@ -57,6 +65,8 @@ def what_if(items: Iterable[Rows | Envelope], policy: Policy, *, rules: Sequence
             continue
         if isinstance(event, Envelope):
             event = replace(event, seq=state.next_seq)
+            if isinstance(event.body, Resumed):
+                event = replace(event, body=event.body.model_copy(update={"at_seq": state.next_seq - 1}))
         _, facts, _ = handle(state, [event])
         proposed += [fact.body.card for fact in facts if fact.body.kind == "card_proposed"]
     return WhatIf(recorded=tuple(recorded), proposed=tuple(proposed), counterfactual_from=adopted)
@@ -74,7 +84,7 @@ def _as_observed(item: Envelope, policy: Policy) -> Envelope | None:
                 }
             )
             return replace(item, body=other, command_id=None)
-        case Validated() | Scanned() | Clustered():
+        case Validated() | Scanned() | Clustered() | Resumed():
             return replace(item, command_id=None)
         case _:
             return None

@@ -119,6 +119,11 @@ class Scanned(Part):
     )
     artifact: Digest | None = None
     passes: float = Field(default=0.0, ge=0)
+    rest: int = Field(
+        default=0,
+        ge=0,
+        description="steps without a scan that the wall-clock share of the policy asks for now",
+    )
 
 
 class Clustered(Part):
@@ -302,6 +307,30 @@ class Acknowledged(Part):
     passes: float = Field(default=0.0, ge=0, description="spent by what was given up")
 
 
+class Checkpointed(Part):
+    """The run's complete state at a step boundary is durable: it can be taken up from here."""
+
+    kind: Literal["checkpointed"] = "checkpointed"
+    checkpoint: Digest
+    step: int
+    why: str
+
+
+class Resumed(Part):
+    """The run was taken up from a checkpoint; what the log held after ``at_seq`` is out of the story."""
+
+    kind: Literal["resumed"] = "resumed"
+    checkpoint: Digest
+    at_seq: int = Field(ge=1, description="the checkpointed event that the run goes on from")
+    step: int
+    attempt: int = Field(ge=2)
+    exact: bool = Field(description="what follows equals the run that was cut, bit for bit")
+    why_approximate: str | None = None
+    looks: int = Field(
+        default=0, ge=0, description="looks at val-B that the log holds, superseded ones included"
+    )
+
+
 class TrunkEnded(Part):
     """The trunk has taken its last training step; what is pending is brought to an end."""
 
@@ -337,6 +366,8 @@ Input = Annotated[
     | CommandFailed
     | Safeguarded
     | Acknowledged
+    | Checkpointed
+    | Resumed
     | TrunkEnded
     | RunEnded,
     Field(discriminator="kind"),

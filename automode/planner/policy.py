@@ -87,9 +87,10 @@ class ScanPolicy(Part):
     every: int | None = Field(
         default=None, ge=1, description="steps between scans; null: half the planning budget"
     )
-    share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+    share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         default=0.02,
-        description="most of the wall-clock time that scanning may take; scans come less often to keep within it",
+        description="most of the wall-clock time that scanning may take, to keep within which scans come less often; null: "
+        "scans come by steps alone, at the same ones in every equal run",
     )
     probe: int = Field(
         default=1024, ge=32, le=65536, description="fixed samples whose features are clustered"

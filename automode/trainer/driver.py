@@ -6,10 +6,8 @@ thread at step boundaries; a command is carried out only after the log that hold
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Sequence
 from math import ceil
-from typing import Any
 
 from automode.backends.base import Backend
 from automode.engine import State, handle
@@ -20,23 +18,22 @@ from automode.planner.events import (
     AskApproval,
     BudgetReleased,
     CommandFailed,
-    Decided,
     Envelope,
     Input,
-    Merge,
     Mode,
     Rows,
     RunEnded,
     Safeguarded,
-    Snapshot,
+    Scan,
+    Scanned,
     StartTrial,
     StopRun,
     StopTrial,
     TrunkEnded,
 )
 from automode.session import SessionStore
-from automode.session.inbox import Inbox
 from automode.session.logs import SessionLog
+from automode.trainer.agenda import Agenda
 from automode.trainer.clock import Clock, SystemClock
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.narrator import Narrator
@@ -44,9 +41,18 @@ from automode.trainer.observation_block import Block
 from automode.trainer.performer import Performer
 from automode.trainer.random_state import forked_rng
 from automode.trainer.recorder import Recorder
+from automode.trainer.requests_desk import RequestsDesk
 from automode.trainer.trial_desk import TrialDesk
 
 TRUNK = "trunk"
+
+LONGEST_STRIDE, SHORT_STRIDE = 32, 16
+"""Batches between two boundaries: whole looks of the fold, about so many of them as make the shorter, never above the longer."""
+
+
+def stride_of(look_every: int) -> int:
+    """Give the batches between two boundaries: where the fold looks every so many steps, a look falls on a boundary."""
+    return min(LONGEST_STRIDE, look_every * max(1, SHORT_STRIDE // look_every))
 
 
 class Driver:
@@ -97,15 +103,13 @@ class Driver:
         self._narrator = narrator
         self._clock: Clock = clock or SystemClock()
         self._recorder = Recorder(store, log.logger)
-        self._inbox = Inbox(store.path)
-        self._queue: deque[Envelope] = deque()
-        self._scheduled: list[Envelope] = []
-        self._at_end: list[Envelope] = []
-        self._requests: list[str] = []
+        self._requests = RequestsDesk(store.path, log.logger)
+        self._agenda = Agenda()
         self._pumped_at = 0
+        self._first_row = 0
         self._skipped = 0
         self._done_with: list[str] = []
-        self._deaf = False
+        self._resumable = False
         self._closed = False
 
     # What the loop reads.
@@ -118,7 +122,12 @@ class Driver:
     @property
     def busy(self) -> bool:
         """Whether something needs every step boundary: trials in time slices, or a snapshot at an exact step."""
-        return bool(self._scheduled) or self._trials.busy
+        return bool(self._agenda.scheduled) or self._trials.busy
+
+    @property
+    def stride(self) -> int:
+        """Batches from one boundary to the next while nothing is busy."""
+        return stride_of(self.state.look_every)
 
     @property
     def mode(self) -> Mode:
@@ -157,23 +166,33 @@ class Driver:
         self._settle(0)
 
     def block(self, block: Block) -> None:
-        """Record a block of rows, and let the machine see it."""
+        """Record a block of rows, and let the machine see it; what it asks for is carried out at the next boundary."""
         self._store.add_rows(TRUNK, self.state.attempt, block.names, block.rows)
-        _, facts, commands = handle(
-            self.state, [Rows(first=block.first_row, names=block.names, values=block.rows)]
-        )
+        rows = Rows(first=self.state.rows, names=block.names, values=block.rows)
+        _, facts, commands = handle(self.state, [rows])
         if facts or commands:
             self._take(facts, commands)
+
+    def tick(self, step: int) -> bool:
+        """Write what is due, and look into the inbox; tell whether somebody asks for something."""
+        now = self._clock.mono()
+        if self._requests.poll(now, self._rows):
+            return True
+        self._write()
+        self._recorder.flush_if_due(now)
+        return False
 
     def boundary(self, step: int) -> None:
         """Do everything that may happen between two steps."""
         now = self._clock.mono()
         since = step - self._pumped_at if self._trials.busy else 1
-        for request, body in self._asked(now):
-            self._requested(request, body)
+        if self._requests.poll(now, self._rows):
+            for decided in self._requests.take(self._rows):
+                self._feed(decided)
         self._settle(step)
-        if self._scheduled:
-            self._perform_due(step)
+        for command in self._agenda.due(step):
+            if command.body.card in self.state.executions:
+                self._perform(command, step)
         for answer, command_id in self._trials.pump(max(1, since)):
             self._feed(answer, command_id, effective_at=step)
         for card, text in self._trials.notes():
@@ -181,6 +200,11 @@ class Driver:
         self._pumped_at = step
         self._settle(step)
         self._recorder.flush_if_due(now)
+
+    @property
+    def _rows(self) -> int:
+        """Rows since the run was begun or taken up."""
+        return self.state.rows - self._first_row
 
     def skipped(self, step: int, why: str) -> None:
         """The guard kept a non-finite step from the optimizer."""
@@ -207,14 +231,13 @@ class Driver:
         Raises:
             SessionError: The end of the log could not be written; the model is complete all the same.
         """
-        self._scheduled.clear()
         self._feed(TrunkEnded(step=step, why=why))
+        ending = self._agenda.end()
         self._settle(step)
-        for command in self._at_end:
+        for command in ending:
             if command.body.card in self.state.executions:
                 self._perform(command, step)
                 self._settle(step)
-        self._at_end.clear()
         self._trials.close()
         weights = self._performer.save_final(step)
         self._feed(RunEnded(step=step, why=why, weights=weights))
@@ -229,7 +252,7 @@ class Driver:
         """Close the log after an error, without ever hiding it."""
         if self._closed:
             return
-        self._scheduled.clear()
+        self._agenda.end()
         try:
             self._trials.close()
             self._log.error("run_failed", step=step, error=f"{type(error).__name__}: {error}")
@@ -240,7 +263,7 @@ class Driver:
                 self._feed(RunEnded(step=step, why=why))
             self._recorder.write()
             if not self._recorder.waiting:
-                self._clear_inbox()
+                self._requests.clear()
             self._recorder.close()
         except Exception as second:
             self._log.error("session_not_closed", error=f"{type(second).__name__}: {second}")
@@ -271,42 +294,26 @@ class Driver:
             self._narrator.tell(envelope, self.state)
             if isinstance(envelope.body, BudgetReleased):
                 self._done_with.append(envelope.body.card)
-        if self._spends:
-            taken = self.state.ledger.automode + due_at_end(self.state)
-            self.limit = max(0, self._total - ceil(taken / self.state.passes_per_step))
+
+    def _write(self) -> None:
+        """Make what was decided durable; the commands in it wait for the next boundary."""
+        self._agenda.add(self._recorder.write())
+        if not self._recorder.waiting:
+            self._requests.clear()
 
     def _settle(self, step: int) -> None:
         """Write, perform, and go on until nothing is left to do."""
         while True:
-            self._queue.extend(self._recorder.write())
-            if not self._recorder.waiting:
-                self._clear_inbox()
-            if not self._queue:
+            self._write()
+            command = self._agenda.pop()
+            if command is None:
                 break
-            self._perform(self._queue.popleft(), step)
+            self._perform(command, step)
         if not self._recorder.waiting:
             self._tidy()
-
-    def _asked(self, now: float) -> list[tuple[str, dict[str, Any]]]:
-        """New requests; an inbox that cannot be read is told once, and training goes on."""
-        try:
-            found = self._inbox.poll(now)
-        except SessionError as error:
-            if not self._deaf:
-                self._log.warning("inbox_not_read", why=str(error), then="training goes on; looking again")
-            self._deaf = True
-            return []
-        self._deaf = False
-        return found
-
-    def _clear_inbox(self) -> None:
-        """Take away the requests whose answers are on disk; one that stays is not answered again by this run."""
-        for request in self._requests:
-            try:
-                self._inbox.done(request)
-            except SessionError as error:
-                self._log.warning("request_kept", request=request, why=str(error))
-        self._requests.clear()
+        if self._spends:
+            taken = self.state.ledger.automode + due_at_end(self.state)
+            self.limit = max(0, self._total - ceil(taken / self.state.passes_per_step))
 
     def _tidy(self) -> None:
         """Delete checkpoints of trials that nothing can go on from, now that what made them so is on disk."""
@@ -351,33 +358,25 @@ class Driver:
             case StartTrial():
                 self._trials.start(body, command.command_id or "")
                 return []
-            case Snapshot() if body.at_step is not None and body.at_step > step:
-                self._scheduled.append(command)
-                return []
-            case Merge() if body.at_end and not self.state.trunk_ended:
-                self._at_end.append(command)
+            case Scan():
+                return self._scan(body, step)
+            case _ if self._agenda.put_aside(command, step, ended=self.state.trunk_ended):
                 return []
             case _:
-                answers = self._performer.carry_out(body, self.state, step)
-                return [(answer, i == len(answers) - 1) for i, answer in enumerate(answers)]
+                return _last_marked(self._performer.carry_out(body, self.state, step))
 
-    def _perform_due(self, step: int) -> None:
-        due = [c for c in self._scheduled if c.body.at_step <= step]
-        if due:
-            self._scheduled = [c for c in self._scheduled if c.body.at_step > step]
-            for command in due:
-                if command.body.card in self.state.executions:
-                    self._perform(command, step)
+    def _scan(self, body: Scan, step: int) -> list[tuple[Input, bool]]:
+        """Scan, and say for how long no more is to be scanned, so that it takes no more of the time than its share."""
+        began, share, per_step = self._clock.mono(), self.state.policy.scan.share, self.state.seconds_per_step
+        answers = self._performer.carry_out(body, self.state, step)
+        rest = ceil((self._clock.mono() - began) / (share * per_step)) if share and per_step else 0
+        return _last_marked(
+            [a.model_copy(update={"rest": rest}) if isinstance(a, Scanned) else a for a in answers]
+        )
 
-    def _requested(self, request: str, body: Mapping[str, Any]) -> None:
-        try:
-            decided = Decided.model_validate({**body, "request": request})
-        except ValueError as error:
-            self._log.warning("request_refused", request=request, why=str(error)[:500])
-            self._inbox.refuse(request, str(error))
-            return
-        self._requests.append(request)
-        self._feed(decided)
+
+def _last_marked(answers: Sequence[Input]) -> list[tuple[Input, bool]]:
+    return [(answer, i == len(answers) - 1) for i, answer in enumerate(answers)]
 
 
 def _told(error: Exception) -> str:

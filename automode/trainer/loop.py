@@ -1,7 +1,9 @@
 """The training loop: the user's batches through the user's model, watched at every step and interrupted at none.
 
-Everything that automode does happens between two steps, in this thread, inside :meth:`Observer.boundary`. The loop is a
-generator, so that a caller can hold it between any two steps.
+Everything that automode does happens between two steps, in this thread, inside :meth:`Observer.boundary`. Where boundaries fall
+follows from the batches alone, so that two equal runs act at the same steps on any machine; the clock only decides when the
+inbox is looked into, rows are flushed and the bar moves. The loop is a generator, so that a caller can hold it between any
+two steps.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from automode.trainer.trunk import Trunk, trainable
 from automode.trainer.user_warning import warn_user
 from automode.trainer.validation import Validation, ValidationResult
 
-BOUNDARY_SECONDS = 0.2
-"""Longest time between two boundaries, the length of one step apart."""
+TICK_SECONDS = 0.2
+"""Longest time that people and the disk wait for their turn, the length of one step apart."""
 
 
 class Train(Protocol):
@@ -157,7 +159,7 @@ class Loop:
         Raises:
             DataError: The loader gave no batch, or batches that cannot be trained on.
         """
-        self._due = self._clock() + BOUNDARY_SECONDS
+        self._due = self._clock() + TICK_SECONDS
         while not self._over() and self.epoch != self._plan.max_epochs:
             before = self.batches
             complete = yield from self._steps_of_epoch()
@@ -183,6 +185,7 @@ class Loop:
         trunk, observer, schedule, clock = self._trunk, self._observer, self._schedule, self._clock
         train, record, ids_of_batch = self._train, self._probe.record, self._loader.ids_of_batch
         average, epoch, last = self._average, self.epoch, self._plan.steps_per_epoch
+        stride = observer.stride
         optimizer = trunk.optimizer
         for seen, batch in enumerate(self._loader, 1):
             if trunk.step >= observer.limit or observer.stop_requested is not None:
@@ -190,6 +193,7 @@ class Loop:
             ids = ids_of_batch()
             taken = train(batch, epoch)
             self.batches += 1
+            turn = self.batches % stride == 0
             # Read anew: a state that is loaded brings another list, and a rate may be a tensor that is written to.
             rates = tuple([float(group["lr"]) for group in optimizer.param_groups])
             # Before the optimizer's step, since some optimizers write to the gradients.
@@ -218,9 +222,11 @@ class Loop:
                     schedule.after_step()
             elif taken.skipped and observer.guard:
                 self._skipping = True
+                self._hand_over()
                 observer.skipped(trunk.step, taken.skipped)
-            if full or observer.busy or clock() >= self._due:
-                self._boundary()
+                turn = True
+            if turn or full or observer.busy or clock() >= self._due:
+                self._between(turn)
             yield trunk.step
             # At the last batch of an epoch the loader is asked once more, as a plain loop asks it.
             if (trunk.step >= observer.limit or observer.stop_requested is not None) and seen != last:
@@ -239,12 +245,23 @@ class Loop:
             return "max_steps"
         return "budget"
 
-    def _boundary(self) -> None:
-        """Between two steps: hand over the rows, then let whatever is due happen."""
+    def _hand_over(self) -> None:
         for block in self._probe.drain():
             self._note(block)
             self._observer.block(block)
-        self._due = self._clock() + BOUNDARY_SECONDS
+        self._due = self._clock() + TICK_SECONDS
+
+    def _between(self, turn: bool) -> None:
+        """Between two steps: act where it is due; because time has passed, do only what does not touch the run."""
+        if not (turn or self._observer.busy):
+            self._hand_over()
+            if not self._observer.tick(self._trunk.step):
+                return
+        self._boundary()
+
+    def _boundary(self) -> None:
+        """Hand over the rows, then let whatever is due happen."""
+        self._hand_over()
         self._observer.boundary(self._trunk.step)
         self._schedule.charge(self.batches, self._observer.charged_steps)
 

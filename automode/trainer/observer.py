@@ -24,7 +24,12 @@ class Observer(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether something needs every step boundary now."""
+        """Whether something needs a boundary after every batch now."""
+        ...
+
+    @property
+    def stride(self) -> int:
+        """Batches from one :meth:`boundary` to the next while nothing is busy: a number that follows from the run alone."""
         ...
 
     @property
@@ -43,7 +48,15 @@ class Observer(Protocol):
         ...
 
     def block(self, block: Block) -> None:
-        """Take the rows of consecutive steps; always before :meth:`boundary`."""
+        """Take the rows of consecutive steps; always before :meth:`boundary` and :meth:`tick`."""
+        ...
+
+    def tick(self, step: int) -> bool:
+        """Let people's requests and the disk have their turn, when the clock says so; nothing is done to the run here.
+
+        Returns:
+            Whether somebody asks for something, so that a :meth:`boundary` is due now.
+        """
         ...
 
     def boundary(self, step: int) -> None:

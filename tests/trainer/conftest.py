@@ -29,6 +29,7 @@ class RecordingObserver:
     busy: bool = False
     charged_steps: float = 0.0
     stop_requested: str | None = None
+    stride: int = 32
     mode: Mode = "observe"
     path: Path | None = None
     compute: dict[str, int] = field(default_factory=dict)
@@ -50,6 +51,10 @@ class RecordingObserver:
     def block(self, block: Block) -> None:
         self.blocks.append(block)
         self.calls.append(("block", block.first_row, len(block.rows)))
+
+    def tick(self, step: int) -> bool:
+        self.calls.append(("tick", step))
+        return False
 
     def boundary(self, step: int) -> None:
         self.calls.append(("boundary", step))

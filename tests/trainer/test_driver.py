@@ -211,7 +211,7 @@ class Watched(Driver):
     def _perform(self, command: Envelope, step: int) -> None:
         assert command.seq < self._store.next_seq, "carried out before it was durable"
         super()._perform(command, step)
-        waits = command in self._scheduled or command in self._at_end
+        waits = command in self._agenda.scheduled or command in self._agenda.at_end
         if not waits:
             assert command.command_id is not None
             self.performed.append(command.command_id)

@@ -103,7 +103,9 @@ def test_while_something_is_busy_every_step_has_a_boundary(tmp_path: Path, obser
     assert observer.column("step") == list(range(1, 11))
 
 
-def test_a_slow_step_is_followed_by_a_boundary_at_once(tmp_path: Path, observer_of: Any) -> None:
+def test_a_slow_step_lets_people_and_the_disk_have_their_turn_and_no_more(
+    tmp_path: Path, observer_of: Any
+) -> None:
     parts = prepared(tmp_path)
     observer = observer_of(parts)
     loop = begin(parts, observer)
@@ -113,8 +115,38 @@ def test_a_slow_step_is_followed_by_a_boundary_at_once(tmp_path: Path, observer_
     at = []
     for now[0] in (0.0, 0.3, 0.3, 0.49, 0.51):
         next(steps)
-        at.append([call[1] for call in observer.told("boundary")])
+        at.append([call[1] for call in observer.told("tick")])
     assert at == [[], [2], [2], [2], [2, 5]]
+    assert observer.told("boundary") == []
+    assert observer.column("step") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.07, 1.0])
+def test_boundaries_fall_at_the_same_batches_however_slow_the_steps_are(
+    seconds: float, tmp_path: Path, observer_of: Any
+) -> None:
+    parts = prepared(tmp_path, script(rows=300), max_epochs=1)
+    observer = observer_of(parts)
+    observer.stride = 8
+    loop = begin(parts, observer)
+    now = [0.0]
+    loop._clock = lambda: now[0]
+    for _ in loop.steps():
+        now[0] += seconds
+    assert [call[1] for call in observer.told("boundary")] == [8, 16, 24, 30]
+    assert len(observer.told("tick")) == {0.0: 0, 0.07: 8, 1.0: 26}[seconds]
+
+
+def test_somebody_who_asks_gets_a_boundary_at_once(tmp_path: Path, observer_of: Any) -> None:
+    parts = prepared(tmp_path, script(rows=100))
+    observer = observer_of(parts)
+    loop = begin(parts, observer)
+    now = [0.0]
+    loop._clock = lambda: now[0]
+    observer.tick = lambda step: step == 4
+    for _ in loop.steps():
+        now[0] += 1.0
+    assert [call[1] for call in observer.told("boundary")] == [4, 10]
 
 
 @pytest.mark.parametrize(("limit", "epochs"), [(9, [6, 9]), (15, [6, 12, 15]), (12, [6, 12])])

@@ -22,7 +22,7 @@ from automode.planner.policy import Policy
 from automode.session import Session, inbox
 from automode.session.checkpoints import CheckpointStore
 from automode.session.log_rows import encode_records, event_checksum
-from automode.trainer import loop, trainer
+from automode.trainer import trainer
 from automode.trainer.driver import Driver
 from automode.trainer.result import FitResult
 from automode.trainer.run_parts import RunParts
@@ -296,7 +296,7 @@ def play(
     optimizer.register_step_post_hook(after)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inbox, "POLL_SECONDS", 0.0)
-        patch.setattr(loop, "BOUNDARY_SECONDS", 0.0)
+        patch.setattr(Driver, "stride", 1)
 
         def open_driver(parts: RunParts) -> Driver:
             driver = original(parts)

@@ -1,0 +1,37 @@
+"""A run taken up from a checkpoint: the fold goes on from the record that it stood at, and numbers never start again."""
+
+from __future__ import annotations
+
+from automode.engine import observing
+from automode.engine.emission import Emission
+from automode.engine.state import State
+from automode.errors import ReplayDifferenceError
+from automode.planner.events import Envelope, Resumed
+
+
+def skip(state: State, body: Resumed, event: Envelope) -> None:
+    """Move the numbers of events and rows behind what is out of the story.
+
+    Raises:
+        ReplayDifferenceError: The state is not the one that the run was taken up from.
+    """
+    if body.at_seq != state.next_seq - 1 or event.seq < state.next_seq or event.frame_cursor < state.rows:
+        raise ReplayDifferenceError(
+            f"event {event.seq} takes the run up behind event {body.at_seq}, and the log goes on behind {state.next_seq - 1}"
+        )
+    state.next_seq = event.seq
+    state.superseded += event.frame_cursor - state.rows
+    state.rows = event.frame_cursor
+    state.attempt = body.attempt
+
+
+def resumed(state: State, body: Resumed, out: Emission) -> None:
+    """Go on as if nothing had happened where the rows will be the same; else start the signals anew.
+
+    A look at val-B is paid for once: an exact run looks at the same candidate again and sees the same, while another run's
+    candidates are others, so that the looks that were cut off stay spent.
+    """
+    if body.exact:
+        return
+    state.spending.looks = max(state.spending.looks, body.looks)
+    observing.tell(state.suite.reset("the run was taken up, and not exactly as it was"), out)
