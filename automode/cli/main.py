@@ -51,8 +51,8 @@ COMMANDS: Mapping[str, CommandSource] = {
         trials="Show each card's ladder: what the trials reported, who was promoted, and why.",
         lineage="Draw the family tree of the weights.",
         log="Print the session's events in order.",
-        replay="Decide everything again and compare (exit code 1 on a difference).",
     ),
+    **_from("laboratory", replay="Decide everything again and compare (exit code 1 on a difference)."),
     **_from(
         "answering",
         approve="Let a card run.",

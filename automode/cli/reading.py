@@ -109,64 +109,6 @@ def story(session: Path, card: str) -> None:
 
 @click.command()
 @session_argument
-@click.option(
-    "--policy", type=click.Path(path_type=Path), help="Compare with what this policy would have proposed."
-)
-@click.pass_context
-def replay(context: click.Context, session: Path, policy: Path | None) -> None:
-    """Decide everything again and compare (exit code 1 on a difference)."""
-    from automode.session.replaying import replay as run
-
-    if policy is not None:
-        _what_if(session, policy)
-        return
-    with Session.open(session) as opened:
-        report = run(opened)
-    click.echo(
-        f"{report.observations:,} observations and {report.decisions:,} decisions in {report.seconds:.2f} s "
-        f"({report.rate:,.0f} observations/s)"
-    )
-    if report.differences == 0:
-        click.echo("0 differences")
-        return
-    click.echo(f"{report.differences:,} difference{'s' if report.differences > 1 else ''}; the first:")
-    click.echo(safe(str(report.first)))
-    context.exit(1)
-
-
-def _what_if(session: Path, file: Path) -> None:
-    """Print the recorded cards beside those of another policy."""
-    from automode.planner.card_text import policy_from_yaml
-    from automode.session.replaying import replay_with
-
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
-    found = replay_with(session, policy_from_yaml(text))
-    rows = [(card.step, "recorded", card) for card in found.recorded]
-    rows += [(card.step, "what if", card) for card in found.proposed]
-    lines = [
-        [
-            str(step),
-            whose,
-            card.action,
-            card.reason,
-            f"{card.cost.sample_passes:,.0f}",
-            safe(card.because)[:80],
-        ]
-        for step, whose, card in sorted(rows, key=lambda row: (row[0], row[1]))
-    ]
-    click.echo(table(["STEP", "WHOSE", "ACTION", "REASON", "COST", "BECAUSE"], lines, right=(0, 4)))
-    click.echo(f"\n{len(found.recorded)} cards recorded, {len(found.proposed)} under {file}")
-    if found.counterfactual_from is not None:
-        click.echo(
-            f"counterfactual from step {found.counterfactual_from} on: a card was adopted there, and the run went on from it"
-        )
-
-
-@click.command()
-@session_argument
 def lineage(session: Path) -> None:
     """Draw the family tree of the weights."""
     with Session.open(session) as opened:

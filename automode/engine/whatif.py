@@ -7,9 +7,11 @@ counterfactual. Scans were taken when the recorded policy asked for them; anothe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from automode.engine.comparing import Pair, ScanLimits, pairs_of, scan_limits
 from automode.engine.machine import handle, initial
 from automode.planner.cards import PlanCard
 from automode.planner.events import (
@@ -34,11 +36,20 @@ class WhatIf:
         recorded: Cards of the session, in order.
         proposed: Cards that the other policy would have proposed, in order.
         counterfactual_from: Step of the first adoption in the session, from which on the two are no longer the same run.
+        scans: Which of the other policy's reasons would have read other scans than there are, and why.
+        waited: Whether cards of the session waited for a person, and so had to leave time for an answer.
     """
 
     recorded: tuple[PlanCard, ...]
     proposed: tuple[PlanCard, ...]
     counterfactual_from: int | None
+    scans: ScanLimits = field(default_factory=ScanLimits)
+    waited: bool = False
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Recorded cards beside those that would have been proposed in their place, by step."""
+        return pairs_of(self.recorded, self.proposed, on_scans=self.scans.reasons)
 
 
 def what_if(items: Iterable[Rows | Envelope], policy: Policy, *, rules: Sequence[Rule] = BUILT_IN) -> WhatIf:
@@ -53,13 +64,19 @@ def what_if(items: Iterable[Rows | Envelope], policy: Policy, *, rules: Sequence
     recorded: list[PlanCard] = []
     proposed: list[PlanCard] = []
     adopted: int | None = None
+    session: SessionStarted | None = None
+    taken = Counter[str]()
     for item in items:
         if isinstance(item, Envelope) and item.role != "input":
             if item.body.kind == "card_proposed":
                 recorded.append(item.body.card)
             continue
-        if isinstance(item, Envelope) and item.body.kind == "adopted" and adopted is None:
-            adopted = item.body.step
+        if isinstance(item, Envelope):
+            taken[item.body.kind] += 1
+            if isinstance(item.body, SessionStarted):
+                session = item.body
+            if item.body.kind == "adopted" and adopted is None:
+                adopted = item.body.step
         event = item if isinstance(item, Rows) else _as_observed(item, policy)
         if event is None:
             continue
@@ -69,7 +86,23 @@ def what_if(items: Iterable[Rows | Envelope], policy: Policy, *, rules: Sequence
                 event = replace(event, body=event.body.model_copy(update={"at_seq": state.next_seq - 1}))
         _, facts, _ = handle(state, [event])
         proposed += [fact.body.card for fact in facts if fact.body.kind == "card_proposed"]
-    return WhatIf(recorded=tuple(recorded), proposed=tuple(proposed), counterfactual_from=adopted)
+    return WhatIf(
+        recorded=tuple(recorded),
+        proposed=tuple(proposed),
+        counterfactual_from=adopted,
+        scans=ScanLimits() if session is None else _limits(session, policy, taken),
+        waited=session is not None and session.mode == "propose",
+    )
+
+
+def _limits(session: SessionStarted, policy: Policy, taken: Counter[str]) -> ScanLimits:
+    return scan_limits(
+        Policy.model_validate(session.policy),
+        policy,
+        total_steps=session.run.total_steps,
+        scans=taken["scanned"],
+        clusterings=taken["clustered"],
+    )
 
 
 def _as_observed(item: Envelope, policy: Policy) -> Envelope | None:

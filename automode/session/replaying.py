@@ -14,7 +14,7 @@ from automode.engine import Difference, WhatIf, fold, what_if
 from automode.engine import story as tell
 from automode.errors import ReplayDifferenceError, SessionCorruptError, SessionError, UsageError
 from automode.planner.events import COMMAND, EVENT_VERSION, FACT, INPUT, Envelope, Rows
-from automode.planner.policy import Policy
+from automode.planner.policy import PLANNER_VERSION, Policy
 from automode.planner.rules import BUILT_IN, chosen
 from automode.planner.rules.base import Rule
 from automode.plugins import plugins
@@ -35,6 +35,7 @@ class ReplayReport:
         differences: How many decisions differ; 0 for a faithful replay.
         first: The first difference with the story of its card, or None.
         shown: The first differences, at most 20.
+        label: Empty; or why this is a what-if, for which no zero is promised: another version of the planner decides today.
     """
 
     observations: int
@@ -43,6 +44,7 @@ class ReplayReport:
     differences: int
     first: str | None
     shown: tuple[Difference, ...]
+    label: str = ""
 
     @property
     def rate(self) -> float:
@@ -136,7 +138,17 @@ def replay(session: Session | str | os.PathLike[str]) -> ReplayReport:
         differences=outcome.differences,
         first=first,
         shown=tuple(outcome.shown),
+        label=_label(session),
     )
+
+
+def _label(session: Session) -> str:
+    """Say that the session was decided by another version of the planner, where it was."""
+    for record in session.events(kind="session_started"):
+        version = record.body["planner_version"]
+        if version != PLANNER_VERSION:
+            return f"a what-if: version {version} of the planner decided then, and version {PLANNER_VERSION} decides now"
+    return ""
 
 
 def replay_with(session: Session | str | os.PathLike[str], policy: Policy) -> WhatIf:
@@ -149,7 +161,7 @@ def replay_with(session: Session | str | os.PathLike[str], policy: Policy) -> Wh
     if not isinstance(session, Session):
         with Session.open(session) as opened:
             return replay_with(opened, policy)
-    return what_if(_items(session), policy, rules=(*BUILT_IN, *(plugin.rule for plugin in plugins())))
+    return what_if(_items(session), policy, rules=chosen(policy, _plugins(session)))
 
 
 def story(session: Session | str | os.PathLike[str], card: str) -> str:
@@ -169,7 +181,15 @@ def story(session: Session | str | os.PathLike[str], card: str) -> str:
 
 
 def _rules(session: Session) -> tuple[Rule, ...]:
-    """The rules that took part; a plugin of another version than the session's makes the replay a what-if.
+    """The rules that took part, those of third parties among them."""
+    for record in session.events(kind="session_started"):
+        offered = _plugins(session)
+        return chosen(Policy.model_validate(record.body["policy"]), offered) if offered else BUILT_IN
+    return BUILT_IN
+
+
+def _plugins(session: Session) -> list[Rule]:
+    """The rules of third parties that took part.
 
     Raises:
         SessionError: A plugin that took part is not installed, or is of another version.
@@ -177,16 +197,15 @@ def _rules(session: Session) -> tuple[Rule, ...]:
     for record in session.events(kind="session_started"):
         recorded = list(record.body.get("plugins", ()))
         if not recorded:
-            return BUILT_IN
+            return []
         installed = plugins()
         missing = sorted(set(recorded) - {plugin.distribution for plugin in installed})
         if missing:
             raise SessionError(
                 f"the session ran with rules of {', '.join(missing)}: install them to replay it"
             )
-        used = [plugin.rule for plugin in installed if plugin.distribution in recorded]
-        return chosen(Policy.model_validate(record.body["policy"]), used)
-    return BUILT_IN
+        return [plugin.rule for plugin in installed if plugin.distribution in recorded]
+    return []
 
 
 def _items(session: Session) -> Iterator[Rows | Envelope]:

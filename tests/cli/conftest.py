@@ -211,13 +211,12 @@ class Live:
         _, facts, commands = handle(self.state, [envelope])
         self._record([envelope, *facts, *commands])
 
-    def rows(self, n: int) -> None:
+    def rows(self, n: int, loss: Any = None) -> None:
         first = self.state.rows
         steps = np.arange(first + 1, first + n + 1, dtype=np.float64)
         ones = np.ones(n)
-        values = np.stack(
-            [steps, steps * 1e-3, 1.0 + 1.0 / steps, ones, ones * 1e-3, ones, ones * 32], axis=1
-        )
+        shown = 1.0 + 1.0 / steps if loss is None else loss
+        values = np.stack([steps, steps * 1e-3, shown, ones, ones * 1e-3, ones, ones * 32], axis=1)
         self.store.add_rows("trunk", 1, NAMES, values)
         _, facts, commands = handle(self.state, [Rows(first=first, names=NAMES, values=values)])
         self._record([*facts, *commands])

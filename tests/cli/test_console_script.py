@@ -47,6 +47,7 @@ for source in COMMANDS.values():
     import_module(source.module)
 for command in ("cards", "log", "lineage", "trials", "replay"):
     main([command, {str(tmp_path / "run")!r}], standalone_mode=False)
+main(["replay", {str(tmp_path / "run")!r}, "--policy", "aggressive"], standalone_mode=False)
 print("torch" in sys.modules, file=sys.stderr)
 """
     done = subprocess.run(
