@@ -119,12 +119,13 @@ class DataCursor:
         """
         self._cut = state["now"]
         self.read = int(state["read"])
-        if not state["begun"]:
-            return []
-        reasons = _put_random(state["start"]["random"])
+        self.epoch_begun = bool(state["begun"])
+        reasons = _put_random(state["now"]["random"])
+        if not self.epoch_begun:
+            return reasons + self._live.put(state["now"]["live"], samplers=True)
+        _put_random(state["start"]["random"])
         reasons += self._live.put(state["start"]["live"], samplers=True)
         self._start = (RandomState.capture(), self._live.take())
-        self.epoch_begun = True
         skipping = self._how == "skip"
         batches = self.loader.batches(skip=self.read if skipping else 0)
         missing = 0 if skipping else self._pass_over(batches)
@@ -133,12 +134,12 @@ class DataCursor:
             return [*reasons, f"the loader now ends {missing} batches before the place of the cut"]
         return reasons + self._compared(state)
 
-    def go_on(self) -> list[str]:
-        """Put back the random states of the cut, right before training goes on; returns what could not be put back."""
+    def go_on(self) -> None:
+        """Put back the random states of the cut, right before training goes on; before a run's first step there is none."""
         cut, self._cut = self._cut, None
-        if cut is None:
-            return []
-        return _put_random(cut["random"]) + self._live.put(cut["live"], samplers=not self.epoch_begun)
+        if cut is not None:
+            _put_random(cut["random"])
+            self._live.put(cut["live"], samplers=not self.epoch_begun)
 
     def _pass_over(self, batches: Iterator[Any]) -> int:
         """Read and drop what was trained on already; returns how many batches were not there."""

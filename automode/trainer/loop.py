@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from automode.errors import DataError
 from automode.merges.trajectory import TrajectoryAverages
-from automode.trainer.ids import RecordedLoader
+from automode.trainer.data_cursor import DataCursor
+from automode.trainer.history import History, Mean
 from automode.trainer.observation_block import Block
 from automode.trainer.observer import Observer
 from automode.trainer.probe import Probe
@@ -42,6 +43,19 @@ class Train(Protocol):
 
     def close(self) -> None:
         """Leave the optimizer as it was."""
+        ...
+
+    @property
+    def began(self) -> bool:
+        """Whether the optimizer has begun to write in the step that runs, or ran last."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on besides the trunk; plain data, for :meth:`load`."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
         ...
 
 
@@ -71,34 +85,13 @@ class Plan:
         return self.max_epochs * self.steps_per_epoch
 
 
-@dataclass(slots=True)
-class History:
-    """What each epoch came to: lists of one entry an epoch, the last epoch possibly cut short.
-
-    ``train_loss`` is the mean over the epoch's applied steps; ``val_loss``, ``val_metric`` are NaN and ``slices`` is
-    empty for an epoch without validation.
-    """
-
-    epoch: list[int] = field(default_factory=list)
-    step: list[int] = field(default_factory=list)
-    train_loss: list[float] = field(default_factory=list)
-    val_loss: list[float] = field(default_factory=list)
-    val_metric: list[float] = field(default_factory=list)
-    learning_rate: list[float] = field(default_factory=list)
-    slices: list[dict[str, float]] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, list[Any]]:
-        """Give the lists by name."""
-        return {name: list(getattr(self, name)) for name in self.__slots__}
-
-
 class Loop:
     """Trains, tells the observer, and ends by itself.
 
     Args:
         plan: How long to train.
         trunk: What is trained; ``trunk.step`` is moved on.
-        loader: The training batches.
+        cursor: The training batches, and the place in them.
         train: One training step.
         probe: Collects what a step shows.
         observer: Hears of it.
@@ -111,6 +104,10 @@ class Loop:
         batches: Batches trained on.
         history: What each epoch came to.
         reason: Why the run ended; empty until it has.
+        cursor: As given.
+        phase: What is going on, for whoever has to know whether the state is that of a step boundary: ``between`` steps (also
+            while a batch is waited for), ``forward`` (the training step runs), or ``update`` (the weights are written).
+        epoch_ended: Called when an epoch, with its validation, is over.
     """
 
     def __init__(
@@ -118,7 +115,7 @@ class Loop:
         plan: Plan,
         *,
         trunk: Trunk,
-        loader: RecordedLoader,
+        cursor: DataCursor,
         train: Train,
         probe: Probe,
         observer: Observer,
@@ -132,7 +129,9 @@ class Loop:
         self.reason = ""
         self._plan = plan
         self._trunk = trunk
-        self._loader = loader
+        self.cursor = cursor
+        self.phase = "between"
+        self.epoch_ended: Callable[[], None] = _nothing
         self._train = train
         self._probe = probe
         self._observer = observer
@@ -142,7 +141,7 @@ class Loop:
         self._clock = time.perf_counter
         self._due = 0.0
         self._validated_at = -1
-        self._losses = _Mean()
+        self._losses = Mean()
         self._average = _Averaging(trunk)
         self._warned = False
         self._skipping = False
@@ -160,37 +159,69 @@ class Loop:
             DataError: The loader gave no batch, or batches that cannot be trained on.
         """
         self._due = self._clock() + TICK_SECONDS
-        while not self._over() and self.epoch != self._plan.max_epochs:
-            before = self.batches
-            complete = yield from self._steps_of_epoch()
-            if self.batches == before and complete:
+        self.cursor.go_on()
+        cut = self.cursor.read > 0
+        while cut or (not self.over and self.epoch != self._plan.max_epochs):
+            short = cut and self.over and self.cursor.read != self._plan.steps_per_epoch
+            cut = False
+            complete = False if short else (yield from self._steps_of_epoch())
+            if complete and not self.cursor.read:
                 raise _no_batches(self.epoch)
             self._end_epoch(complete)
             self.epoch += complete
+            if complete:
+                self.cursor.ended()
+                self.epoch_ended()
         self.reason = self._why()
         if self._validated_at != self._trunk.step and self.reason != "max_epochs":
             self._validate_last()
+
+    def state(self) -> dict[str, Any]:
+        """Where the loop stands between two steps: plain data and tensors, for :meth:`load`."""
+        return {
+            "epoch": self.epoch,
+            "batches": self.batches,
+            "history": self.history.as_dict(),
+            "mean": self._losses.state(),
+            "validated_at": self._validated_at,
+            "warned": self._warned,
+            "skipping": self._skipping,
+            "schedule": self._schedule.state(),
+            "train": self._train.state(),
+            "cursor": self.cursor.state(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave; the cursor has been taken up already."""
+        self.epoch, self.batches = int(state["epoch"]), int(state["batches"])
+        self.history = History(**{name: list(values) for name, values in state["history"].items()})
+        self._losses.load(state["mean"])
+        self._validated_at = int(state["validated_at"])
+        self._warned, self._skipping = bool(state["warned"]), bool(state["skipping"])
+        self._schedule.load(state["schedule"])
+        self._train.load(state["train"])
 
     def close(self) -> None:
         """Leave the user's objects as they were."""
         self._train.close()
 
     def flush(self) -> None:
-        """Hand what is still in the probe to the observer; for an orderly end after an exception."""
-        for block in self._probe.drain():
-            self._observer.block(block)
+        """Hand what is still in the probe to the observer."""
+        self._hand_over()
 
     def _steps_of_epoch(self) -> Any:
         """Train on one pass of the loader; True when it was a whole one."""
         trunk, observer, schedule, clock = self._trunk, self._observer, self._schedule, self._clock
-        train, record, ids_of_batch = self._train, self._probe.record, self._loader.ids_of_batch
+        train, record, cursor = self._train, self._probe.record, self.cursor
+        ids_of_batch = cursor.loader.ids_of_batch
         average, epoch, last = self._average, self.epoch, self._plan.steps_per_epoch
         stride = observer.stride
         optimizer = trunk.optimizer
-        for seen, batch in enumerate(self._loader, 1):
+        for batch in cursor.batches():
             if trunk.step >= observer.limit or observer.stop_requested is not None:
                 return False
             ids = ids_of_batch()
+            self.phase = "forward"
             taken = train(batch, epoch)
             self.batches += 1
             turn = self.batches % stride == 0
@@ -208,6 +239,7 @@ class Loop:
                 ids,
                 taken.metrics,
             )
+            self.phase = "update"
             if taken.pending:
                 optimizer.step()
             if taken.applied:
@@ -220,7 +252,9 @@ class Loop:
                     average(trunk.averages, trunk.step)
                 if schedule.every_step:
                     schedule.after_step()
-            elif taken.skipped and observer.guard:
+            cursor.read += 1
+            self.phase = "between"
+            if taken.skipped and observer.guard:
                 self._skipping = True
                 self._hand_over()
                 observer.skipped(trunk.step, taken.skipped)
@@ -229,11 +263,18 @@ class Loop:
                 self._between(turn)
             yield trunk.step
             # At the last batch of an epoch the loader is asked once more, as a plain loop asks it.
-            if (trunk.step >= observer.limit or observer.stop_requested is not None) and seen != last:
+            if (trunk.step >= observer.limit or observer.stop_requested is not None) and cursor.read != last:
                 return False
         return True
 
-    def _over(self) -> bool:
+    @property
+    def writing(self) -> bool:
+        """Whether the training step that runs has begun to write to the weights."""
+        return self.phase == "forward" and self._train.began
+
+    @property
+    def over(self) -> bool:
+        """Whether no further step may be taken, as far as that is known before the loader is asked again."""
         return self._trunk.step >= self._observer.limit or self._observer.stop_requested is not None
 
     def _why(self) -> str:
@@ -268,11 +309,7 @@ class Loop:
     def _note(self, block: Block) -> None:
         losses = block.rows[:, block.names.index("loss")]
         total = float(losses.sum())
-        if block.rows[:, block.names.index("applied")].all():
-            self._losses.add(total, len(losses))
-        else:
-            applied = losses[block.rows[:, block.names.index("applied")] > 0]
-            self._losses.add(float(applied.sum()), len(applied))
+        self._losses.add(losses[block.rows[:, block.names.index("applied")] > 0])
         # A sum is not finite where a term is not; rarely, where it overflows.
         if not math.isfinite(total) and not self._warned and not self._observer.guard:
             self._warn(block.rows[~np.isfinite(losses), 0])
@@ -337,25 +374,13 @@ class _Averaging:
         averages.update(self._parameters, step)
 
 
-class _Mean:
-    """The mean of what was added since the last look."""
-
-    def __init__(self) -> None:
-        self._sum, self._n = 0.0, 0
-
-    def add(self, total: float, count: int) -> None:
-        self._sum += total
-        self._n += count
-
-    def take(self) -> float:
-        mean = self._sum / self._n if self._n else math.nan
-        self._sum, self._n = 0.0, 0
-        return mean
-
-
 def _shown(limit: int) -> int | None:
     """The bar's length: none while nobody knows the end."""
     return limit if limit < 1 << 60 else None
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _no_batches(epoch: int) -> DataError:

@@ -36,14 +36,17 @@ class Console:
         self._climbs: dict[str, _Bar] = {}
         self._known: dict[str, str] = {}
 
-    def start(self, total: int | None) -> None:
+    def start(self, total: int | None, done: int = 0) -> None:
         """Show the bar.
 
         Args:
             total: Steps of the whole run; None where that is not known.
+            done: Steps done already, by a run that is taken up again.
         """
         if self._shown and self._bar is None:
-            self._bar = _Bar(total=total, desc=self._description or None, unit="step", dynamic_ncols=True)
+            self._bar = _Bar(
+                total=total, initial=done, desc=self._description or None, unit="step", dynamic_ncols=True
+            )
 
     def step(self, step: int, *, total: int | None = None, loss: float | None = None) -> None:
         """Move the bar; called once a block of steps.

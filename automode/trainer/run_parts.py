@@ -15,6 +15,7 @@ from automode.errors import UsageError
 from automode.planner.events import Mode
 from automode.planner.policy import Policy
 from automode.session.paths import new_session_folder
+from automode.trainer.data_cursor import DataCursor
 from automode.trainer.evaluation import Evaluator, Ids
 from automode.trainer.fit_request import FitRequest, length_of
 from automode.trainer.heldout import HeldOut
@@ -47,6 +48,7 @@ class RunParts:
         plan: How long to train.
         trunk: What is trained.
         loader: The training batches, with their sample ids.
+        cursor: The place in them.
         probe: Collects what a step shows; its ledger holds per-sample losses, except in mode ``off``.
         held_out: The validation set, in two halves; None where no validation loader was given.
         evaluator: Scores networks on it; None likewise.
@@ -67,6 +69,7 @@ class RunParts:
     plan: Plan
     trunk: Trunk
     loader: RecordedLoader
+    cursor: DataCursor
     probe: Probe
     held_out: HeldOut | None
     evaluator: Evaluator | None
@@ -78,9 +81,21 @@ class RunParts:
 
 
 def prepare(
-    settings: Settings, policy: Policy, request: FitRequest, own_step: TrainingStep | None
+    settings: Settings,
+    policy: Policy,
+    request: FitRequest,
+    own_step: TrainingStep | None,
+    *,
+    session: tuple[Path, int] | None = None,
 ) -> RunParts:
     """Check everything, then make everything; the session's folder comes last.
+
+    Args:
+        settings: The Trainer's.
+        policy: What automode may do.
+        request: The arguments of ``fit``.
+        own_step: The user's training step, or None.
+        session: Folder and seed of a session that is taken up again; None: a fresh one.
 
     Raises:
         UsageError: An argument cannot be taken.
@@ -93,29 +108,18 @@ def prepare(
         raise UsageError(
             f'precision="fp16" needs CUDA, and this run is on {device.type}; use "bf16", or "fp32"'
         )
-    plan = Plan(
-        max_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        steps_per_epoch=length_of(request.train_loader),
-        validate_every=settings.val_every_n_epochs,
-    )
+    plan = _plan(settings, request)
     mode, why_mode = _mode(settings.mode, plan)
     request.warn()
     if settings.seed is not None:
         _seed(settings.seed)
     request.place(device)
-    trunk = Trunk(
-        model=request.model,
-        optimizer=request.optimizer,
-        scheduler=request.scheduler,
-        step_fn=pair_step(request.loss_fn, device),
-        loss_fn=request.loss_fn,
-        device=device,
-        precision=settings.precision,
-        clip_norm=settings.clip_norm,
-    )
+    trunk = _trunk(settings, request, device)
     loader = RecordedLoader(request.train_loader)
-    seed = secrets.randbits(32) if settings.seed is None else settings.seed
+    if session is not None:
+        seed = session[1]
+    else:
+        seed = secrets.randbits(32) if settings.seed is None else settings.seed
     with forked_rng():
         probe = _probe(trunk, loader, watched=mode != "off")
         held_out = None if request.val_loader is None else HeldOut(request.val_loader, device, seed)
@@ -133,6 +137,7 @@ def prepare(
         plan=plan,
         trunk=trunk,
         loader=loader,
+        cursor=DataCursor(loader),
         probe=probe,
         held_out=held_out,
         evaluator=evaluator,
@@ -140,7 +145,31 @@ def prepare(
         validation=None if evaluator is None else Validation(trunk.model, evaluator, slices),
         test=None if test_set is None else Validation(trunk.model, _evaluator(trunk, test_set), {}),
         console=Console(settings.progress, speak=settings.console, description=settings.run_name),
-        session_path=new_session_folder(settings.session_dir, settings.project, settings.run_name),
+        session_path=session[0]
+        if session is not None
+        else new_session_folder(settings.session_dir, settings.project, settings.run_name),
+    )
+
+
+def _plan(settings: Settings, request: FitRequest) -> Plan:
+    return Plan(
+        max_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        steps_per_epoch=length_of(request.train_loader),
+        validate_every=settings.val_every_n_epochs,
+    )
+
+
+def _trunk(settings: Settings, request: FitRequest, device: torch.device) -> Trunk:
+    return Trunk(
+        model=request.model,
+        optimizer=request.optimizer,
+        scheduler=request.scheduler,
+        step_fn=pair_step(request.loss_fn, device),
+        loss_fn=request.loss_fn,
+        device=device,
+        precision=settings.precision,
+        clip_norm=settings.clip_norm,
     )
 
 

@@ -19,6 +19,7 @@ from automode.planner.card_text import policy_from_yaml
 from automode.planner.events import Mode
 from automode.planner.policy import Policy
 from automode.presets import preset_names, preset_text
+from automode.trainer.cadence import cadence_of
 from automode.trainer.progress import Progress
 from automode.trainer.schedule import Interval
 from automode.trainer.trunk import Precision
@@ -54,6 +55,9 @@ class Settings:
     scheduler_interval: Interval = "epoch"
     console: bool = True
     backend: BackendName = "inline"
+    checkpoint_every: str | None = "10 min"
+    keep_checkpoints: int = 2
+    resume: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("project", "run_name"):
@@ -79,8 +83,18 @@ class Settings:
             _flag(name, getattr(self, name))
         if self.clip_norm is not None and not (_number(self.clip_norm) and 0 < self.clip_norm < math.inf):
             raise UsageError(f"clip_norm must be a number above 0 or None, got {self.clip_norm!r}")
+        self._check_resuming()
         if self.seed is not None:
             _whole("seed", self.seed, least=0, most=MAX_SEED)
+
+    def _check_resuming(self) -> None:
+        if self.checkpoint_every is not None:
+            cadence_of(self.checkpoint_every)
+        _whole("keep_checkpoints", self.keep_checkpoints, least=1)
+        if self.resume is not None and not isinstance(self.resume, str | os.PathLike):
+            raise UsageError(
+                f'resume must be the folder of a session, "auto" or None, got {type(self.resume).__name__}'
+            )
 
     @property
     def mode(self) -> Mode:

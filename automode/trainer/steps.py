@@ -109,6 +109,9 @@ class DefaultStep:
         trunk: What is trained.
         scaler: Scales the loss of fp16; disabled otherwise.
         guarded: Says whether the guard is on.
+
+    Attributes:
+        began: Whether the optimizer has begun to write in this step; a pending one has not.
     """
 
     def __init__(self, trunk: Trunk, scaler: Scaler, guarded: Guarded) -> None:
@@ -118,6 +121,7 @@ class DefaultStep:
         self._plain = trunk.precision == "fp32"
         self._clipped = list(trunk.model.parameters())  # an adopted trial may bring clipping along
         self._applied = 0
+        self.began = False
         self._hook = trunk.optimizer.register_step_post_hook(self._after) if scaler.is_enabled() else None
 
     def close(self) -> None:
@@ -125,8 +129,17 @@ class DefaultStep:
         if self._hook is not None:
             self._hook.remove()
 
+    def state(self) -> dict[str, Any]:
+        """The scaler's state, for :meth:`load`."""
+        return {"scaler": self._scaler.state_dict()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._scaler.load_state_dict(state["scaler"])
+
     def __call__(self, batch: Any, epoch: int) -> Taken:
         """Train on one batch."""
+        self.began = False
         trunk = self._trunk
         optimizer = trunk.optimizer
         optimizer.zero_grad(set_to_none=True)
@@ -154,6 +167,7 @@ class DefaultStep:
         if norm is None:
             norm = grad_norms(self._trunk.parameters)
         before = self._applied
+        self.began = True
         self._scaler.step(self._trunk.optimizer)
         self._scaler.update()
         applied = self._applied > before
@@ -187,6 +201,9 @@ class OwnStep:
         trunk: What is trained.
         scaler: Scales the loss of fp16; a disabled one passes everything through.
         guarded: Says whether the guard is on.
+
+    Attributes:
+        began: Whether the optimizer has begun to write in this step.
     """
 
     def __init__(self, function: TrainingStep, trunk: Trunk, scaler: Scaler, guarded: Guarded) -> None:
@@ -197,6 +214,7 @@ class OwnStep:
         self._norm: float | list[Tensor] = []
         self._skipped = ""
         self._steps = 0
+        self.began = False
         self._names: tuple[str, ...] = ()
         self._hooks = (
             trunk.optimizer.register_step_pre_hook(self._before),
@@ -220,8 +238,19 @@ class OwnStep:
         for hook in self._hooks:
             hook.remove()
 
+    def state(self) -> dict[str, Any]:
+        """The scaler's state, and what the user's own step keeps in its ``state``, for :meth:`load`."""
+        kept = {name: value for name, value in self._state.items() if name not in STATE_KEYS}
+        return {"scaler": self._scaler.state_dict(), "kept": kept}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._scaler.load_state_dict(state["scaler"])
+        self._state.update(state["kept"])
+
     def __call__(self, batch: Any, epoch: int) -> Taken:
         """Train on one batch as the user does."""
+        self.began = False
         self._norm, self._skipped = [], ""
         steps, asked = self._steps, self._scaler.asked
         state = self._state
@@ -257,6 +286,7 @@ class OwnStep:
         return [norm / scale for norm in norms]
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self.began = True
         self._norm = grad_norms(self._trunk.parameters)
         if not self._guarded.guard:
             return

@@ -14,6 +14,7 @@ from automode.errors import UsageError
 from automode.planner.policy import Policy
 from automode.session import Session
 from automode.trainer.assembly import open_driver
+from automode.trainer.checkpointing import keeper_of, run_keeping
 from automode.trainer.driver import Driver
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.loop import Loop
@@ -21,6 +22,7 @@ from automode.trainer.observer import Observer
 from automode.trainer.progress import Progress
 from automode.trainer.random_state import forked_rng
 from automode.trainer.result import FitResult
+from automode.trainer.resuming import Found, find, put_back, put_loop, tell
 from automode.trainer.run_parts import RunParts, prepare
 from automode.trainer.schedule import Interval, Schedule
 from automode.trainer.settings import Automode, Settings, policy_of
@@ -59,6 +61,12 @@ class Trainer:
         console: Print cards, events and where the session is.
         backend: What trains a card's specialists: ``inline`` (one after another, between the trunk's steps), ``stacked``
             (alike ones at once), ``auto`` (stacked where that pays), ``process`` (worker processes) or ``ray``.
+        checkpoint_every: How often the run's complete state is stored: ``"500 steps"``, ``"10 min"`` or ``"1 epoch"``; also at
+            each best validation, when SIGINT or SIGTERM stops the run, when it fails and when it ends. None: never.
+        keep_checkpoints: How many of those are kept, the best one apart.
+        resume: Go on from the newest checkpoint of the session in this folder; ``"auto"``: of the newest unfinished session of
+            this project and run name, or begin a fresh run where there is none. The environment variable ``AUTOMODE_RESUME``
+            (set by ``automode resume``) names a session likewise.
 
     Raises:
         UsageError: An argument has a value that it cannot take.
@@ -85,6 +93,9 @@ class Trainer:
         scheduler_interval: Interval = "epoch",
         console: bool = True,
         backend: BackendName = "inline",
+        checkpoint_every: str | None = "10 min",
+        keep_checkpoints: int = 2,
+        resume: str | os.PathLike[str] | None = None,
     ) -> None:
         self.settings = Settings(
             project=project,
@@ -104,6 +115,9 @@ class Trainer:
             scheduler_interval=scheduler_interval,
             console=console,
             backend=backend,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+            resume=resume,
         )
         self.policy = policy_of(policy)
         self._own_step: TrainingStep | None = None
@@ -163,7 +177,9 @@ class Trainer:
         Raises:
             UsageError: An argument cannot be taken.
             DataError: The training loader is empty, or its batches cannot be trained on.
-            SessionError: The session cannot be made.
+            SessionError: The session cannot be made, or the one to resume cannot be read.
+            KeyboardInterrupt: SIGINT came; the state at the last step is stored, unless this was the second time.
+            SystemExit: SIGTERM came, likewise.
         """
         request = FitRequest(
             model=model,
@@ -179,11 +195,16 @@ class Trainer:
 
 
 def _fit(settings: Settings, policy: Policy, request: FitRequest, own_step: TrainingStep | None) -> FitResult:
-    parts = prepare(settings, policy, request, own_step)
+    found = find(settings)
+    session = None if found is None else (found.session, found.seed)
+    parts = prepare(settings, policy, request, own_step, session=session)
     try:
-        observer = _open_driver(parts)
-        loop = begin(parts, observer)
-        _train(parts, observer, loop)
+        if found is None:
+            observer = _open_driver(parts)
+            loop = begin(parts, observer)
+        else:
+            observer, loop = _take_up(parts, found)
+        _train(parts, observer, loop, found)
         test = None
         if settings.do_test_after and parts.test is not None:
             test = parts.test.run().metrics
@@ -201,6 +222,18 @@ def _fit(settings: Settings, policy: Policy, request: FitRequest, own_step: Trai
         steps=parts.trunk.step,
         compute=observer.compute,
     )
+
+
+def _take_up(parts: RunParts, found: Found) -> tuple[Driver, Loop]:
+    """Put a run back to where it was cut."""
+    from automode.trainer.assembly import resume_driver  # type: ignore[attr-defined]
+
+    point, comparison = put_back(parts, found)
+    driver = resume_driver(parts, point)
+    loop = begin(parts, driver)
+    put_loop(parts, loop, found.rest)
+    tell(parts, found, point, comparison)
+    return driver, loop
 
 
 def begin(parts: RunParts, observer: Observer) -> Loop:
@@ -224,7 +257,7 @@ def begin(parts: RunParts, observer: Observer) -> Loop:
     return Loop(
         parts.plan,
         trunk=trunk,
-        loader=parts.loader,
+        cursor=parts.cursor,
         train=DefaultStep(trunk, scaler, observer)
         if parts.own_step is None
         else OwnStep(parts.own_step, trunk, scaler, observer),
@@ -236,15 +269,23 @@ def begin(parts: RunParts, observer: Observer) -> Loop:
     )
 
 
-def _train(parts: RunParts, observer: Observer, loop: Loop) -> None:
+def _train(parts: RunParts, observer: Observer, loop: Loop, found: Found | None = None) -> None:
     """Run the loop and end the session in order, whatever happens."""
     trunk = parts.trunk
+    keeper = keeper_of(parts, loop, observer)
+    if keeper is not None and found is not None:
+        keeper.know(found.stored, found.rest["best"])
     try:
-        parts.console.start(parts.plan.total)
-        loop.run()
+        parts.console.start(parts.plan.total, done=trunk.step)
+        if keeper is None:
+            loop.run()
+        else:
+            run_keeping(loop, keeper)
         with forked_rng():
             observer.finish(trunk.step, loop.reason)
     except BaseException as error:
+        if keeper is not None:
+            keeper.rescue(error)
         try:
             loop.flush()
         except Exception as second:

@@ -126,8 +126,8 @@ def test_outputs_and_targets_that_an_own_step_returns_give_per_sample_losses(
     probes: list[Any] = []
     prepare = __import__("automode.trainer.trainer", fromlist=["prepare"]).prepare
 
-    def noting(*args: Any) -> Any:
-        parts = prepare(*args)
+    def noting(*args: Any, **given: Any) -> Any:
+        parts = prepare(*args, **given)
         probes.append(parts.probe)
         return parts
 

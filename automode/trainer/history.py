@@ -1,0 +1,58 @@
+"""What the epochs of a run came to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class History:
+    """What each epoch came to: lists of one entry an epoch, the last epoch possibly cut short.
+
+    ``train_loss`` is the mean over the epoch's applied steps; ``val_loss``, ``val_metric`` are NaN and ``slices`` is
+    empty for an epoch without validation.
+    """
+
+    epoch: list[int] = field(default_factory=list)
+    step: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    val_metric: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    slices: list[dict[str, float]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, list[Any]]:
+        """Give the lists by name."""
+        return {name: list(getattr(self, name)) for name in self.__slots__}
+
+
+class Mean:
+    """The mean of what was added since the last look."""
+
+    def __init__(self) -> None:
+        self._sum, self._n = 0.0, 0
+
+    def add(self, values: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+        """Add values; the sum does not depend on how they are split over calls."""
+        # One after the other, where ``sum`` adds in pairs.
+        self._sum = float(np.cumsum(np.concatenate([[self._sum], values]))[-1])
+        self._n += len(values)
+
+    def state(self) -> list[float]:
+        """Sum and number so far, for :meth:`load`."""
+        return [self._sum, self._n]
+
+    def load(self, state: Sequence[float]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._sum, self._n = state[0], int(state[1])
+
+    def take(self) -> float:
+        """Give the mean, NaN of nothing, and begin anew."""
+        mean = self._sum / self._n if self._n else math.nan
+        self._sum, self._n = 0.0, 0
+        return mean
