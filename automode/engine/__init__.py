@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from automode.engine.guarding import healthy
 from automode.engine.machine import handle, initial
 from automode.engine.recovery import Recovered, recover
 from automode.engine.replay import Difference, Outcome, fold
@@ -17,6 +18,7 @@ __all__ = [
     "WhatIf",
     "fold",
     "handle",
+    "healthy",
     "initial",
     "recover",
     "story",

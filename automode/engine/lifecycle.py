@@ -304,6 +304,13 @@ def trunk_ended(state: State, body: TrunkEnded, out: Emission) -> None:
             _cut_short(state, execution.card, why, out)
 
 
+def lose_lineage(state: State, why: str, out: Emission) -> None:
+    """The trunk is another one than running forks were to be compared with: they end without a verdict."""
+    for execution in list(state.executions.values()):
+        if execution.action == "fork":
+            _cut_short(state, execution.card, f"{why}, so that there is no control to compare with", out)
+
+
 def run_ended(state: State, body: RunEnded, out: Emission) -> None:
     """Whatever is still running when the log closes (a run that failed) ends without a verdict."""
     for execution in list(state.executions.values()):

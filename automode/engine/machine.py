@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import assert_never
 
-from automode.engine import deciding, lifecycle, observing, resuming, running
+from automode.engine import deciding, diagnosing, guarding, lifecycle, observing, resuming, running
 from automode.engine.emission import Emission
+from automode.engine.guards import Guards
 from automode.engine.state import State, remember
 from automode.errors import ReplayDifferenceError
 from automode.planner.acceptance import AlphaSpending
@@ -22,16 +23,20 @@ from automode.planner.events import (
     Acknowledged,
     Adopted,
     Checkpointed,
+    ClipSet,
     Clustered,
     CommandFailed,
     Decided,
+    Diagnosed,
     Envelope,
     Evaluated,
     GateFitted,
     Input,
     Merged,
+    RateSet,
     Resolved,
     Resumed,
+    Rewound,
     RolledBack,
     Rows,
     RunEnded,
@@ -118,9 +123,7 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
             running.reported(state, body, out)
         case TrialFailed():
             running.trial_failed(state, body, out)
-        case GateFitted():
-            running.combined(state, body, event.command_id, out)
-        case Merged():
+        case GateFitted() | Merged():
             running.combined(state, body, event.command_id, out)
         case Evaluated():
             deciding.evaluated(state, body, out)
@@ -128,12 +131,16 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
             deciding.adopted(state, body, out)
         case RolledBack():
             deciding.rolled_back(state, body, out)
+        case Rewound() | RateSet() | ClipSet():
+            observing.tell(guarding.answered(state, body, out), out)
+        case Diagnosed():
+            diagnosing.diagnosed(state, body)
         case CommandFailed():
             running.command_failed(state, body, event.command_id, out)
+            guarding.failed(state, body, out)
         case Safeguarded():
-            if body.what == "averages_reset":
-                return
-            observing.look(state, out)
+            if guarding.told(state, body, out):
+                observing.look(state, out)
         case Acknowledged():
             lifecycle.charge(state, "evaluate", body.passes, card=body.card)
         case Checkpointed():
@@ -159,6 +166,8 @@ def _start(state: State, body: SessionStarted, out: Emission) -> None:
     state.policy, state.run, state.planning_budget = policy, run, budget
     state.policy_digest = body.policy_digest
     state.suite = signals_for(policy, budget)
+    state.guards = Guards.of(policy, budget)
+    state.next_diagnosis = diagnosing.every(state)
     state.rules = tuple(rule for rule in state.rules if rule.id in policy.reasons)
     state.spending = AlphaSpending(policy.evidence.alpha)
     total = max(1, round(run.total_steps * state.passes_per_step))

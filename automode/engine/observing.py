@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from automode.engine import lifecycle
+from dataclasses import replace
+
+from automode.engine import diagnosing, guarding, lifecycle
 from automode.engine.emission import Emission
 from automode.engine.state import State
 from automode.errors import ReplayDifferenceError
 from automode.planner.approval import Lifetime, sweep
+from automode.planner.diagnostics import summary
 from automode.planner.events import ReadingChanged, Rows, RuleEvaluated, Scan
 from automode.planner.pacing import Held, admit, in_order
 from automode.planner.rules.base import Proposal, Silence, View
@@ -27,7 +30,8 @@ def take_rows(state: State, rows: Rows, out: Emission) -> None:
         state.rows += len(step_)
         state.step = int(step_[-1]) if step_ else state.step
         return
-    observe = state.suite.observe
+    observe, level = state.suite.observe, state.guards.level
+    recent = level.recent.append
     if state.first_time is None and time_:
         state.first_time = time_[0]
     for i, step in enumerate(step_):
@@ -35,6 +39,9 @@ def take_rows(state: State, rows: Rows, out: Emission) -> None:
         state.step = number = int(step)
         state.row_time = time_[i]
         changed = observe(number, loss_[i], norm_[i], lr_[i], applied_[i] != 0.0)
+        recent(loss_[i])
+        if level.first is None:
+            level.begin(loss_[i])
         if changed is None and number < state.next_look:
             continue
         state.t_mono = time_[i]
@@ -46,6 +53,7 @@ def take_rows(state: State, rows: Rows, out: Emission) -> None:
         if number >= state.next_look:
             state.next_look = number + state.look_every
             _scan(state, out)
+            diagnosing.ask(state, out)
     _charge_trunk(state)
 
 
@@ -59,6 +67,8 @@ def look(state: State, out: Emission) -> None:
     if not state.started or state.mode == "off" or state.ended or state.run is None:
         return
     _sweep(state, out)
+    if guarding.watch(state, out):
+        return
     view = view_of(state)
     proposals: list[Proposal] = []
     for rule in state.rules:
@@ -77,7 +87,7 @@ def _consider(
 ) -> str | None:
     """Let pacing make a card of a proposal, or hold it. Returns the card's id."""
     card = admit(
-        proposal,
+        replace(proposal, diagnostics={**proposal.diagnostics, **summary(state.diagnosed)}),
         view=view,
         state=state.pacing,
         open_cards=list(state.cards.values()),

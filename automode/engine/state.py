@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from automode.engine.guards import Guards
 from automode.planner.acceptance import AlphaSpending
 from automode.planner.approval import CardRecord
 from automode.planner.events import (
     Clustered,
     Command,
+    Diagnosed,
     Evaluated,
     GateFitted,
     Merged,
@@ -108,6 +110,10 @@ class State:
     validated: list[Validated] = field(default_factory=list)
     scanned: list[Scanned] = field(default_factory=list)
     clustered: list[Clustered] = field(default_factory=list)
+    diagnosed: list[Diagnosed] = field(default_factory=list)
+    next_diagnosis: int = 0
+    diagnosis_passes: int = 0
+    guards: Guards = field(default_factory=Guards)
     pacing: PacingState = field(default_factory=PacingState)
     ledger: Ledger = field(default_factory=lambda: Ledger(total=1))
     admitted: set[str] = field(default_factory=set)

@@ -19,6 +19,8 @@ from automode.planner.events import (
     Merged,
     Resolved,
     Resumed,
+    Rewind,
+    Rewound,
     RolledBack,
     RuleEvaluated,
     Snapshotted,
@@ -50,7 +52,7 @@ def story(card: str, log: Iterable[Envelope]) -> str:
             told.setdefault(ancestor.seq, ancestor)
         told[event.seq] = event
     for event in events:
-        if isinstance(event.body, Resumed) and min(told) < event.seq < max(told):
+        if isinstance(event.body, Resumed | Rewind | Rewound) and min(told) < event.seq < max(told):
             told[event.seq] = event
     lines = [f"The story of card {card}"]
     for seq in sorted(told):
@@ -117,6 +119,10 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
             return f"{'exported' if body.into == 'export' else 'adopted into the trunk'} at step {body.step}"
         case RolledBack():
             return f"rolled back at step {body.step}"
+        case Rewind():
+            return f"safeguard, going back: {body.why}"
+        case Rewound():
+            return f"the trunk went back to its state of step {body.to_step}; rates times {body.rate_factor:g} from here"
         case Resumed():
             how = "exactly" if body.exact else f"not exactly ({body.why_approximate})"
             return (

@@ -121,6 +121,42 @@ class RollBack(Part):
     checkpoint: Digest
 
 
+class Rewind(Part):
+    """Put the trunk back to a good state; its clock, its data and what it has spent go on."""
+
+    kind: Literal["rewind"] = "rewind"
+    to_step: int = Field(description="the latest good state up to this step, else the oldest there is")
+    rate_factor: float = Field(
+        gt=0.0, le=1.0, description="every learning rate is multiplied by this, for good"
+    )
+    why: str
+
+
+class SetLearningRate(Part):
+    """Multiply every learning rate of the trunk, and what its schedule computes rates from."""
+
+    kind: Literal["set_learning_rate"] = "set_learning_rate"
+    factor: float = Field(gt=0.0)
+    why: str
+
+
+class SetClip(Part):
+    """Cap the trunk's gradient norm beside what the user asked for, or lift that cap."""
+
+    kind: Literal["set_clip"] = "set_clip"
+    norm: float | None = Field(gt=0.0, description="null: no cap but the user's own")
+    why: str
+
+
+class Diagnose(Part):
+    """Read the diagnostics of the trunk as it is; nothing of the run is touched."""
+
+    kind: Literal["diagnose"] = "diagnose"
+    examples: int = Field(ge=0, description="samples for the gradient noise scale; 0: not now")
+    probe: int = Field(ge=0, description="samples for the sharpness; 0: not now")
+    iterations: int = Field(ge=1, description="power iterations")
+
+
 class StopRun(Part):
     """End training at the next step boundary."""
 
@@ -140,6 +176,10 @@ Command = Annotated[
     | Evaluate
     | Adopt
     | RollBack
+    | Rewind
+    | SetLearningRate
+    | SetClip
+    | Diagnose
     | StopRun,
     Field(discriminator="kind"),
 ]

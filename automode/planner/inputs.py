@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from automode.planner.interventions import ClipSet, Diagnosed, RateSet, Rewound
 from automode.planner.recipes import Digest, Part, Variant
 
 Mode = Literal["off", "observe", "propose", "act"]
@@ -56,6 +57,7 @@ class Run(Part):
     scheduled: bool = Field(default=False, description="the user drives the rate by a scheduler")
     known_drops: tuple[int, ...] = Field(default=(), description="steps at which the schedule drops the rate")
     averages: bool = False
+    own_step: bool = Field(default=False, description="the training step is the user's own")
     refresh: int = Field(
         default=0, ge=0, description="training samples that recompute norm statistics; 0: the model has none"
     )
@@ -179,7 +181,10 @@ class Resolved(Part):
     card: str
     n: int
     pool: int = Field(description="samples that batches are drawn from in all")
-    artifact: Digest | None = None
+    artifact: Digest | None = Field(default=None, description="their ids; null: the card says which they are")
+    excluded: Digest | None = Field(
+        default=None, description="ids that no batch holds; null: none, or the card says which they are"
+    )
     variants: tuple[Variant, ...] = Field(description="the trials' variants, a search space drawn out")
     passes: float = Field(default=0.0, ge=0)
 
@@ -293,12 +298,14 @@ class Safeguarded(Part):
 
     kind: Literal["safeguarded"] = "safeguarded"
     step: int
-    what: Literal["skipped", "stopped", "averages_reset"]
+    what: Literal["skipped", "overflowed", "statistics_restored", "stopped", "averages_reset"] = Field(
+        description="overflowed: left out by the gradient scaler of fp16, which lowers its scale by itself"
+    )
     why: str
 
 
 class Acknowledged(Part):
-    """Answer to a command with nothing to tell (AskApproval, StopTrial, SetLearningRate, StopRun)."""
+    """Answer to a command with nothing to tell (AskApproval, StopTrial, StopRun)."""
 
     kind: Literal["acknowledged"] = "acknowledged"
     command: str
@@ -363,6 +370,10 @@ Input = Annotated[
     | Evaluated
     | Adopted
     | RolledBack
+    | Rewound
+    | RateSet
+    | ClipSet
+    | Diagnosed
     | CommandFailed
     | Safeguarded
     | Acknowledged

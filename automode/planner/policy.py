@@ -89,8 +89,7 @@ class ScanPolicy(Part):
     )
     share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         default=0.02,
-        description="most of the wall-clock time that scanning may take, to keep within which scans come less often; null: "
-        "scans come by steps alone, at the same ones in every equal run",
+        description="most of the wall-clock time for scans; null: equal runs scan at equal steps",
     )
     probe: int = Field(
         default=1024, ge=32, le=65536, description="fixed samples whose features are clustered"
@@ -226,6 +225,60 @@ class SafeguardPolicy(Part):
     stop_after_nonfinite: int = Field(
         default=50, ge=1, description="skipped steps in a row after which the run stops"
     )
+    rewind: bool = Field(
+        default=True, description="go back to a good state where the run has certainly diverged"
+    )
+    rewind_after_nonfinite: int = Field(
+        default=5, ge=2, description="steps in a row that are not finite after which the run goes back"
+    )
+    rewind_above: float = Field(
+        default=3.0, ge=1.5, description="multiple of its lowest level at which a loss counts as diverged"
+    )
+    rewind_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps that it stays there before the run goes back; null: B / 8, at least 20",
+    )
+    rate_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.5, description="what every learning rate is multiplied by when the run goes back"
+    )
+    max_rewinds: int = Field(default=3, ge=1, description="times that a run may go back")
+    keep_every: int | None = Field(
+        default=None, ge=1, description="steps between two good states; null: B / 4, at least 20"
+    )
+    keep: int = Field(default=4, ge=1, le=64, description="good states kept, the latest")
+    keep_mib: Positive = Field(
+        default=1024.0,
+        description="host memory for them, MiB; fewer or none are kept where it does not suffice",
+    )
+    clip: bool = Field(
+        default=True,
+        description="cap the gradient norm while spikes come in bursts",
+    )
+    max_clips: int = Field(default=4, ge=1, description="times that a run's gradient norm may be capped")
+
+
+class DiagnosticPolicy(Part):
+    """Numbers that stand on a card and trigger nothing: gradient noise scale, sharpness, size of the updates."""
+
+    enabled: bool = Field(default=True, description="take them, in every mode but off")
+    every: int | None = Field(default=None, ge=1, description="steps between two; null: half of B")
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.02,
+        description="share of the run's compute and time that they may take",
+    )
+    examples: int = Field(
+        default=128, ge=32, le=65536, description="training samples that the noise scale is read from"
+    )
+    probe: int = Field(
+        default=64, ge=8, le=65536, description="training samples that the sharpness is read from"
+    )
+    iterations: int = Field(
+        default=4,
+        ge=2,
+        le=100,
+        description="power iterations; the next reading goes on from there",
+    )
 
 
 class AveragePolicy(Part):
@@ -264,6 +317,7 @@ class Policy(Part):
     evidence: EvidencePolicy = EvidencePolicy()
     safeguards: SafeguardPolicy = SafeguardPolicy()
     averages: AveragePolicy = AveragePolicy()
+    diagnostics: DiagnosticPolicy = DiagnosticPolicy()
 
     @model_validator(mode="after")
     def _consistent(self) -> Policy:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from automode import __version__
 from automode.engine import initial
 from automode.engine.running import MAX_EXPERTS
 from automode.errors import AutomodeError, MergeError
@@ -31,6 +30,7 @@ from automode.session.checkpoints import CheckpointStore
 from automode.session.logs import SessionLog
 from automode.trainer.backing import backend_of
 from automode.trainer.combining import Combiner
+from automode.trainer.diagnosing import diagnoser_of
 from automode.trainer.driver import Driver
 from automode.trainer.evidence import Evidence
 from automode.trainer.heldout import HeldOut, Overlap, find_overlap
@@ -41,12 +41,14 @@ from automode.trainer.performer import Performer
 from automode.trainer.random_state import forked_rng
 from automode.trainer.reach import as_read
 from automode.trainer.run_parts import RunParts
+from automode.trainer.safeguarding import GoodStates
 from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.sample_source import FixedPass, Ids, SampleSource
 from automode.trainer.scanning import Scanner
 from automode.trainer.schedule import known_drops
 from automode.trainer.selecting import Selector
-from automode.trainer.specialists import SpecialistRunner
+from automode.trainer.session_header import header_of
+from automode.trainer.specialists import Checkpoints, SpecialistRunner
 from automode.trainer.states import States
 from automode.trainer.trunk import Trunk, trainable
 from automode.trainer.user_warning import warn_user
@@ -57,7 +59,7 @@ REFRESH_BATCHES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Held:
+class Held:
     """What is known of the held-out data and of the task before the first step."""
 
     overlap: Overlap
@@ -75,15 +77,15 @@ def open_driver(parts: RunParts) -> Driver:
         SessionError: The session cannot be written.
     """
     with forked_rng():
-        held = _look(parts)
+        held = look_at(parts)
         mode, why = _mode(parts, held)
         trunk, policy, total = parts.trunk, parts.policy, parts.plan.total
         if mode in ("propose", "act") and policy.averages.enabled and total:
             trunk.averages = TrajectoryAverages(trainable(trunk.model), total)
-        store = SessionStore.create(parts.session_path, header=_header(parts, mode))
+        store = SessionStore.create(parts.session_path, header=header_of(parts, mode))
         log = SessionLog(parts.session_path, console=parts.console.event, level="warning")
         checkpoints = CheckpointStore(store.path / "checkpoints")
-        performer, refresh = _performer(parts, held, store, checkpoints)
+        performer, refresh = performer_of(parts, held, store.path, checkpoints)
         backend = backend_of(parts, mode, performer.runner, refresh, checkpoints)
         offered = plugins()
         state = initial(chosen(policy, [plugin.rule for plugin in offered]))
@@ -115,10 +117,11 @@ def open_driver(parts: RunParts) -> Driver:
         return driver
 
 
-def _look(parts: RunParts) -> _Held:
+def look_at(parts: RunParts) -> Held:
+    """Find out what the held-out data and the loss are good for; nothing is changed by it."""
     request, held = parts.request, parts.held_out
     if parts.mode == "off":
-        return _Held(
+        return Held(
             overlap=Overlap(n=0, share=0.0, how="none"),
             task="unknown",
             per_sample=per_sample_twin(parts.trunk.loss_fn),
@@ -142,7 +145,7 @@ def _look(parts: RunParts) -> _Held:
         why_no_evidence = why_no_evidence or (
             f"samples cannot be judged one by one ({why}), and a batch's mean counts as one sample only"
         )
-    return _Held(
+    return Held(
         overlap=overlap,
         task=task,
         per_sample=per_sample,
@@ -197,7 +200,7 @@ def _source(parts: RunParts) -> tuple[SampleSource | None, Ids]:
         return None, none
 
 
-def _mode(parts: RunParts, held: _Held) -> tuple[Mode, str | None]:
+def _mode(parts: RunParts, held: Held) -> tuple[Mode, str | None]:
     if parts.mode == "act" and held.overlap.n:
         return (
             "propose",
@@ -206,7 +209,7 @@ def _mode(parts: RunParts, held: _Held) -> tuple[Mode, str | None]:
     return parts.mode, parts.why_mode
 
 
-def _run(parts: RunParts, held: _Held, *, slots: int) -> Run:
+def _run(parts: RunParts, held: Held, *, slots: int) -> Run:
     trunk, plan, loader = parts.trunk, parts.plan, parts.loader
     _, ids = _source(parts)
     held_out = parts.held_out if held.why_no_evidence is None else None
@@ -241,6 +244,7 @@ def _run(parts: RunParts, held: _Held, *, slots: int) -> Run:
         if total
         else (),
         averages=trunk.averages is not None,
+        own_step=parts.own_step is not None,
         refresh=min(int(ids.size), REFRESH_BATCHES * max(2, round(_batch_size(parts))))
         if norm_layers(trunk.model)
         else 0,
@@ -282,19 +286,24 @@ def _batch_size(parts: RunParts) -> float:
     return 1.0
 
 
-def _performer(
-    parts: RunParts, held: _Held, store: SessionStore, checkpoints: CheckpointStore
+def performer_of(
+    parts: RunParts, held: Held, folder: Path, checkpoints: Checkpoints
 ) -> tuple[Performer, FixedPass]:
+    """Make what carries commands out, and a pass over some training batches; ``folder`` is the session's."""
     trunk, seed = parts.trunk, parts.seed
-    artifacts = ArtifactStore(store.path / "artifacts")
+    artifacts = ArtifactStore(folder / "artifacts")
     source, train_ids = _source(parts)
-
     training = FixedPass(
         source, train_ids, batch_size=max(2, round(_batch_size(parts))), batches=REFRESH_BATCHES, seed=seed
     )
-    states = States(trunk, checkpoints, training)
     performer = Performer(
-        trunk=trunk, checkpoints=checkpoints, seed=seed, states=states, exports=store.path / "exports"
+        trunk=trunk,
+        checkpoints=checkpoints,
+        seed=seed,
+        states=States(trunk, checkpoints, training),
+        exports=folder / "exports",
+        good=GoodStates(trunk, parts.policy.safeguards),
+        diagnoser=diagnoser_of(parts, source, train_ids, held.why_inexact),
     )
     held_out = parts.held_out if held.why_no_evidence is None else None
     if held_out is not None:
@@ -353,7 +362,7 @@ def _ledger(parts: RunParts) -> Callable[[], SampleLedger] | None:
 def _add_evidence(
     performer: Performer,
     parts: RunParts,
-    held: _Held,
+    held: Held,
     held_out: HeldOut,
     training: Callable[[], Iterator[Any]],
 ) -> None:
@@ -369,24 +378,3 @@ def _add_evidence(
         task=held.task,
         seed=parts.seed,
     )
-
-
-def _header(parts: RunParts, mode: Mode) -> dict[str, Any]:
-    trunk: Trunk = parts.trunk
-    return {
-        "project": parts.settings.project,
-        "run_name": parts.settings.run_name,
-        "mode": mode,
-        "automode": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "device": str(trunk.device),
-        "precision": trunk.precision,
-        "model": type(trunk.model).__name__,
-        "parameters": sum(p.numel() for p in trunk.model.parameters()),
-        "optimizer": type(trunk.optimizer).__name__,
-        "scheduler": None if trunk.scheduler is None else type(trunk.scheduler).__name__,
-        "seed": parts.seed,
-        "command": sys.argv,
-    }

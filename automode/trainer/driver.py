@@ -18,6 +18,8 @@ from automode.planner.events import (
     AskApproval,
     BudgetReleased,
     CommandFailed,
+    Diagnose,
+    Diagnosed,
     Envelope,
     Input,
     Mode,
@@ -42,6 +44,7 @@ from automode.trainer.performer import Performer
 from automode.trainer.random_state import forked_rng
 from automode.trainer.recorder import Recorder
 from automode.trainer.requests_desk import RequestsDesk
+from automode.trainer.steps import OVERFLOWED
 from automode.trainer.trial_desk import TrialDesk
 
 TRUNK = "trunk"
@@ -164,6 +167,7 @@ class Driver:
         """Begin the log."""
         self._feed(body)
         self._settle(0)
+        self._performer.keep(self.state, 0)
 
     def block(self, block: Block) -> None:
         """Record a block of rows, and let the machine see it; what it asks for is carried out at the next boundary."""
@@ -199,6 +203,7 @@ class Driver:
             self._narrator.note(card, text, step)
         self._pumped_at = step
         self._settle(step)
+        self._performer.keep(self.state, step)
         self._recorder.flush_if_due(now)
 
     @property
@@ -209,7 +214,10 @@ class Driver:
     def skipped(self, step: int, why: str) -> None:
         """The guard kept a non-finite step from the optimizer."""
         self._skipped += 1
-        self._feed(Safeguarded(step=step, what="skipped", why=why))
+        self._feed(Safeguarded(step=step, what="overflowed" if why == OVERFLOWED else "skipped", why=why))
+        if mended := self._performer.mend():
+            told = f"the batch left out had spoilt {mended} of the layers with running statistics"
+            self._feed(Safeguarded(step=step, what="statistics_restored", why=told))
         if self._skipped >= self.state.policy.safeguards.stop_after_nonfinite:
             self.stop_requested = f"{self._skipped} steps in a row were not finite ({why})"
             self._feed(Safeguarded(step=step, what="stopped", why=self.stop_requested))
@@ -358,20 +366,27 @@ class Driver:
             case StartTrial():
                 self._trials.start(body, command.command_id or "")
                 return []
-            case Scan():
-                return self._scan(body, step)
+            case Scan() | Diagnose():
+                return self._look_at(body, step)
             case _ if self._agenda.put_aside(command, step, ended=self.state.trunk_ended):
                 return []
             case _:
                 return _last_marked(self._performer.carry_out(body, self.state, step))
 
-    def _scan(self, body: Scan, step: int) -> list[tuple[Input, bool]]:
-        """Scan, and say for how long no more is to be scanned, so that it takes no more of the time than its share."""
-        began, share, per_step = self._clock.mono(), self.state.policy.scan.share, self.state.seconds_per_step
+    def _look_at(self, body: Scan | Diagnose, step: int) -> list[tuple[Input, bool]]:
+        """Look at the trunk, and say for how long not to look again, so that it takes no more of the time than its share."""
+        policy, per_step = self.state.policy, self.state.seconds_per_step
+        share = policy.scan.share
+        if share is not None and isinstance(body, Diagnose):
+            share = min(share, policy.diagnostics.share)
+        began = self._clock.mono()
         answers = self._performer.carry_out(body, self.state, step)
         rest = ceil((self._clock.mono() - began) / (share * per_step)) if share and per_step else 0
         return _last_marked(
-            [a.model_copy(update={"rest": rest}) if isinstance(a, Scanned) else a for a in answers]
+            [
+                a.model_copy(update={"rest": rest}) if isinstance(a, Scanned | Diagnosed) else a
+                for a in answers
+            ]
         )
 
 

@@ -10,18 +10,24 @@ from automode.engine.climbing import climb_of
 from automode.planner.card_text import to_yaml
 from automode.planner.card_view import card_summary
 from automode.planner.cards import CardState, PlanCard
+from automode.planner.diagnostics import noise_scale
 from automode.planner.events import (
     Adopted,
     CardMoved,
     CardProposed,
     CardStarted,
+    ClipSet,
     CommandFailed,
+    Diagnosed,
     Envelope,
     Evaluated,
     GateFitted,
     Merged,
     ModeChanged,
+    RateSet,
     RequestRefused,
+    Rewind,
+    Rewound,
     Safeguarded,
     SessionStarted,
     TrialFailed,
@@ -137,6 +143,21 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
             return f"card {body.card}: adopted into the trunk"
         case Safeguarded():
             return f"safeguard: {body.what} ({body.why})"
+        case Rewind():
+            return f"safeguard: going back ({body.why})"
+        case Rewound():
+            return (
+                f"safeguard: the trunk is back at its state of step {body.to_step}; rates times {body.rate_factor:g} from here: "
+                f"{_rates(body.rates)}"
+            )
+        case RateSet():
+            return f"safeguard: rates times {body.factor:g} from here: {_rates(body.rates)} ({body.why})"
+        case ClipSet(norm=None):
+            return f"safeguard: gradient norms are no longer capped ({body.why})"
+        case ClipSet():
+            return f"safeguard: gradient norms are capped at {body.norm:.4g} ({body.why})"
+        case Diagnosed() if body.sharpness is not None or body.gradient_variance is not None:
+            return _diagnosed(body)
         case CommandFailed():
             return (
                 f"{body.command} failed{'' if body.card is None else f' for card {body.card}'}: {body.error}"
@@ -149,6 +170,20 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
             return f"mode is {body.mode}, not {body.asked_mode}: {why}"
         case _:
             return None
+
+
+def _diagnosed(body: Diagnosed) -> str:
+    scale, above = noise_scale([body])
+    told = [f"sharpness {body.sharpness:.4g}"] if body.sharpness is not None else []
+    if scale is not None:
+        told.append(f"gradient noise scale {scale:.4g} samples")
+    elif above is not None:
+        told.append(f"gradient noise scale above {above:.4g} samples")
+    return f"diagnostics: {', '.join(told)}"
+
+
+def _rates(rates: tuple[float, ...]) -> str:
+    return ", ".join(f"{rate:.4g}" for rate in rates[:8])
 
 
 def _numbers(values: tuple[float, ...]) -> str:

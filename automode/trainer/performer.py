@@ -21,6 +21,7 @@ from automode.planner.events import (
     AskApproval,
     Clustered,
     Command,
+    Diagnose,
     Evaluate,
     FitGate,
     Input,
@@ -28,10 +29,13 @@ from automode.planner.events import (
     Merged,
     Resolve,
     Resolved,
+    Rewind,
     RollBack,
     RolledBack,
     Scan,
     Scanned,
+    SetClip,
+    SetLearningRate,
     Snapshot,
     Snapshotted,
     StartTrial,
@@ -42,9 +46,11 @@ from automode.planner.events import (
 from automode.planner.recipes import Variant
 from automode.session.rng_state import pack_rng
 from automode.trainer.combining import Combiner
+from automode.trainer.diagnosing import Diagnoser
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.evidence import Evidence
 from automode.trainer.optimizers import restore_rates, scale_rates, scale_schedule
+from automode.trainer.safeguarding import GoodStates
 from automode.trainer.sample_source import Ids
 from automode.trainer.scanning import Scanner
 from automode.trainer.selecting import Selector
@@ -73,6 +79,8 @@ class Performer:
         selector: Turns selections into ids; None without sample ids.
         scanner: Reads the sample ledger and clusters; None without exact per-sample losses.
         combiner: Fits gates and merges; None without held-out data.
+        good: Good states of the trunk, and what puts one back.
+        diagnoser: Takes diagnostics.
         is_val_a: Marks which of the validation samples' scores belong to val-A.
     """
 
@@ -81,6 +89,8 @@ class Performer:
     seed: int
     states: States
     exports: Path
+    good: GoodStates
+    diagnoser: Diagnoser
     evidence: Evidence | None = None
     runner: SpecialistRunner | None = None
     selector: Selector | None = None
@@ -88,7 +98,7 @@ class Performer:
     combiner: Combiner | None = None
     is_val_a: Callable[[Ids], np.ndarray[Any, np.dtype[np.bool_]]] | None = None
 
-    def carry_out(self, body: Command, state: State, step: int) -> Sequence[Input]:
+    def carry_out(self, body: Command, state: State, step: int) -> Sequence[Input]:  # noqa: C901 - one case a command
         """Carry out a command that touches models or data; returns its answers.
 
         Raises:
@@ -111,6 +121,14 @@ class Performer:
                 return [self.adopt(state.cards[body.card].card, body, step)]
             case RollBack():
                 return [self.roll_back(body, step)]
+            case Rewind():
+                return [self.good.rewind(body, step)]
+            case SetLearningRate():
+                return [self.good.set_rate(body, step)]
+            case SetClip():
+                return [self.good.set_clip(body, step)]
+            case Diagnose():
+                return [self.diagnoser.diagnose(body, step)]
             case AskApproval() | StopRun() | StopTrial() | StartTrial():
                 raise NotExecutableError(f"{body.kind} touches neither model nor data")
             case _:
@@ -134,6 +152,16 @@ class Performer:
         mine = scores.where(self.is_val_a(scores.ids))
         return self.evidence.validated(step, mine) if mine.n else None
 
+    # What the safeguards need.
+
+    def keep(self, state: State, step: int) -> None:
+        """Keep the trunk as a good state, where one is due."""
+        self.good.keep(state, step)
+
+    def mend(self) -> int:
+        """Undo what a batch that was left out did to running norm statistics; returns the layers mended."""
+        return self.good.mend()
+
     # Snapshots.
 
     def snapshot(self, command: Snapshot, step: int) -> Snapshotted:
@@ -144,7 +172,9 @@ class Performer:
             if self.trunk.averages is not None:
                 self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
             choice, value, passes = evidence.choose(self.states.shell(), self.trunk.candidates())
-        digest = self._save(command.purpose, step)
+        # Beside the trunk itself, what its specialists go by: so that the card can be run again from here.
+        judge = None if self.evidence is None else self.evidence.settled()
+        digest = self._save(command.purpose, step, clip_norm=self.trunk.clip_norm, judge=judge)
         return Snapshotted(
             card=command.card,
             purpose=command.purpose,
@@ -184,6 +214,7 @@ class Performer:
             n=int(chosen.selected.size),
             pool=int(chosen.selected.size + chosen.others.size),
             artifact=chosen.artifact,
+            excluded=chosen.excluded,
             variants=chosen.variants,
             passes=chosen.passes,
         )
@@ -242,6 +273,7 @@ class Performer:
             elif self.trunk.averages is not None:
                 self.trunk.averages.restart()
             after = self._save("adopted", step)
+            self.good.restart()
         except BaseException:
             self._put_back(before, as_it_was=True)
             with contextlib.suppress(
@@ -283,6 +315,7 @@ class Performer:
     def roll_back(self, command: RollBack, step: int) -> RolledBack:
         """Put the trunk back to what it was before an adoption; the schedule's clock goes on, at the rates of before."""
         self._put_back(command.checkpoint, as_it_was=False)
+        self.good.restart()
         return RolledBack(card=command.card, checkpoint=command.checkpoint, step=step)
 
     def _put_back(self, before: str, *, as_it_was: bool) -> None:

@@ -25,6 +25,9 @@ TrainingStep = Callable[[Any, dict[str, Any]], Mapping[str, Any]]
 STATE_KEYS = ("model", "optimizer", "loss_fn", "device", "autocast", "scaler", "scheduler", "step", "epoch")
 """What the state of a user's own step holds."""
 
+OVERFLOWED = "the gradient overflowed in fp16; the scaler lowered its scale"
+"""Why a scaler kept a step from the weights."""
+
 _RESERVED = frozenset({"row", "attempt", "step", "time", "grad_norm", "applied", "finite", "samples"})
 
 
@@ -152,8 +155,11 @@ class DefaultStep:
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self._scaler.unscale_(optimizer)
         norm: Any = None
-        if trunk.clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self._clipped, trunk.clip_norm)
+        largest = trunk.clip_norm
+        if trunk.cap_norm is not None:
+            largest = trunk.cap_norm if largest is None else min(largest, trunk.cap_norm)
+        if largest is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self._clipped, largest)
         if self._hook is not None:
             return self._scaled(loss, norm, outputs, targets)
         if self._guarded.guard:
@@ -171,7 +177,7 @@ class DefaultStep:
         self._scaler.step(self._trunk.optimizer)
         self._scaler.update()
         applied = self._applied > before
-        why = "" if applied else "the gradient overflowed in fp16; the scaler lowered its scale"
+        why = "" if applied else OVERFLOWED
         return Taken(loss, norm, applied, applied, False, outputs, targets, None, why)
 
     def _judged(self, loss: Tensor, norm: Tensor | None) -> tuple[float, str]:
@@ -291,10 +297,13 @@ class OwnStep:
         if not self._guarded.guard:
             return
         self._norm = float(total_norm(self._norm))
+        cap = self._trunk.cap_norm
         if not math.isfinite(self._norm):
             self._skipped = f"the gradient norm is {self._norm}"
             for parameter in self._trunk.parameters:
                 parameter.grad = None
+        elif cap is not None and self._norm > cap:
+            torch.nn.utils.clip_grad_norm_(self._trunk.parameters, cap)
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._steps += 1

@@ -36,6 +36,7 @@ class Trunk:
         device: Where batches go.
         precision: Arithmetic of the forward pass.
         clip_norm: Largest gradient norm, or None.
+        cap_norm: Largest gradient norm that a safeguard allows for now, or None.
         averages: EMA and tail averages outside the model (act mode), or None.
         step: Optimizer steps taken.
     """
@@ -48,6 +49,7 @@ class Trunk:
     device: torch.device
     precision: Precision = "fp32"
     clip_norm: float | None = None
+    cap_norm: float | None = None
     averages: TrajectoryAverages | None = None
     step: int = 0
     parameters: list[nn.Parameter] = field(default_factory=list)

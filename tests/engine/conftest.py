@@ -15,8 +15,12 @@ from automode.planner.events import (
     Adopt,
     Adopted,
     AskApproval,
+    ClipSet,
     Clustered,
+    CommandFailed,
     Decided,
+    Diagnose,
+    Diagnosed,
     Envelope,
     Evaluate,
     Evaluated,
@@ -25,8 +29,11 @@ from automode.planner.events import (
     Group,
     Merge,
     Merged,
+    RateSet,
     Resolve,
     Resolved,
+    Rewind,
+    Rewound,
     RollBack,
     RolledBack,
     Rows,
@@ -35,9 +42,12 @@ from automode.planner.events import (
     Scan,
     Scanned,
     SessionStarted,
+    SetClip,
+    SetLearningRate,
     Snapshot,
     Snapshotted,
     StartTrial,
+    StopRun,
     StopTrial,
     TrialReported,
     TrunkEnded,
@@ -103,6 +113,8 @@ class World:
     scheduled: list[Envelope] = field(default_factory=list)
     at_end: list[Envelope] = field(default_factory=list)
     hold: set[str] = field(default_factory=set)
+    good: int | None = 10**9
+    """The latest good state that there is; None: there is none."""
 
     def start(self) -> None:
         self.feed(
@@ -178,7 +190,7 @@ class World:
             case Merge() if body.at_end and not self.state.trunk_ended:
                 self.at_end.append(command)
                 return
-            case AskApproval() | StopTrial():
+            case AskApproval() | StopTrial() | StopRun():
                 answer = Acknowledged(command=body.kind)
             case Snapshot():
                 control = body.purpose == "control"
@@ -252,6 +264,21 @@ class World:
                 )
             case RollBack():
                 answer = RolledBack(card=body.card, checkpoint=body.checkpoint, step=step)
+            case Diagnose():
+                answer = Diagnosed(step=step, missing={"updates": "no moments"})
+            case Rewind() if self.good is None:
+                answer = CommandFailed(command="rewind", card=None, error="no good state is kept")
+            case Rewind():
+                answer = Rewound(
+                    step=step,
+                    to_step=min(body.to_step, self.good),
+                    rate_factor=body.rate_factor,
+                    rates=(1e-3,),
+                )
+            case SetLearningRate():
+                answer = RateSet(step=step, factor=body.factor, rates=(1e-3,), why=body.why)
+            case SetClip():
+                answer = ClipSet(step=step, norm=body.norm, why=body.why)
             case _:
                 raise AssertionError(f"no answer for {body.kind}")
         self.feed(answer, command.command_id)

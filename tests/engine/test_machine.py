@@ -248,7 +248,7 @@ def test_any_split_into_blocks_gives_the_same_facts(sizes):
     values = rows_of(plateau(2600, seed=5))
     logs = []
     for split in ([20], sizes):
-        world = World(policy=Policy(), mode="observe", hold={"scan"})
+        world = World(policy=Policy(), mode="observe", hold={"scan", "diagnose"})
         world.start()
         world.rows(values, split)
         logs.append([(e.seq, e.frame_cursor, e.body) for e in world.log if isinstance(e, Envelope)])

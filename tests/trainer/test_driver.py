@@ -21,7 +21,10 @@ from automode.planner.cards import TRANSITIONS, CardState
 from automode.planner.events import (
     Adopt,
     Adopted,
+    ClipSet,
     Command,
+    Diagnose,
+    Diagnosed,
     Envelope,
     Evaluate,
     Evaluated,
@@ -31,14 +34,19 @@ from automode.planner.events import (
     Input,
     Merge,
     Merged,
+    RateSet,
     Resolve,
     Resolved,
+    Rewind,
+    Rewound,
     RollBack,
     RolledBack,
     Run,
     Scan,
     Scanned,
     SessionStarted,
+    SetClip,
+    SetLearningRate,
     Snapshot,
     Snapshotted,
     Weights,
@@ -125,7 +133,7 @@ class Stage:
         self.saved += 1
         return f"sha256:{self.saved:064x}"
 
-    def carry_out(self, body: Command, state: State, step: int) -> Sequence[Input]:
+    def carry_out(self, body: Command, state: State, step: int) -> Sequence[Input]:  # noqa: C901 - one case a command
         if body.kind in self.failing:
             self.failing.discard(body.kind)
             raise SessionError(f"{body.kind} was made to fail")
@@ -188,8 +196,22 @@ class Stage:
                 ]
             case RollBack():
                 return [RolledBack(card=body.card, checkpoint=body.checkpoint, step=step)]
+            case Diagnose():
+                return [Diagnosed(step=step, missing={"updates": "no moments"})]
+            case Rewind():
+                return [Rewound(step=step, to_step=0, rate_factor=body.rate_factor, rates=(0.1,))]
+            case SetLearningRate():
+                return [RateSet(step=step, factor=body.factor, rates=(0.1,), why=body.why)]
+            case SetClip():
+                return [ClipSet(step=step, norm=body.norm, why=body.why)]
             case _:
                 raise AssertionError(f"{body.kind} is not for the performer")
+
+    def keep(self, state: State, step: int) -> None:
+        assert step >= 0
+
+    def mend(self) -> int:
+        return 0
 
     def save_final(self, step: int) -> str:
         return self.digest()
@@ -274,12 +296,12 @@ class Play:
         self.rows = 0
         self.rng = np.random.default_rng(0)
 
-    def steps(self, n: int) -> None:
+    def steps(self, n: int, *, level: float = 1.0) -> None:
         for _ in range(n):
-            if self.step >= self.driver.limit:
+            if self.step >= self.driver.limit or self.driver.stop_requested is not None:
                 return
             self.step += 1
-            self._row(applied=True)
+            self._row(applied=True, level=level)
             self.driver.stepped()
             self.driver.boundary(self.step)
 
@@ -289,8 +311,8 @@ class Play:
             self.driver.skipped(self.step, "the loss is nan")
         self.driver.boundary(self.step)
 
-    def _row(self, *, applied: bool) -> None:
-        loss = float(np.exp(0.05 * self.rng.standard_normal())) if applied else float("nan")
+    def _row(self, *, applied: bool, level: float = 1.0) -> None:
+        loss = level * float(np.exp(0.05 * self.rng.standard_normal())) if applied else float("nan")
         values = (self.step + (not applied), self.rows * 0.01, loss, 1.0, 0.1, float(applied), float(applied))
         self.driver.block(Block(names=NAMES, rows=np.array([values]), first_row=self.rows))
         self.rows += 1
@@ -316,7 +338,8 @@ MOVES = st.one_of(
     STEPS,
     st.just(("steps", 120)),
     st.just(("ask", "approve")),
-    st.tuples(st.just("skipped"), st.integers(1, 3)),
+    st.tuples(st.just("skipped"), st.integers(1, 12)),
+    st.tuples(st.just("diverged"), st.integers(20, 60)),
     st.tuples(
         st.just("ask"),
         st.sampled_from(["approve", "refuse", "cancel", "revise", "rollback", "submit", "edit"]),
@@ -325,7 +348,7 @@ MOVES = st.one_of(
     st.tuples(
         st.just("fail"),
         st.sampled_from(
-            ["snapshot", "resolve", "merge", "fit_gate", "evaluate", "adopt", "roll_back", "scan"]
+            ["snapshot", "resolve", "merge", "fit_gate", "evaluate", "adopt", "roll_back", "scan", "rewind"]
         ),
     ),
     st.tuples(st.just("disk"), st.booleans()),
@@ -353,6 +376,8 @@ def test_any_order_of_events_ends_in_order_and_replays(
                     play.steps(value)
                 case "skipped":
                     play.skipped(value)
+                case "diverged":
+                    play.steps(value, level=50.0)
                 case "ask":
                     play.ask(value, **({"body": CARD} if value in ("submit", "edit") else {}))
                 case "mode":

@@ -1,0 +1,228 @@
+"""Good states of the trunk, kept in memory while the run is healthy, and what puts one back.
+
+A state is what the optimizer would have to unlearn: weights and buffers, the optimizer's moments, the averages. Step, schedule,
+data and random state are not part of it, because time does not run backwards in a run that goes back: what was spent is
+spent, and the batches that did the harm are not read again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from automode.engine import State, healthy
+from automode.errors import NotExecutableError
+from automode.merges.batches import map_tensors
+from automode.merges.norm_statistics import norm_layers
+from automode.planner.divergence import keep_every_of
+from automode.planner.events import (
+    ClipSet,
+    RateSet,
+    Rewind,
+    Rewound,
+    SetClip,
+    SetLearningRate,
+)
+from automode.planner.policy import SafeguardPolicy
+from automode.trainer.optimizers import scale_rates, scale_schedule
+from automode.trainer.trunk import Trunk
+
+FAR_MEAN, FAR_VARIANCE = 10.0, 100.0
+"""Standard deviations of a running mean, and multiple of a running variance, from which a statistic is not believed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoodState:
+    """The trunk at one step, in host memory.
+
+    Attributes:
+        step: Applied optimizer steps.
+        weights: The model's state dict.
+        optimizer: State of each parameter, by number.
+        averages: State of the averages, or None.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[Any, Any]
+    averages: dict[str, Any] | None
+
+
+class GoodStates:
+    """The latest good states of a run in act mode.
+
+    Args:
+        trunk: The run.
+        policy: How many are kept, how often, and in how much memory.
+
+    Attributes:
+        why_none: Why no state is kept; empty while states are.
+    """
+
+    def __init__(self, trunk: Trunk, policy: SafeguardPolicy) -> None:
+        self.why_none = "" if policy.rewind or policy.skip_nonfinite else "the policy asks for none"
+        self._trunk = trunk
+        self._policy = policy
+        self._states: list[GoodState] = []
+        self._due = 0
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of the states that are kept, oldest first."""
+        return tuple(state.step for state in self._states)
+
+    def keep(self, state: State, step: int) -> None:
+        """Keep the trunk as it is, where the time has come and nothing is wrong with it; called at every boundary.
+
+        Args:
+            state: The fold's, which knows whether the run is healthy.
+            step: Applied optimizer steps.
+        """
+        if step < self._due or self.why_none or state.mode != "act" or not healthy(state):
+            return
+        every = keep_every_of(self._policy, state.planning_budget)
+        self._due = (step // every + 1) * every
+        weights, rest = self._trunk.state()
+        size = _mebibytes(weights) + _mebibytes(rest)
+        fitting = min(self._policy.keep, int(self._policy.keep_mib / max(size, 1e-9)))
+        if fitting < 1:
+            self.why_none = f"one state takes {size:,.0f} MiB of memory, and safeguards.keep_mib allows {self._policy.keep_mib:,.0f}"
+            self._states.clear()
+            return
+        if not _finite(weights):
+            return
+        del self._states[: max(0, len(self._states) - fitting + 1)]
+        self._states.append(
+            GoodState(
+                step=step,
+                weights=_copied(weights),
+                optimizer=_copied(rest["optimizer"]["state"]),
+                averages=_copied(rest["averages"]) if "averages" in rest else None,
+            )
+        )
+
+    def restart(self) -> None:
+        """Forget everything: the trunk was replaced, and its states of before do not belong to it; one is kept anew soon."""
+        self._states.clear()
+        self._due = 0
+
+    # Commands.
+
+    def rewind(self, command: Rewind, step: int) -> Rewound:
+        """Put back the latest state up to the step asked for, else the oldest, and lower the rates.
+
+        Raises:
+            NotExecutableError: There is none.
+        """
+        if not self._states:
+            raise NotExecutableError(
+                f"no good state is kept: {self.why_none or 'the run was not healthy since its beginning'}"
+            )
+        chosen = next((s for s in reversed(self._states) if s.step <= command.to_step), self._states[0])
+        self._put_back(chosen)
+        del self._states[self._states.index(chosen) + 1 :]
+        self._scale(command.rate_factor)
+        return Rewound(
+            step=step, to_step=chosen.step, rate_factor=command.rate_factor, rates=self._trunk.rates()
+        )
+
+    def set_rate(self, command: SetLearningRate, step: int) -> RateSet:
+        """Multiply the rates, for good."""
+        self._scale(command.factor)
+        return RateSet(step=step, factor=command.factor, rates=self._trunk.rates(), why=command.why)
+
+    def set_clip(self, command: SetClip, step: int) -> ClipSet:
+        """Cap the gradient norm, or lift the cap."""
+        self._trunk.cap_norm = command.norm
+        return ClipSet(step=step, norm=command.norm, why=command.why)
+
+    # Norm statistics.
+
+    def mend(self) -> int:
+        """Undo what a batch whose step was left out did to running norm statistics.
+
+        The forward pass has updated them before anything could be known. A layer whose statistics are not finite, or far from those
+        of the last good state, gets those back. Returns the layers mended.
+        """
+        if not self._states:
+            return 0
+        layers = {id(layer) for layer in norm_layers(self._trunk.model)}
+        mended = 0
+        for name, layer in self._trunk.model.named_modules():
+            if id(layer) in layers and isinstance(layer, _NormBase):
+                mended += _mend(name, layer, self._states[-1].weights)
+        return mended
+
+    def _put_back(self, state: GoodState) -> None:
+        trunk = self._trunk
+        trunk.model.load_state_dict(state.weights)
+        # Copied, since an optimizer goes on in the very tensors that it is given; rates and the rest are those of now.
+        groups = trunk.optimizer.state_dict()["param_groups"]
+        trunk.optimizer.load_state_dict({"state": copy.deepcopy(state.optimizer), "param_groups": groups})
+        if trunk.averages is not None:
+            if state.averages is None:
+                trunk.averages.restart()
+            else:
+                trunk.averages.load_state_dict({**state.averages, "last_step": trunk.step})
+        for parameter in trunk.parameters:
+            parameter.grad = None
+
+    def _scale(self, factor: float) -> None:
+        for group in self._trunk.optimizer.param_groups:
+            scale_rates(group, factor)
+        if self._trunk.scheduler is not None:
+            scale_schedule(self._trunk.scheduler, factor)
+
+
+def _mend(name: str, layer: _NormBase, good: Mapping[str, Tensor]) -> bool:
+    prefix = f"{name}." if name else ""
+    mean, variance = layer.running_mean, layer.running_var
+    kept_mean, kept_variance = good.get(f"{prefix}running_mean"), good.get(f"{prefix}running_var")
+    if mean is None or variance is None or kept_mean is None or kept_variance is None:
+        return False
+    kept_mean, kept_variance = kept_mean.to(mean.device), kept_variance.to(variance.device)
+    floor = kept_variance + layer.eps
+    believed = (
+        torch.isfinite(mean).all()
+        & torch.isfinite(variance).all()
+        & ((mean - kept_mean).abs() <= FAR_MEAN * floor.sqrt()).all()
+        & (variance <= FAR_VARIANCE * floor).all()
+    )
+    if bool(believed):
+        return False
+    with torch.no_grad():
+        mean.copy_(kept_mean)
+        variance.copy_(kept_variance)
+        count = good.get(f"{prefix}num_batches_tracked")
+        if layer.num_batches_tracked is not None and count is not None:
+            layer.num_batches_tracked.copy_(count)
+    return True
+
+
+def _copied(value: Any) -> Any:
+    return map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), value)
+
+
+def _finite(weights: Mapping[str, Tensor]) -> bool:
+    floats = [t.detach() for t in weights.values() if t.is_floating_point() and t.numel()]
+    if not floats:
+        return True
+    return all(bool(torch.isfinite(norm)) for norm in torch._foreach_norm(floats))  # noqa: SLF001  # no public name
+
+
+def _mebibytes(value: Any) -> float:
+    total = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.nbytes
+        return tensor
+
+    map_tensors(count, value)
+    return total / 2**20
