@@ -69,6 +69,7 @@ COMMANDS: Mapping[str, CommandSource] = {
         plan="Show the cards that wait for you, and save one (exit code 2 when one waits).",
         apply="Let a saved card run, as it was saved or as you have edited it.",
     ),
+    **_from("resuming", resume="Go on with a stopped run: its own command line, run again."),
     **_from(
         "policies",
         policy="Check and compare policies.",

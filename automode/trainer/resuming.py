@@ -15,6 +15,7 @@ from automode.session import Record, Session
 from automode.session.checkpoints import CheckpointStore
 from automode.session.database import DATABASE_NAME
 from automode.session.paths import slug
+from automode.session.taking_up import ENVIRONMENT, checkpointed, ever_checkpointed, is_finished
 from automode.session.writer_lock import WriterLock
 from automode.trainer import run_state
 from automode.trainer.checkpointing import KIND
@@ -25,10 +26,6 @@ from automode.trainer.run_parts import RunParts
 from automode.trainer.settings import Settings
 from automode.trainer.user_warning import warn_user
 
-ENVIRONMENT = "AUTOMODE_RESUME"
-"""Names the session that ``automode resume`` takes up; heeded by the fit of the same project and run name, once."""
-
-_CHECKPOINTED = "checkpointed"
 _taken_up: set[str] = set()
 
 
@@ -88,7 +85,7 @@ def newest_unfinished(settings: Settings) -> Path | None:
             names = (session.header.get("project"), session.header.get("run_name"))
             if names != (settings.project, settings.run_name) or is_finished(session):
                 continue
-            if not any(session.events(_CHECKPOINTED)):
+            if not checkpointed(session):
                 continue
         try:
             _refuse_busy(file.parent)
@@ -96,11 +93,6 @@ def newest_unfinished(settings: Settings) -> Path | None:
             continue
         return file.parent
     return None
-
-
-def is_finished(session: Session) -> bool:
-    """Tell whether a run has come to its end: only then are its final weights stored."""
-    return any(record.body.get("weights") is not None for record in session.events("run_ended"))
 
 
 def _from_environment(settings: Settings) -> Path | None:
@@ -126,10 +118,9 @@ def _loaded(folder: Path) -> Found:
     """Load the newest checkpoint that is whole; damaged ones are told and passed over."""
     store = CheckpointStore(folder / "checkpoints")
     with Session.open(folder) as session:
-        records = list(session.events(_CHECKPOINTED))
+        records = checkpointed(session)
         everything = [
-            (record.body["checkpoint"], record.body["why"])
-            for record in session.events(_CHECKPOINTED, include_superseded=True)
+            (record.body["checkpoint"], record.body["why"]) for record in ever_checkpointed(session)
         ]
         finished, header = is_finished(session), session.header
     present = set(store.digests())
