@@ -172,9 +172,7 @@ class Performer:
             if self.trunk.averages is not None:
                 self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
             choice, value, passes = evidence.choose(self.states.shell(), self.trunk.candidates())
-        # Beside the trunk itself, what its specialists go by: so that the card can be run again from here.
-        judge = None if self.evidence is None else self.evidence.settled()
-        digest = self._save(command.purpose, step, clip_norm=self.trunk.clip_norm, judge=judge)
+        digest = self._save(command.purpose, step)
         return Snapshotted(
             card=command.card,
             purpose=command.purpose,
@@ -214,7 +212,6 @@ class Performer:
             n=int(chosen.selected.size),
             pool=int(chosen.selected.size + chosen.others.size),
             artifact=chosen.artifact,
-            excluded=chosen.excluded,
             variants=chosen.variants,
             passes=chosen.passes,
         )
