@@ -116,6 +116,7 @@ class Scanned(Part):
     tail_mean: float | None = Field(default=None, description="mean EMA loss of the tail without suspects")
     tail_n: int = 0
     suspects: int = 0
+    left_out: int = Field(default=0, ge=0, description="suspects that the trunk no longer trains on")
     noise: float | None = Field(
         default=None, description="estimated share of wrong labels; null: cannot tell"
     )
@@ -272,6 +273,9 @@ class Adopted(Part):
     )
     step: int
     into: Literal["trunk", "export"] = Field(description="a mixture of experts is exported beside the trunk")
+    left_out: int = Field(
+        default=0, ge=0, description="training samples that the trunk now leaves out, in all"
+    )
 
 
 class RolledBack(Part):

@@ -145,7 +145,10 @@ class TrainingRecipe(Part):
     early_stopping: EarlyStopping | None = Field(
         default=None, description="null: every trial reaches its rung"
     )
-    exclude: Selection | None = Field(default=None, description="samples that no batch may hold")
+    exclude: Selection | None = Field(
+        default=None,
+        description="samples that no batch may hold: not the trials', and not the trunk's once one is adopted",
+    )
     relabel: Digest | None = Field(default=None, description="artifact of new labels by sample id")
 
     @model_validator(mode="after")

@@ -330,6 +330,7 @@ def performer_of(
         slices=_functions(parts),
         source=source,
         seed=seed,
+        gone=lambda: trunk.excluded,
     )
     if performer.evidence is None:
         return performer, training

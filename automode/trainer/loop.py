@@ -220,9 +220,9 @@ class Loop:
         for batch in cursor.batches():
             if trunk.step >= observer.limit or observer.stop_requested is not None:
                 return False
-            ids = ids_of_batch()
+            kept, ids = trunk.curated(batch, ids_of_batch())
             self.phase = "forward"
-            taken = train(batch, epoch)
+            taken = train(kept, epoch)
             self.batches += 1
             turn = self.batches % stride == 0
             # Read anew: a state that is loaded brings another list, and a rate may be a tensor that is written to.

@@ -140,7 +140,8 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
         case Adopted(into="export"):
             return f"card {body.card}: exported beside the trunk, checkpoint {body.checkpoint[:19]}"
         case Adopted():
-            return f"card {body.card}: adopted into the trunk"
+            left_out = f"; {body.left_out} samples are left out of its batches" if body.left_out else ""
+            return f"card {body.card}: adopted into the trunk{left_out}"
         case Safeguarded():
             return f"safeguard: {body.what} ({body.why})"
         case Rewind():

@@ -206,6 +206,7 @@ class Performer:
             others=chosen.others,
             entropy=entropy_of(self.seed, card),
             step=step,
+            left_out=chosen.left_out,
         )
         return Resolved(
             card=card.id,
@@ -269,6 +270,7 @@ class Performer:
                 self._take_over(variant, rest, factor)
             elif self.trunk.averages is not None:
                 self.trunk.averages.restart()
+            self.trunk.leave_out(self._excluded(card))
             after = self._save("adopted", step)
             self.good.restart()
         except BaseException:
@@ -278,7 +280,26 @@ class Performer:
             ):  # whatever went wrong is told; what is left over is only disk space
                 self.delete({before})
             raise
-        return Adopted(card=card.id, checkpoint=after, before=before, step=step, into="trunk")
+        return Adopted(
+            card=card.id,
+            checkpoint=after,
+            before=before,
+            step=step,
+            into="trunk",
+            left_out=int(self.trunk.excluded.size),
+        )
+
+    def _excluded(self, card: PlanCard) -> Ids:
+        """What the card's trials left out, and the trunk is to leave out from now on."""
+        data = None if self.runner is None else self.runner.cards.get(card.id)
+        if data is not None:
+            return data.left_out
+        recipe = card.training_recipe
+        if recipe is None or recipe.exclude is None:
+            return np.empty(0, dtype=np.int64)
+        raise NotExecutableError(
+            f"what card {card.id} leaves out is not known any more, so that it cannot be adopted as it was judged"
+        )
 
     def _export(self, card: PlanCard, command: Adopt) -> None:
         """Write an accepted mixture as files of its own, to be read by ``automode.merges.moe_files.load`` without this run."""

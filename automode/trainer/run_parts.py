@@ -114,8 +114,8 @@ def prepare(
     if settings.seed is not None:
         _seed(settings.seed)
     request.place(device)
-    trunk = _trunk(settings, request, device)
     loader = RecordedLoader(request.train_loader)
+    trunk = _trunk(settings, request, device, loader)
     if session is not None:
         seed = session[1]
     else:
@@ -160,7 +160,7 @@ def _plan(settings: Settings, request: FitRequest) -> Plan:
     )
 
 
-def _trunk(settings: Settings, request: FitRequest, device: torch.device) -> Trunk:
+def _trunk(settings: Settings, request: FitRequest, device: torch.device, loader: RecordedLoader) -> Trunk:
     return Trunk(
         model=request.model,
         optimizer=request.optimizer,
@@ -170,6 +170,7 @@ def _trunk(settings: Settings, request: FitRequest, device: torch.device) -> Tru
         device=device,
         precision=settings.precision,
         clip_norm=settings.clip_norm,
+        loader=loader,
     )
 
 

@@ -114,7 +114,7 @@ class Scanner:
         tail_mean, tail = None, np.empty(0, dtype=np.int64)
         if seen:
             tail = ledger.ids_in_quantile("ema_loss", command.tail_from, 1.0)
-            tail = tail[~np.isin(tail, noise.suspects)]
+            tail = tail[~np.isin(tail, np.union1d(noise.suspects, self.trunk.excluded))]
             if tail.size:
                 tail_mean = float(np.mean(ledger.column("ema_loss", tail)))
         return Scanned(
@@ -125,6 +125,7 @@ class Scanner:
             tail_mean=tail_mean,
             tail_n=int(tail.size),
             suspects=int(noise.suspects.size),
+            left_out=int(np.isin(noise.suspects, self.trunk.excluded).sum()),
             noise=noise.rate,
             artifact=self.artifacts.put_ids(np.sort(noise.suspects)) if noise.suspects.size else None,
             passes=passes,

@@ -40,12 +40,14 @@ class Selected:
         selected: Ids to specialise on, ascending.
         others: The rest of the training samples, to replay from.
         variants: The trials' variants.
+        left_out: Ids that the card leaves out, ascending.
         artifact: The selected ids, where they are too many for a card.
         passes: Sample passes that selecting took.
     """
 
     selected: Ids
     others: Ids
+    left_out: Ids
     variants: tuple[Variant, ...]
     artifact: str | None
     passes: float
@@ -63,6 +65,7 @@ class Selector:
         slices: Slices whose members among the training samples can be found: functions of (inputs, targets).
         source: Training samples by id.
         seed: The session's seed.
+        gone: Gives the ids that the trunk itself no longer trains on.
     """
 
     train_ids: Ids
@@ -72,6 +75,7 @@ class Selector:
     slices: Mapping[str, SliceFn]
     source: SampleSource
     seed: int
+    gone: Callable[[], Ids]
 
     def select(self, card: PlanCard) -> Selected:
         """Resolve a card.
@@ -82,17 +86,19 @@ class Selector:
         recipe = card.training_recipe
         assert recipe is not None
         selected, passes = self._ids(card.selection)
-        allowed = self.train_ids
+        excluded: Ids = np.empty(0, dtype=np.int64)
         if recipe.exclude is not None:
             excluded, more = self._ids(recipe.exclude)
+            excluded = np.intersect1d(self.train_ids, excluded)
             passes += more
-            allowed = np.setdiff1d(allowed, excluded)
+        allowed = np.setdiff1d(self.train_ids, np.union1d(excluded, self.gone()))
         selected = np.intersect1d(selected, allowed)
         if selected.size == 0:
             raise NotExecutableError(f"the selection of card {card.id} holds no training sample")
         return Selected(
             selected=selected,
             others=np.setdiff1d(allowed, selected),
+            left_out=excluded,
             variants=self._variants(card, recipe),
             artifact=self.artifacts.put_ids(selected) if selected.size > INLINE_IDS else None,
             passes=passes,

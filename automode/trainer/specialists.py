@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,6 +73,7 @@ class CardData:
         others: Ids to replay from.
         entropy: Seed material of the card; every trial of it sees the same batches.
         step: The trunk's step at the fork.
+        left_out: Ids that no batch may hold, nor those of the trunk once the card is adopted.
     """
 
     recipe: TrainingRecipe
@@ -80,6 +81,7 @@ class CardData:
     others: Ids
     entropy: tuple[int, ...]
     step: int
+    left_out: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,16 +7,20 @@ random states), which the checkpoint store writes as safetensors and as plain da
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from automode.errors import NotExecutableError
 from automode.merges.trajectory import TrajectoryAverages
+from automode.trainer.curation import Curation
+from automode.trainer.ids import RecordedLoader
+from automode.trainer.sample_source import Ids
 
 Precision = Literal["fp32", "bf16", "fp16"]
 StepFn = Callable[[nn.Module, Any], tuple[Tensor, Any, Any]]
@@ -38,6 +42,8 @@ class Trunk:
         clip_norm: Largest gradient norm, or None.
         cap_norm: Largest gradient norm that a safeguard allows for now, or None.
         averages: EMA and tail averages outside the model (act mode), or None.
+        loader: The training batches; None where samples have no ids to be left out by.
+        curation: Takes samples from batches that an adopted card left out; None while there are none.
         step: Optimizer steps taken.
     """
 
@@ -51,6 +57,8 @@ class Trunk:
     clip_norm: float | None = None
     cap_norm: float | None = None
     averages: TrajectoryAverages | None = None
+    loader: RecordedLoader | None = None
+    curation: Curation | None = None
     step: int = 0
     parameters: list[nn.Parameter] = field(default_factory=list)
 
@@ -72,6 +80,8 @@ class Trunk:
             rest["scheduler"] = self.scheduler.state_dict()
         if self.averages is not None:
             rest["averages"] = self.averages.state_dict()
+        if self.curation is not None:
+            rest["excluded"] = torch.from_numpy(self.curation.excluded)
         return dict(self.model.state_dict()), rest
 
     def load(self, weights: Mapping[str, Tensor], rest: Mapping[str, Any], *, schedule: bool) -> None:
@@ -82,6 +92,32 @@ class Trunk:
             self.scheduler.load_state_dict(rest["scheduler"])
         if self.averages is not None and "averages" in rest:
             self.averages.load_state_dict(rest["averages"])
+        self.curation = None
+        self.leave_out(rest["excluded"].numpy() if "excluded" in rest else np.empty(0, dtype=np.int64))
+
+    @property
+    def excluded(self) -> Ids:
+        """Ids of the samples that training leaves out, ascending."""
+        return np.empty(0, dtype=np.int64) if self.curation is None else self.curation.excluded
+
+    def leave_out(self, ids: Ids) -> None:
+        """Train on without these samples, and without those left out before.
+
+        Raises:
+            NotExecutableError: The training batches have no sample ids.
+        """
+        if ids.size == 0:
+            return
+        if self.loader is None or self.loader.reason is not None:
+            raise NotExecutableError(
+                "samples cannot be left out of the run: its batches have no sample ids"
+                + ("" if self.loader is None else f" ({self.loader.reason})")
+            )
+        self.curation = Curation(self.loader, np.union1d(self.excluded, ids))
+
+    def curated(self, batch: Any, positions: Sequence[Any] | None) -> tuple[Any, Sequence[Any] | None]:
+        """Return a batch, and its samples' positions, without what training leaves out."""
+        return (batch, positions) if self.curation is None else self.curation(batch, positions)
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the current weights."""

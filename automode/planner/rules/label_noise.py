@@ -86,6 +86,15 @@ def _unready(last: Scanned, view: View) -> Silence | None:
             code="little_noise",
             why=f"the estimated label noise is {last.noise:.1%} (a card at {policy.min_noise:.0%})",
         )
+    fresh = last.suspects - last.left_out
+    if last.left_out and fresh < policy.min_noise * last.n:
+        return Silence(
+            code="left_out",
+            why=(
+                f"{last.left_out} of {last.suspects} suspects are left out of training already (a card when "
+                f"{policy.min_noise:.0%} of the samples are new suspects)"
+            ),
+        )
     found = last.suspects / (last.noise * last.n) if last.n else 0.0
     if not policy.least_found <= found <= policy.most_found:
         return Silence(

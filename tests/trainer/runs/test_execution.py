@@ -211,6 +211,37 @@ def test_excluded_samples_are_in_no_batch(play_run: Any, script: Any) -> None:
     assert sorted(drawn.tolist()) == list(range(5, 150))
 
 
+def test_what_an_adopted_card_left_out_stays_out_of_the_run_until_it_is_rolled_back(
+    play_run: Any, script: Any
+) -> None:
+    text = card(variants="[{name: fast, lr_mul: 30}]", rung=24, top=24).replace(
+        "training_recipe:", "training_recipe:\n  exclude: {kind: indices, ids: [0, 1, 2, 3, 4]}"
+    )
+    visits: dict[str, Any] = {}
+
+    def each(person: Any) -> None:
+        if not person.cards or person.state() not in ("adopted", "rolled_back"):
+            return
+        counts = person.performer.scanner.ledger().column("count", np.arange(10, dtype=np.int64)).copy()
+        if person.state() == "adopted":
+            visits.setdefault("adopted", counts)
+            visits["last"] = counts
+            if person.step == person.adopted_at + 25:
+                person.ask("rollback", person.cards[-1].id)
+        else:
+            visits["end"] = counts
+
+    run = play_run(
+        script=script(rate=SLOW), policy={"budget": "on_top"}, actions=answered(text), each=each, steps=150
+    )
+    assert run.states()[-2:] == ["adopted", "rolled_back"]
+    assert run.bodies("adopted")[0]["left_out"] == 5
+    during, after = visits["last"] - visits["adopted"], visits["end"] - visits["last"]
+    assert during[:5].tolist() == [0.0] * 5
+    assert (during[5:] >= 3).all()
+    assert (after >= 3).all()
+
+
 # The ladder.
 
 

@@ -1,0 +1,79 @@
+"""Samples that the trunk no longer trains on, since a card that left them out was adopted.
+
+The loader, its sampler and its random numbers stay the user's: a batch is drawn as ever, and the rows of what is left out
+are taken from it before the step. Compute is charged as if they were still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from automode.trainer.ids import RecordedLoader
+from automode.trainer.sample_source import Ids
+
+LEAST_ROWS = 2
+"""A batch of which fewer rows would remain is trained on as it came: norm layers cannot train on a single sample."""
+
+
+class Curation:
+    """Takes left-out samples from batches.
+
+    Args:
+        loader: Maps positions in the loader's dataset to sample ids.
+        excluded: Ids of the samples to leave out.
+
+    Attributes:
+        excluded: The same, ascending and each once.
+    """
+
+    def __init__(self, loader: RecordedLoader, excluded: Ids) -> None:
+        self.excluded = np.unique(np.asarray(excluded, dtype=np.int64))
+        self._loader = loader
+        self._out = np.zeros(int(self.excluded[-1]) + 1 if self.excluded.size else 0, dtype=np.bool_)
+        self._out[self.excluded] = True
+
+    def __call__(self, batch: Any, positions: Sequence[Any] | None) -> tuple[Any, Sequence[Any] | None]:
+        """Return batch and positions without the rows that are left out.
+
+        Args:
+            batch: Tensors, arrays and lists with one row a sample along the first dimension, in containers of any depth;
+                anything else in it stays as it is.
+            positions: What :meth:`RecordedLoader.ids_of_batch` gave; None leaves the batch as it is.
+        """
+        if positions is None:
+            return batch, positions
+        ids = self._loader.root_ids([positions])
+        if ids is None:
+            return batch, positions
+        known = ids < self._out.size
+        keep = np.ones(ids.size, dtype=np.bool_)
+        keep[known] = ~self._out[ids[known]]
+        rows = np.flatnonzero(keep)
+        if rows.size == ids.size or rows.size < LEAST_ROWS:
+            return batch, positions
+        return _rows(batch, rows, ids.size), [positions[row] for row in rows.tolist()]
+
+
+def _rows(part: Any, rows: Ids, size: int) -> Any:
+    match part:
+        case Tensor():
+            if part.dim() == 0 or part.shape[0] != size:
+                return part
+            return part.index_select(0, torch.from_numpy(rows).to(part.device))
+        case np.ndarray():
+            return part[rows] if part.ndim and part.shape[0] == size else part
+        case dict():
+            return type(part)((key, _rows(value, rows, size)) for key, value in part.items())
+        case tuple() if hasattr(part, "_fields"):
+            return type(part)(*(_rows(value, rows, size) for value in part))
+        case list() | tuple() if len(part) == size and not any(isinstance(p, Tensor) for p in part):
+            return type(part)(part[row] for row in rows.tolist())
+        case list() | tuple():
+            return type(part)(_rows(value, rows, size) for value in part)
+        case _:
+            return part
