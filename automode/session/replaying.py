@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from automode.engine import Difference, WhatIf, fold, what_if
+from automode.engine import Difference, Recovered, WhatIf, fold, recover, what_if
 from automode.engine import story as tell
 from automode.errors import ReplayDifferenceError, SessionCorruptError, SessionError, UsageError
 from automode.planner.events import COMMAND, EVENT_VERSION, FACT, INPUT, Envelope, Rows
@@ -178,6 +178,20 @@ def story(session: Session | str | os.PathLike[str], card: str) -> str:
         known = ", ".join(row.card_id for row in session.cards()) or "none"
         raise UsageError(f"there is no card {card} in this session; its cards: {known}")
     return told
+
+
+def recovered(session: Session, until: int) -> Recovered:
+    """Fold a session's log up to a record, to go on from there.
+
+    Args:
+        session: An open session.
+        until: The record's ``seq``; it must not be superseded.
+
+    Raises:
+        ReplayDifferenceError: The log is not what this version decides, or has no such record.
+        SessionError: A plugin that took part is not installed, or is of another version.
+    """
+    return recover(_items(session), rules=_rules(session), until=until)
 
 
 def _rules(session: Session) -> tuple[Rule, ...]:

@@ -4,46 +4,44 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
-from automode.engine import initial
+from automode.engine import State, initial
 from automode.engine.running import MAX_EXPERTS
-from automode.errors import AutomodeError, MergeError
-from automode.merges.batches import training_flags_kept
+from automode.errors import MergeError
 from automode.merges.gate import most_parameters
 from automode.merges.moe import last_layer
 from automode.merges.norm_statistics import norm_layers
 from automode.merges.trajectory import TrajectoryAverages
-from automode.planner.events import Mode, Run, SessionStarted, Task
+from automode.planner.events import Mode, Resumed, Run, SessionStarted
 from automode.planner.policy import PLANNER_VERSION
 from automode.planner.rules import chosen
 from automode.plugins import plugins
-from automode.session import SessionStore
+from automode.session import Session, SessionStore
 from automode.session.artifacts import ArtifactStore
 from automode.session.checkpoints import CheckpointStore
 from automode.session.logs import SessionLog
+from automode.session.replaying import recovered
 from automode.trainer.backing import backend_of
 from automode.trainer.combining import Combiner
 from automode.trainer.diagnosing import diagnoser_of
 from automode.trainer.driver import Driver
+from automode.trainer.earlier import read_earlier
 from automode.trainer.evidence import Evidence
-from automode.trainer.heldout import HeldOut, Overlap, find_overlap
-from automode.trainer.ids import root_of
+from automode.trainer.first_look import Held, as_recorded, look_at, source_of
+from automode.trainer.heldout import HeldOut
 from automode.trainer.narrator import Narrator
-from automode.trainer.per_sample import PerSampleLoss, per_sample_twin
 from automode.trainer.performer import Performer
 from automode.trainer.random_state import forked_rng
-from automode.trainer.reach import as_read
+from automode.trainer.resume_point import ResumePoint
 from automode.trainer.run_parts import RunParts
 from automode.trainer.safeguarding import GoodStates
 from automode.trainer.sample_ledger import SampleLedger
-from automode.trainer.sample_source import FixedPass, Ids, SampleSource
+from automode.trainer.sample_source import FixedPass
 from automode.trainer.scanning import Scanner
 from automode.trainer.schedule import known_drops
 from automode.trainer.selecting import Selector
@@ -51,23 +49,10 @@ from automode.trainer.session_header import header_of
 from automode.trainer.specialists import Checkpoints, SpecialistRunner
 from automode.trainer.states import States
 from automode.trainer.trunk import Trunk, trainable
-from automode.trainer.user_warning import warn_user
 from automode.trainer.validation import SliceFn
 
 REFRESH_BATCHES = 16
 """Training batches, at the most, that refresh norm statistics and feed Fisher information."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """What is known of the held-out data and of the task before the first step."""
-
-    overlap: Overlap
-    task: Task
-    per_sample: PerSampleLoss
-    exact: bool
-    why_inexact: str | None
-    why_no_evidence: str | None
 
 
 def open_driver(parts: RunParts) -> Driver:
@@ -83,23 +68,9 @@ def open_driver(parts: RunParts) -> Driver:
         if mode in ("propose", "act") and policy.averages.enabled and total:
             trunk.averages = TrajectoryAverages(trainable(trunk.model), total)
         store = SessionStore.create(parts.session_path, header=header_of(parts, mode))
-        log = SessionLog(parts.session_path, console=parts.console.event, level="warning")
-        checkpoints = CheckpointStore(store.path / "checkpoints")
-        performer, refresh = performer_of(parts, held, store.path, checkpoints)
-        backend = backend_of(parts, mode, performer.runner, refresh, checkpoints)
         offered = plugins()
         state = initial(chosen(policy, [plugin.rule for plugin in offered]))
-        driver = Driver(
-            state=state,
-            store=store,
-            log=log,
-            performer=performer,
-            backend=backend,
-            narrator=Narrator(parts.console, log.logger),
-            total_steps=total if total is not None else sys.maxsize,
-            guard=policy.safeguards.skip_nonfinite,
-            within=policy.budget == "within",
-        )
+        driver, slots = _driver(parts, held, mode, store, state)
         driver.start(
             SessionStarted(
                 session=parts.session_path.name,
@@ -111,93 +82,74 @@ def open_driver(parts: RunParts) -> Driver:
                 policy_digest=policy.digest_with(plugin.distribution for plugin in offered),
                 planner_version=PLANNER_VERSION,
                 plugins=tuple(plugin.distribution for plugin in offered),
-                run=_run(parts, held, slots=1 if backend is None else backend.slots),
+                run=_run(parts, held, slots=slots),
             )
         )
         return driver
 
 
-def look_at(parts: RunParts) -> Held:
-    """Find out what the held-out data and the loss are good for; nothing is changed by it."""
-    request, held = parts.request, parts.held_out
-    if parts.mode == "off":
-        return Held(
-            overlap=Overlap(n=0, share=0.0, how="none"),
-            task="unknown",
-            per_sample=per_sample_twin(parts.trunk.loss_fn),
-            exact=False,
-            why_inexact="mode off only records",
-            why_no_evidence="mode off only records",
-        )
-    why_no_evidence = "there is no validation loader" if held is None else held.reason
-    overlap = Overlap(n=0, share=0.0, how="none")
-    if held is not None and held.reason is None and hasattr(request.train_loader, "dataset"):
-        overlap = find_overlap(as_read(request.train_loader), as_read(request.val_loader, draw=True))
-    if overlap.n:
-        warn_user(
-            f"{overlap.n} of the validation samples ({overlap.share:.0%} of those looked at) are training samples too, by their "
-            f"{overlap.how}: such a validation proves nothing. Hold data out (torch.utils.data.random_split) to let automode act"
-        )
-        why_no_evidence = why_no_evidence or f"{overlap.n} validation samples are training samples too"
-    per_sample = per_sample_twin(parts.trunk.loss_fn)
-    task, exact, why = _task_of(parts, held, per_sample)
-    if parts.own_step is None and task in ("sequence", "unknown") and not exact:
-        why_no_evidence = why_no_evidence or (
-            f"samples cannot be judged one by one ({why}), and a batch's mean counts as one sample only"
-        )
-    return Held(
-        overlap=overlap,
-        task=task,
-        per_sample=per_sample,
-        exact=exact,
-        why_inexact=why,
-        why_no_evidence=why_no_evidence,
+def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
+    """Open the session again and go on from a checkpoint; the trunk's own state is put back by whoever calls.
+
+    Args:
+        parts: The run, made by the same script.
+        point: Where to go on.
+
+    Raises:
+        SessionError: The session cannot be written, or another process writes it.
+        ReplayDifferenceError: This version decides otherwise than the log says, so that going on would contradict it.
+    """
+    with forked_rng():
+        store = SessionStore.open(parts.session_path)
+        try:
+            with Session.open(parts.session_path) as session:
+                found, earlier = recovered(session, point.at_seq), read_earlier(session, point.at_seq)
+                began = next(session.events("session_started")).body["mode"]
+            run = found.state.run
+            assert run is not None
+            driver, _ = _driver(parts, as_recorded(parts, run), began, store, found.state)
+            checkpoints = CheckpointStore(store.path / "checkpoints")
+            checkpoints.sweep()
+            driver.resume(
+                Resumed(
+                    checkpoint=point.checkpoint,
+                    at_seq=point.at_seq,
+                    step=point.step,
+                    attempt=earlier.attempt + 1,
+                    exact=point.exact,
+                    why_approximate=point.why_approximate,
+                    looks=earlier.looks,
+                ),
+                found.commands,
+                kept=point.driver,
+                earlier=earlier,
+                verify=checkpoints.verify,
+            )
+        except BaseException:
+            store.abandon()
+            raise
+        return driver
+
+
+def _driver(parts: RunParts, held: Held, mode: Mode, store: SessionStore, state: State) -> tuple[Driver, int]:
+    """Make the driver, and say how many segments its backend runs at once."""
+    policy, total = parts.policy, parts.plan.total
+    log = SessionLog(parts.session_path, console=parts.console.event, level="warning")
+    checkpoints = CheckpointStore(store.path / "checkpoints")
+    performer, refresh = performer_of(parts, held, store.path, checkpoints)
+    backend = backend_of(parts, mode, performer.runner, refresh, checkpoints)
+    driver = Driver(
+        state=state,
+        store=store,
+        log=log,
+        performer=performer,
+        backend=backend,
+        narrator=Narrator(parts.console, log.logger),
+        total_steps=total if total is not None else sys.maxsize,
+        guard=policy.safeguards.skip_nonfinite,
+        within=policy.budget == "within",
     )
-
-
-def _task_of(
-    parts: RunParts, held: HeldOut | None, per_sample: PerSampleLoss
-) -> tuple[Task, bool, str | None]:
-    """Read one batch without a trace; a model that fails on it will say so itself when training begins."""
-    trunk = parts.trunk
-    if parts.own_step is not None:
-        return "unknown", False, "the training step is the user's own, and shows outputs only as it goes"
-    try:
-        batch = _one_batch(parts, held)
-        if batch is None:
-            return "unknown", False, "no sample can be read before training begins"
-        with training_flags_kept(trunk.model), torch.no_grad():
-            trunk.model.eval()
-            with trunk.autocast():
-                loss, outputs, targets = trunk.step_fn(trunk.model, batch)
-        exact = per_sample.check(outputs, targets, loss)
-        kind = per_sample.task(outputs, targets)
-    except Exception as error:  # whatever it is, training will meet it, and tell it as it is
-        return "unknown", False, f"one batch could not be read beforehand ({type(error).__name__}: {error})"
-    return kind if kind != "binary" else "unknown", exact, per_sample.reason
-
-
-def _one_batch(parts: RunParts, held: HeldOut | None) -> Any:
-    if held is not None and held.reason is None:
-        return next(held.batches("A"))[0]
-    source, ids = _source(parts)
-    return source.batch(ids[: min(8, ids.size)]) if source is not None and ids.size else None
-
-
-def _source(parts: RunParts) -> tuple[SampleSource | None, Ids]:
-    """Training samples by id, and every id that training may visit."""
-    none = np.empty(0, dtype=np.int64)
-    loader = parts.request.train_loader
-    if parts.loader.reason is not None or not hasattr(loader, "dataset"):
-        return None, none
-    try:
-        dataset = as_read(loader)
-        root, mapped = root_of(dataset)
-        ids = np.arange(len(dataset), dtype=np.int64) if mapped is None else np.unique(mapped)
-        collate: Callable[[list[Any]], Any] = getattr(loader, "collate_fn", None) or default_collate
-        return SampleSource(root, collate, parts.trunk.device), np.asarray(ids, dtype=np.int64)
-    except (AutomodeError, TypeError):
-        return None, none
+    return driver, 1 if backend is None else backend.slots
 
 
 def _mode(parts: RunParts, held: Held) -> tuple[Mode, str | None]:
@@ -211,7 +163,7 @@ def _mode(parts: RunParts, held: Held) -> tuple[Mode, str | None]:
 
 def _run(parts: RunParts, held: Held, *, slots: int) -> Run:
     trunk, plan, loader = parts.trunk, parts.plan, parts.loader
-    _, ids = _source(parts)
+    _, ids = source_of(parts)
     held_out = parts.held_out if held.why_no_evidence is None else None
     total = plan.total or 0
     why_no_forks = None
@@ -292,7 +244,7 @@ def performer_of(
     """Make what carries commands out, and a pass over some training batches; ``folder`` is the session's."""
     trunk, seed = parts.trunk, parts.seed
     artifacts = ArtifactStore(folder / "artifacts")
-    source, train_ids = _source(parts)
+    source, train_ids = source_of(parts)
     training = FixedPass(
         source, train_ids, batch_size=max(2, round(_batch_size(parts))), batches=REFRESH_BATCHES, seed=seed
     )

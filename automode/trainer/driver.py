@@ -6,46 +6,40 @@ thread at step boundaries; a command is carried out only after the log that hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import ceil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from automode.backends.base import Backend
 from automode.engine import State, handle
-from automode.engine.lifecycle import due_at_end
-from automode.errors import AutomodeError, SessionError
+from automode.errors import SessionError
 from automode.planner.events import (
-    Acknowledged,
-    AskApproval,
     BudgetReleased,
-    CommandFailed,
-    Diagnose,
-    Diagnosed,
+    Checkpointed,
+    Decided,
     Envelope,
     Input,
     Mode,
+    Resumed,
     Rows,
     RunEnded,
     Safeguarded,
-    Scan,
-    Scanned,
-    StartTrial,
-    StopRun,
-    StopTrial,
     TrunkEnded,
 )
 from automode.session import SessionStore
 from automode.session.logs import SessionLog
-from automode.trainer.agenda import Agenda
-from automode.trainer.clock import Clock, SystemClock
+from automode.trainer.clock import Clock, ShiftedClock, SystemClock
+from automode.trainer.earlier import Earlier, is_usable
 from automode.trainer.evaluation import PerSampleScores
+from automode.trainer.executor import Executor
 from automode.trainer.narrator import Narrator
 from automode.trainer.observation_block import Block
 from automode.trainer.performer import Performer
-from automode.trainer.random_state import forked_rng
 from automode.trainer.recorder import Recorder
 from automode.trainer.requests_desk import RequestsDesk
+from automode.trainer.spending import Spending
 from automode.trainer.steps import OVERFLOWED
-from automode.trainer.trial_desk import TrialDesk
 
 TRUNK = "trunk"
 
@@ -96,22 +90,28 @@ class Driver:
         self.limit = total_steps
         self.stop_requested: str | None = None
         self._guard = guard
-        self._within = within
-        self._total = total_steps
+        self._spending = Spending(state, total_steps, within=within)
         self._store = store
         self._session_log = log
         self._log = log.logger
         self._performer = performer
-        self._trials = TrialDesk(backend)
         self._narrator = narrator
         self._clock: Clock = clock or SystemClock()
         self._recorder = Recorder(store, log.logger)
         self._requests = RequestsDesk(store.path, log.logger)
-        self._agenda = Agenda()
+        self._executor = Executor(
+            performer=performer,
+            backend=backend,
+            narrator=narrator,
+            session=store.path,
+            log=log.logger,
+            clock=self._clock,
+        )
+        self._agenda, self._trials = self._executor.agenda, self._executor.trials
         self._pumped_at = 0
         self._first_row = 0
+        self._shift = 0.0
         self._skipped = 0
-        self._done_with: list[str] = []
         self._resumable = False
         self._closed = False
 
@@ -140,26 +140,12 @@ class Driver:
     @property
     def compute(self) -> dict[str, int]:
         """Sample passes by account: the trunk's, automode's in all, and each part of that."""
-        ledger = self.state.ledger
-        found = {"trunk": ledger.trunk, "automode": ledger.automode}
-        for account, amount in ledger.accounts().items():
-            owner = "outside cards" if account.card is None else f"card {account.card}"
-            name = f"  {owner}: {account.purpose}"
-            if account.trial is not None:
-                name += f" {account.trial}"
-            found[name] = amount
-        return found
+        return self._spending.accounts
 
     @property
     def charged_steps(self) -> float:
         """Trunk steps' worth of compute that automode has spent."""
-        if not self._spends:
-            return 0.0
-        return self.state.ledger.automode / self.state.passes_per_step
-
-    @property
-    def _spends(self) -> bool:
-        return self._within and self.state.mode in ("propose", "act")
+        return self._spending.steps
 
     # What the loop tells.
 
@@ -171,8 +157,12 @@ class Driver:
 
     def block(self, block: Block) -> None:
         """Record a block of rows, and let the machine see it; what it asks for is carried out at the next boundary."""
-        self._store.add_rows(TRUNK, self.state.attempt, block.names, block.rows)
-        rows = Rows(first=self.state.rows, names=block.names, values=block.rows)
+        values = block.rows
+        if self._shift:
+            values = values.copy()
+            values[:, block.names.index("time")] += self._shift
+        self._store.add_rows(TRUNK, self.state.attempt, block.names, values)
+        rows = Rows(first=self.state.rows, names=block.names, values=values)
         _, facts, commands = handle(self.state, [rows])
         if facts or commands:
             self._take(facts, commands)
@@ -189,6 +179,7 @@ class Driver:
     def boundary(self, step: int) -> None:
         """Do everything that may happen between two steps."""
         now = self._clock.mono()
+        self._trials.catch_up()
         since = step - self._pumped_at if self._trials.busy else 1
         if self._requests.poll(now, self._rows):
             for decided in self._requests.take(self._rows):
@@ -197,7 +188,7 @@ class Driver:
         for command in self._agenda.due(step):
             if command.body.card in self.state.executions:
                 self._perform(command, step)
-        for answer, command_id in self._trials.pump(max(1, since)):
+        for answer, command_id in self._trials.pump(max(1, since), step):
             self._feed(answer, command_id, effective_at=step)
         for card, text in self._trials.notes():
             self._narrator.note(card, text, step)
@@ -210,6 +201,67 @@ class Driver:
     def _rows(self) -> int:
         """Rows since the run was begun or taken up."""
         return self.state.rows - self._first_row
+
+    # A run that is cut, and taken up again.
+
+    def state_for_checkpoint(self) -> dict[str, Any]:
+        """Say what :meth:`resume` needs beside the log; rows must have been handed over. Plain data and tensors."""
+        return {
+            "limit": self.limit,
+            "skipped": self._skipped,
+            "pumped_at": self._pumped_at,
+            "requests": [[rows, body.model_dump_json()] for rows, body in self._requests.to_come(self._rows)],
+            "executor": self._executor.state(),
+        }
+
+    def checkpointed(self, digest: str, step: int, why: str) -> None:
+        """Record that a checkpoint is durable: from this record on the run can be taken up from it."""
+        self._resumable = True
+        self._feed(Checkpointed(checkpoint=digest, step=step, why=why), effective_at=step)
+        self._write()
+
+    def resume(
+        self,
+        body: Resumed,
+        commands: Sequence[Envelope],
+        *,
+        kept: Mapping[str, Any],
+        earlier: Earlier,
+        verify: Callable[[str], object],
+    ) -> None:
+        """Go on from a checkpoint, up to which the state has been folded.
+
+        What stands behind it in the log is put out of the story by the very transaction that says so.
+
+        Args:
+            body: What is told.
+            commands: Those without an answer at the checkpoint, in order.
+            kept: What :meth:`state_for_checkpoint` gave.
+            earlier: What came behind the checkpoint.
+            verify: Raises where a checkpoint is not there, or damaged.
+
+        Raises:
+            SessionError: The log cannot be written.
+        """
+        clock = ShiftedClock(self._clock, max(self.state.t_mono, self.state.row_time))
+        self._clock, self._shift = clock, clock.shift
+        self._resumable = True
+        self._recorder.supersede(body.at_seq)
+        envelope = self._enveloped(body, None, body.step)
+        rows = self._store.rows(TRUNK)
+        self._handle(replace(envelope, seq=self._store.next_seq, frame_cursor=rows, attempt=body.attempt))
+        self._write()
+        if self._recorder.waiting:
+            raise SessionError(
+                f"the session {self._store.path} cannot be written, so that it cannot be resumed"
+            )
+        self._first_row = self.state.rows
+        self.limit, self._skipped, self._pumped_at = kept["limit"], kept["skipped"], kept["pumped_at"]
+        later = [(rows, Decided.model_validate_json(text)) for rows, text in kept["requests"]]
+        self._requests.again([*later, *earlier.requests])
+        self._trials.know(earlier.answers, partial(is_usable, verify=verify, exact=body.exact))
+        for answer, _ in self._executor.take_up(commands, self.state, body.step, kept["executor"], earlier):
+            self._feed(answer)
 
     def skipped(self, step: int, why: str) -> None:
         """The guard kept a non-finite step from the optimizer."""
@@ -281,7 +333,10 @@ class Driver:
     # Events in, commands out.
 
     def _feed(self, body: Input, command_id: str | None = None, effective_at: int | None = None) -> None:
-        envelope = Envelope(
+        self._handle(self._enveloped(body, command_id, effective_at))
+
+    def _enveloped(self, body: Input, command_id: str | None, effective_at: int | None) -> Envelope:
+        return Envelope(
             seq=self.state.next_seq,
             role="input",
             body=body,
@@ -292,6 +347,8 @@ class Driver:
             t_mono=self._clock.mono(),
             attempt=self.state.attempt,
         )
+
+    def _handle(self, envelope: Envelope) -> None:
         _, facts, commands = handle(self.state, [envelope])
         self._take([envelope, *facts], commands)
 
@@ -301,7 +358,7 @@ class Driver:
         for envelope in envelopes:
             self._narrator.tell(envelope, self.state)
             if isinstance(envelope.body, BudgetReleased):
-                self._done_with.append(envelope.body.card)
+                self._executor.ended(envelope.body.card)
 
     def _write(self) -> None:
         """Make what was decided durable; the commands in it wait for the next boundary."""
@@ -317,82 +374,14 @@ class Driver:
             if command is None:
                 break
             self._perform(command, step)
-        if not self._recorder.waiting:
-            self._tidy()
-        if self._spends:
-            taken = self.state.ledger.automode + due_at_end(self.state)
-            self.limit = max(0, self._total - ceil(taken / self.state.passes_per_step))
-
-    def _tidy(self) -> None:
-        """Delete checkpoints of trials that nothing can go on from, now that what made them so is on disk."""
-        gone: set[str] = set()
-        for card, execution in self.state.executions.items():
-            gone |= self._trials.dropped(card, execution.dropped)
-        for card in self._done_with:
-            gone |= self._trials.lower_rungs(card)
-            self._performer.forget(card)
-        self._done_with.clear()
-        if gone:
-            try:
-                self._performer.delete(gone)
-            except SessionError as error:
-                self._log.warning("checkpoints_kept", why=str(error))
+        # A run that was stopped and can be taken up goes on with the cards that its end has cut short.
+        if not (self._recorder.waiting or (self.state.trunk_ended and self._resumable)):
+            self._executor.tidy(self.state)
+        if self._spending.shortens:
+            self.limit = self._spending.limit
 
     def _perform(self, command: Envelope, step: int) -> None:
-        """Carry out one command; an error is an answer too, and never the run's end."""
-        body = command.body
-        try:
-            with forked_rng():
-                answers = self._carry_out(command, step)
-        except Exception as error:
-            self._log.warning("command_failed", command=body.kind, error=f"{type(error).__name__}: {error}")
-            card = getattr(body, "card", None)
-            answers = [(CommandFailed(command=body.kind, card=card, error=_told(error)), True)]
-        for answer, last in answers:
-            self._feed(answer, command.command_id if last else None, effective_at=step)
-
-    def _carry_out(self, command: Envelope, step: int) -> list[tuple[Input, bool]]:
-        """Return the answers, the last one marked; none where the answer comes later."""
-        body = command.body
-        match body:
-            case AskApproval():
-                path = self._narrator.ask(self.state.cards[body.card].card, self._store.path)
-                return [(Acknowledged(command=body.kind, card=body.card, note=path), True)]
-            case StopRun():
-                self.stop_requested = body.why
-                return [(Acknowledged(command=body.kind), True)]
-            case StopTrial():
-                return [(self._trials.stop(body), True)]
-            case StartTrial():
-                self._trials.start(body, command.command_id or "")
-                return []
-            case Scan() | Diagnose():
-                return self._look_at(body, step)
-            case _ if self._agenda.put_aside(command, step, ended=self.state.trunk_ended):
-                return []
-            case _:
-                return _last_marked(self._performer.carry_out(body, self.state, step))
-
-    def _look_at(self, body: Scan | Diagnose, step: int) -> list[tuple[Input, bool]]:
-        """Look at the trunk, and say for how long not to look again, so that it takes no more of the time than its share."""
-        policy, per_step = self.state.policy, self.state.seconds_per_step
-        share = policy.scan.share
-        if share is not None and isinstance(body, Diagnose):
-            share = min(share, policy.diagnostics.share)
-        began = self._clock.mono()
-        answers = self._performer.carry_out(body, self.state, step)
-        rest = ceil((self._clock.mono() - began) / (share * per_step)) if share and per_step else 0
-        return _last_marked(
-            [
-                a.model_copy(update={"rest": rest}) if isinstance(a, Scanned | Diagnosed) else a
-                for a in answers
-            ]
-        )
-
-
-def _last_marked(answers: Sequence[Input]) -> list[tuple[Input, bool]]:
-    return [(answer, i == len(answers) - 1) for i, answer in enumerate(answers)]
-
-
-def _told(error: Exception) -> str:
-    return (str(error) if isinstance(error, AutomodeError) else f"{type(error).__name__}: {error}")[:2000]
+        """Carry out one command; its answers are events."""
+        for answer, command_id in self._executor.perform(command, self.state, step):
+            self._feed(answer, command_id, effective_at=step)
+        self.stop_requested = self.stop_requested or self._executor.stop

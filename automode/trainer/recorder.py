@@ -16,6 +16,7 @@ from automode.planner.events import (
     Adopted,
     CardMoved,
     CardProposed,
+    Checkpointed,
     Envelope,
     GateFitted,
     LineageGrew,
@@ -38,6 +39,8 @@ DECISIVE = frozenset(
         "rolled_back",
         "run_ended",
         "decided",
+        "checkpointed",
+        "resumed",
     }
 )
 """Kinds that wait for the disk even without a command."""
@@ -58,6 +61,11 @@ class Recorder:
         self._log = log
         self._waiting: list[tuple[Envelope, list[CardRow], list[LineageRow], list[CheckpointRow]]] = []
         self._failing = False
+        self._superseded_after: int | None = None
+
+    def supersede(self, after_seq: int) -> None:
+        """Put what the log holds behind a record out of the story, in one transaction with what is written next."""
+        self._superseded_after = after_seq
 
     @property
     def waiting(self) -> int:
@@ -87,6 +95,7 @@ class Recorder:
                 lineage=[row for _, _, lineage, _ in batch for row in lineage],
                 checkpoints=[row for _, _, _, checkpoints in batch for row in checkpoints],
                 durable=durable,
+                supersede_after=self._superseded_after,
             )
         except SessionError as error:
             if not self._failing:
@@ -99,6 +108,7 @@ class Recorder:
             self._failing = False
             self._log.info("session_written_again", events=len(batch))
         self._waiting = []
+        self._superseded_after = None
         return [e for e, *_ in batch if e.role == "command"]
 
     def flush_if_due(self, now: float) -> None:
@@ -185,6 +195,8 @@ def _checkpoints(envelope: Envelope) -> list[CheckpointRow]:
             ]
         case RolledBack() as body:
             return [CheckpointRow(digest=body.checkpoint, step=body.step, kind=body.kind, seq=seq)]
+        case Checkpointed() as body:
+            return [CheckpointRow(digest=body.checkpoint, step=body.step, kind="run", seq=seq)]
         case RunEnded(weights=str(digest)) as body:
             return [CheckpointRow(digest=digest, step=body.step, kind="final", seq=seq)]
         case _:

@@ -33,15 +33,19 @@ class RequestsDesk:
         """Take requests that an earlier attempt has followed; each is due after as many rows as it was then.
 
         Args:
-            requests: Rows since the run was taken up, and the request, in order.
+            requests: Rows since the run was taken up, and the request, in order; of the same one twice the later counts.
         """
-        self._again.extend(requests)
-        self._known |= {decided.request for _, decided in self._again}
+        due = {decided.request: (rows, decided) for rows, decided in requests}
+        self._again = deque(sorted(due.values(), key=lambda item: item[0]))
+        self._known = set(due)
 
-    @property
-    def repeating(self) -> bool:
-        """Whether a request of an earlier attempt is still to come."""
-        return bool(self._again)
+    def to_come(self, rows: int) -> list[tuple[int, Decided]]:
+        """Give the requests of earlier attempts that are still to come: rows until then, and the request.
+
+        Args:
+            rows: Rows since the run was begun or taken up.
+        """
+        return [(due - rows, decided) for due, decided in self._again]
 
     def poll(self, now: float, rows: int) -> bool:
         """Look into the inbox, if it is time to; tell whether any request waits for a boundary.

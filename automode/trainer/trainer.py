@@ -13,7 +13,7 @@ from automode.backends.choose import BackendName
 from automode.errors import UsageError
 from automode.planner.policy import Policy
 from automode.session import Session
-from automode.trainer.assembly import open_driver
+from automode.trainer.assembly import open_driver, resume_driver
 from automode.trainer.checkpointing import keeper_of, run_keeping
 from automode.trainer.driver import Driver
 from automode.trainer.fit_request import FitRequest
@@ -226,8 +226,6 @@ def _fit(settings: Settings, policy: Policy, request: FitRequest, own_step: Trai
 
 def _take_up(parts: RunParts, found: Found) -> tuple[Driver, Loop]:
     """Put a run back to where it was cut."""
-    from automode.trainer.assembly import resume_driver  # type: ignore[attr-defined]
-
     point, comparison = put_back(parts, found)
     driver = resume_driver(parts, point)
     loop = begin(parts, driver)

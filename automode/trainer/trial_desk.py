@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import assert_never
 
 from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentJob
 from automode.backends.stacked import StackedBackend
 from automode.errors import NotExecutableError
 from automode.planner.events import Acknowledged, StartTrial, StopTrial, TrialFailed, TrialReported
+from automode.trainer.earlier import Answer, key_of
+
+Key = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A segment that was under way when the run was cut, with the trunk steps' worth of work that it had had."""
+
+    pumped: int
+    body: StartTrial
+    command_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A segment whose end an earlier attempt has seen."""
+
+    body: StartTrial
+    command_id: str
+    answer: Answer
 
 
 class TrialDesk:
@@ -19,13 +42,53 @@ class TrialDesk:
 
     def __init__(self, backend: Backend | None) -> None:
         self._backend = backend
-        self._commands: dict[tuple[str, int, int], str] = {}
+        self._commands: dict[Key, str] = {}
+        self._pumped: dict[Key, int] = {}
         self._lower: dict[str, set[str]] = {}
+        self._answers: Mapping[str, Answer] = {}
+        self._usable: Callable[[Answer], bool] = lambda answer: False
+        self._cut: list[_Cut] = []
+        self._known: list[_Known] = []
+        self._early: list[SegmentDone | SegmentFailed] = []
 
     @property
     def busy(self) -> bool:
-        """Whether any segment is queued or running."""
-        return self._backend is not None and self._backend.busy
+        """Whether any segment is queued or running, or is to be reported as it was."""
+        waiting = self._cut or self._known or self._early
+        return bool(waiting) or (self._backend is not None and self._backend.busy)
+
+    # A run that is taken up.
+
+    def progress(self) -> list[list[str | int]]:
+        """Say how much work every segment under way has had: card, trial, attempt, trunk steps' worth."""
+        return [[*key, pumped] for key, pumped in self._pumped.items()]
+
+    def know(self, answers: Mapping[str, Answer], usable: Callable[[Answer], bool]) -> None:
+        """Take what earlier attempts' segments came to, and whether what one left behind can be used."""
+        self._answers, self._usable = answers, usable
+
+    def keep(self, card: str, checkpoints: Iterable[str]) -> None:
+        """Know checkpoints below the top rung that earlier attempts have left."""
+        self._lower.setdefault(card, set()).update(checkpoints)
+
+    def take_up(self, body: StartTrial, command_id: str, pumped: int) -> None:
+        """Begin a segment again that was under way, and give it as much work at once as it had had."""
+        self._cut.append(_Cut(pumped, body, command_id))
+
+    def catch_up(self) -> None:
+        """Bring segments that were under way to where they were; what ends on the way is reported at the next pump."""
+        if not self._cut:
+            return
+        cut, self._cut = sorted(self._cut, key=lambda job: -job.pumped), []
+        for job, after in zip(cut, [*(job.pumped for job in cut[1:]), 0], strict=True):
+            self.start(job.body, job.command_id)
+            if self._backend is None:
+                continue
+            for _ in range(job.pumped - after):
+                self._count(1)
+                self._early += self._backend.pump(1)
+
+    # What the driver asks.
 
     def start(self, body: StartTrial, command_id: str) -> None:
         """Submit a segment; its report comes later.
@@ -35,6 +98,11 @@ class TrialDesk:
         """
         if self._backend is None:
             raise NotExecutableError("this run trains no specialists, so it has no backend for trials")
+        answer = self._answers.get(key_of(body)) if self._answers else None
+        self._pumped[_key(body)] = 0
+        if answer is not None and self._usable(answer):
+            self._known.append(_Known(body, command_id, answer))
+            return
         job = SegmentJob(
             card=body.card,
             trial=body.trial,
@@ -54,18 +122,50 @@ class TrialDesk:
         """Give a segment up; what it had spent is told."""
         key = (body.card, body.trial, body.rung_attempt)
         self._commands.pop(key, None)
+        self._pumped.pop(key, None)
+        self._cut = [job for job in self._cut if _key(job.body) != key]
+        for known in [known for known in self._known if _key(known.body) == key]:
+            self._known.remove(known)
+            if isinstance(known.answer.body, TrialReported) and known.answer.body.checkpoint is not None:
+                self.keep(body.card, [known.answer.body.checkpoint])
         spent = self._backend.cancel(*key) if self._backend is not None else 0.0
         return Acknowledged(command=body.kind, card=body.card, passes=spent)
 
-    def pump(self, trunk_steps: int) -> list[tuple[TrialReported | TrialFailed, str | None]]:
-        """Let the backend work for so many trunk steps; returns what ended, each with the command that it answers."""
+    def pump(self, trunk_steps: int, step: int) -> list[tuple[TrialReported | TrialFailed, str | None]]:
+        """Let the backend work for so many trunk steps; returns what ended, each with the command that it answers.
+
+        Args:
+            trunk_steps: Trunk steps' worth of time slices.
+            step: The trunk's step, at which what is known already may be due.
+        """
         if self._backend is None:
             return []
-        ended = self._backend.pump(trunk_steps)
+        found = self._due(step)
+        self._count(trunk_steps)
+        ended, self._early = [*self._early, *self._backend.pump(trunk_steps)], []
         for result in ended:
+            self._pumped.pop(result.job.key, None)
             if isinstance(result, SegmentDone) and result.job.to_resource < result.job.top_resource:
-                self._lower.setdefault(result.job.card, set()).add(result.checkpoint)
-        return [(_reported(r), self._commands.pop(r.job.key, None)) for r in ended]
+                self.keep(result.job.card, [result.checkpoint])
+        return [*found, *((_reported(r), self._commands.pop(r.job.key, None)) for r in ended)]
+
+    def _due(self, step: int) -> list[tuple[TrialReported | TrialFailed, str | None]]:
+        """Give the ends that earlier attempts have seen by this step."""
+        if not self._known:
+            return []
+        due = sorted((k for k in self._known if k.answer.step <= step), key=lambda k: k.answer.seq)
+        self._known = [k for k in self._known if k.answer.step > step]
+        for known in due:
+            self._pumped.pop(_key(known.body), None)
+            body = known.answer.body
+            below = known.body.to_resource < known.body.top_resource
+            if isinstance(body, TrialReported) and body.checkpoint is not None and below:
+                self.keep(body.card, [body.checkpoint])
+        return [(known.answer.body, known.command_id) for known in due]
+
+    def _count(self, trunk_steps: int) -> None:
+        for key in self._pumped:
+            self._pumped[key] += trunk_steps
 
     def notes(self) -> list[tuple[str, str]]:
         """What the backend has to say since the last call, as (card, text): who trains alone, and why."""
@@ -91,6 +191,10 @@ class TrialDesk:
         """Give everything up."""
         if self._backend is not None:
             self._backend.close()
+
+
+def _key(body: StartTrial) -> Key:
+    return (body.card, body.trial, body.rung_attempt)
 
 
 def _reported(result: SegmentDone | SegmentFailed) -> TrialReported | TrialFailed:
