@@ -34,9 +34,10 @@ LARGEST_CAP: Final = 1e9
 
 def healthy(state: State) -> bool:
     """Whether nothing is wrong with the trunk as far as the rows tell: its state may be kept as a good one."""
-    suite = state.suite
+    suite, level = state.suite, state.guards.level
     return (
-        state.guards.level.since is None
+        level.since is None
+        and (state.rows == 0 or len(level.recent) == WIDTH)
         and suite.non_finite.bad_run == 0
         and not suite.shift.active
         and not _pending(state, "rewind")
@@ -161,12 +162,15 @@ def _may_rewind(state: State) -> bool:
 
 
 def _rewind(state: State, to_step: int, why: str, out: Emission) -> None:
-    """Ask for it; further back than the last time, where that was not far enough."""
-    guards = state.guards
+    """Ask for it: further back and at a rate lowered by more, where the last time was not enough."""
+    guards, policy = state.guards, state.policy.safeguards
     if guards.rewound_at is not None and guards.rewound_to is not None and to_step <= guards.rewound_at:
         to_step = guards.rewound_to - 1
+    soon = guards.rewound_at is not None and state.step - guards.rewound_at <= state.planning_budget
+    guards.in_a_row = guards.in_a_row + 1 if soon else 1
     guards.rewinds += 1
-    out.command(Rewind(to_step=max(0, to_step), rate_factor=state.policy.safeguards.rate_factor, why=why))
+    factor = policy.rate_factor**guards.in_a_row
+    out.command(Rewind(to_step=max(0, to_step), rate_factor=factor, why=why))
 
 
 def _cap(state: State, out: Emission) -> None:

@@ -15,6 +15,7 @@ class Guards:
     Attributes:
         level: Follows the loss's level.
         rewinds: Times that the run went back, or could not.
+        in_a_row: Of these, the last ones, each within B steps of the one before.
         rewound_at: Step of the last time.
         rewound_to: Step of the state that it went back to.
         clips: Caps that were asked for.
@@ -26,6 +27,7 @@ class Guards:
 
     level: LevelWatch = field(default_factory=lambda: LevelWatch(above=3.0, patience=WIDTH))
     rewinds: int = 0
+    in_a_row: int = 0
     rewound_at: int | None = None
     rewound_to: int | None = None
     clips: int = 0

@@ -16,8 +16,11 @@ from automode.planner.policy import SafeguardPolicy
 WIDTH: Final = 20
 """Losses whose median is the level."""
 
-SPREADS: Final = 4.0
-"""Least distance from the lowest level in its own robust standard deviations."""
+SPREADS: Final = 2.0
+"""Least distance from the lowest level, in standard deviations of single losses: seven of a median of 20."""
+
+MEMORY: Final = 0.1
+"""Weight of the latest look in the spread."""
 
 REACH: Final = 2.5
 """Least distance from a single first loss, in distances between the median and the least of the recent losses."""
@@ -27,6 +30,9 @@ SHARE: Final = 0.25
 
 LEARNT: Final = 0.8
 """A run has learnt something once its level was below this share of its first loss."""
+
+LOST: Final = 0.9
+"""Part of the way back up, in logarithms, on which all that was learnt counts as lost."""
 
 LARGEST_LOG: Final = 700.0
 
@@ -44,9 +50,9 @@ def keep_every_of(policy: SafeguardPolicy, budget: int) -> int:
 class LevelWatch:
     """Follow the level of the loss, in logarithms.
 
-    The run has diverged when, at every look for ``patience`` steps, either the level is more than ``above`` times (and some
-    spreads) over the lowest one and a quarter of the way back to the first loss; or the loss is rising by the trend's test and all
-    that was learnt is lost. A run with a loss at or below 0 has no such level and never counts.
+    The run has diverged when, at every look for ``patience`` steps, either the level is more than ``above`` times and some
+    spreads over the lowest one, and a quarter of the way back to the first loss; or all that was learnt is lost, and the level
+    is some spreads over the lowest one or the trend's test says that it rises. A run with a loss at or below 0 has no such level and never counts.
 
     Args:
         above: Multiple of the lowest level.
@@ -122,15 +128,20 @@ class LevelWatch:
         logs = sorted(log(x) if isfinite(x) else inf for x in self.recent)
         self.level = level = (logs[WIDTH // 2 - 1] + logs[WIDTH // 2]) / 2
         quarter = WIDTH // 4
-        spread = (logs[-quarter - 1] - logs[quarter]) / 1.349 if isfinite(logs[-quarter - 1]) else inf
+        # Of the upper half alone: losses near 0 have a long tail downwards.
+        spread = (logs[-quarter - 1] - level) / 0.6745 if isfinite(logs[-quarter - 1]) else inf
+        if self._spread is not None and self.since is None and isfinite(spread):
+            self._spread += MEMORY * (spread - self._spread)
         if level < self.lowest:
-            self.lowest, self._spread = level, spread
+            self.lowest = level
+            self._spread = spread if self._spread is None else self._spread
         least = self._least(level, logs[0], spread)
         room = max(log(self.above), least) if isfinite(least) else log(self.above)
         rise = level - self.lowest
         if rise <= room / 4:
             self.sound_at = step
-        if (rise > room and self._on_the_way_back(level)) or (rising and self._lost(level)):
+        far = rise > room and self._on_the_way_back(level)
+        if far or (self._lost(level) and (rising or least < rise < inf)):
             if self.since is None:
                 self.since = step
             return
@@ -146,7 +157,7 @@ class LevelWatch:
         if self._spread is not None:
             return SPREADS * self._spread
         # A run that was never below its first loss is compared with that one loss, which may have been a lucky one.
-        return max(REACH * (level - smallest), 1.5 * SPREADS * spread)
+        return max(REACH * (level - smallest), 3.0 * SPREADS * spread)
 
     def _on_the_way_back(self, level: float) -> bool:
         assert self.top is not None
@@ -155,4 +166,5 @@ class LevelWatch:
 
     def _lost(self, level: float) -> bool:
         assert self.top is not None
-        return level >= log(self.top) and self.lowest <= log(LEARNT * self.top)
+        top = log(self.top)
+        return self.lowest <= top + log(LEARNT) and level >= self.lowest + LOST * (top - self.lowest)

@@ -240,7 +240,8 @@ class SafeguardPolicy(Part):
         description="steps that it stays there before the run goes back; null: B / 8, at least 20",
     )
     rate_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.5, description="what every learning rate is multiplied by when the run goes back"
+        default=0.5,
+        description="on the rates when the run goes back; its square and cube where that was not enough",
     )
     max_rewinds: int = Field(default=3, ge=1, description="times that a run may go back")
     keep_every: int | None = Field(

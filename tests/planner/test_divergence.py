@@ -79,11 +79,19 @@ def test_a_signed_loss_has_no_such_level() -> None:
     assert followed(np.concatenate([learning(300) - 1.0, np.full(300, 1e6)]))[1] is None
 
 
-def test_a_rise_that_loses_everything_learnt_needs_the_trend_to_say_so() -> None:
-    # A hard task: from 2.3 down to 1.5 and back up to 2.4 is far from three times the lowest level.
-    losses = np.concatenate([np.linspace(2.3, 1.5, 400), np.full(200, 2.4)])
+def test_a_noisy_rise_that_loses_everything_learnt_needs_the_trend_to_say_so() -> None:
+    # A hard and noisy task: from 2.3 down to 1.5 and back is far from three times the lowest level.
+    noise = np.exp(0.5 * np.random.default_rng(0).standard_normal(600))
+    losses = np.concatenate([np.linspace(2.3, 1.5, 400), np.full(200, 2.4)]) * noise
+    losses[0] = 2.3
     assert followed(losses)[1] is None
     assert followed(losses, rising=True)[1] is not None
+
+
+def test_a_clear_rise_that_loses_everything_learnt_counts_by_itself() -> None:
+    noise = np.exp(0.05 * np.random.default_rng(0).standard_normal(600))
+    losses = np.concatenate([np.linspace(2.3, 1.5, 400), np.full(200, 2.3)]) * noise
+    assert followed(losses)[1] is not None
 
 
 def test_beginning_anew_forgets_the_lowest_level_but_not_the_first_loss() -> None:
