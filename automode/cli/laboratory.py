@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from automode.cli.executing import execute
 from automode.cli.loss_plot import Mark as PlotMark
 from automode.cli.loss_plot import MarkRow, text_plot, write_plot
 from automode.cli.policies import load_policy
-from automode.cli.sessions import session_argument
+from automode.cli.sessions import find_card, session_argument
 from automode.cli.tables import safe, table
 from automode.engine import WhatIf
 from automode.engine.comparing import Pair
@@ -33,12 +34,38 @@ from automode.session import Session
     type=click.Path(path_type=Path, dir_okay=False),
     help="With --policy: draw the loss and both sets of cards to this file (.html, .svg, or .png with matplotlib).",
 )
+@click.option("--card", help="Run this card again from its stored snapshot; needs --execute.")
+@click.option(
+    "--execute",
+    "target",
+    help="The training script (or module:function) that the card ran in; Trainer.fit there runs the card and leaves.",
+)
+@click.argument("arguments", nargs=-1, metavar="[-- ARGUMENTS]", type=click.UNPROCESSED)
 @click.pass_context
-def replay(context: click.Context, session: Path, policy: str | None, plot: Path | None) -> None:
+def replay(
+    context: click.Context,
+    session: Path,
+    policy: str | None,
+    plot: Path | None,
+    card: str | None,
+    target: str | None,
+    arguments: tuple[str, ...],
+) -> None:
     """Decide everything again and compare (exit code 1 on a difference)."""
     if plot is not None and policy is None:
         raise UsageError("--plot draws what another policy would have proposed: give --policy too")
+    if (card is None) != (target is None):
+        raise UsageError("--card and --execute go together: which card, and the script that it ran in")
+    if target is None and arguments:
+        raise UsageError(f"{' '.join(arguments)}: arguments are for the script of --execute")
+    if policy is not None and card is not None:
+        raise UsageError("--policy and --card ask for different things: give one of them")
     with Session.open(session) as opened:
+        if card is not None and target is not None:
+            found = find_card(opened, card).card_id
+            if not execute(opened.path, found, target, arguments):
+                context.exit(1)
+            return
         if policy is not None:
             _what_if(opened, policy, plot)
             return

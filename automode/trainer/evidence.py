@@ -31,6 +31,14 @@ class Evidence:
         self._states = states
         self._slices = dict(slices)
 
+    def settled(self) -> dict[str, Any]:
+        """What scoring has settled so far, as plain data for :meth:`settle_as`."""
+        return self._evaluator.state()
+
+    def settle_as(self, state: Mapping[str, Any]) -> None:
+        """Score on as another run did from here."""
+        self._evaluator.load(state)
+
     def scores(self, model: nn.Module, part: Part) -> PerSampleScores:
         """Per-sample scores of a network on one half, in a fixed order."""
         return self._evaluator.scores(model, part)

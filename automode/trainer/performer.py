@@ -172,7 +172,7 @@ class Performer:
             if self.trunk.averages is not None:
                 self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
             choice, value, passes = evidence.choose(self.states.shell(), self.trunk.candidates())
-        digest = self._save(command.purpose, step)
+        digest = self._save(command.purpose, step, **self._conditions())
         return Snapshotted(
             card=command.card,
             purpose=command.purpose,
@@ -182,6 +182,11 @@ class Performer:
             choice=choice,
             passes=passes,
         )
+
+    def _conditions(self) -> dict[str, Any]:
+        """What a card goes by beside the trunk itself, so that it can be run again from there."""
+        judge = None if self.evidence is None else self.evidence.settled()
+        return {"clip_norm": self.trunk.clip_norm, "judge": judge}
 
     def save_final(self, step: int) -> str:
         """Store what the run leaves behind."""
@@ -213,6 +218,7 @@ class Performer:
             n=int(chosen.selected.size),
             pool=int(chosen.selected.size + chosen.others.size),
             artifact=chosen.artifact,
+            excluded=chosen.excluded,
             variants=chosen.variants,
             passes=chosen.passes,
         )
@@ -235,7 +241,9 @@ class Performer:
                 "the trunk keeps no averages, so there is nothing to merge along its trajectory"
             )
         self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
-        return combiner.merge_trunk(card, self._save("control", step), self.trunk.candidates(), step)
+        return combiner.merge_trunk(
+            card, self._save("control", step, **self._conditions()), self.trunk.candidates(), step
+        )
 
     def _combiner(self) -> Combiner:
         if self.combiner is None:

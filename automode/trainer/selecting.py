@@ -12,7 +12,6 @@ import torch
 from automode.errors import NotExecutableError
 from automode.planner.cards import PlanCard
 from automode.planner.recipes import (
-    INLINE_IDS,
     SelectAll,
     SelectIndices,
     Selection,
@@ -39,9 +38,10 @@ class Selected:
     Attributes:
         selected: Ids to specialise on, ascending.
         others: The rest of the training samples, to replay from.
-        variants: The trials' variants.
         left_out: Ids that the card leaves out, ascending.
-        artifact: The selected ids, where they are too many for a card.
+        variants: The trials' variants.
+        artifact: The selected ids, unless the card itself says which they are.
+        excluded: The excluded ones, likewise.
         passes: Sample passes that selecting took.
     """
 
@@ -50,6 +50,7 @@ class Selected:
     left_out: Ids
     variants: tuple[Variant, ...]
     artifact: str | None
+    excluded: str | None
     passes: float
 
 
@@ -87,10 +88,12 @@ class Selector:
         assert recipe is not None
         selected, passes = self._ids(card.selection)
         excluded: Ids = np.empty(0, dtype=np.int64)
+        artifact: str | None = None
         if recipe.exclude is not None:
             excluded, more = self._ids(recipe.exclude)
             excluded = np.intersect1d(self.train_ids, excluded)
             passes += more
+            artifact = self._kept(recipe.exclude, excluded)
         allowed = np.setdiff1d(self.train_ids, np.union1d(excluded, self.gone()))
         selected = np.intersect1d(selected, allowed)
         if selected.size == 0:
@@ -100,9 +103,21 @@ class Selector:
             others=np.setdiff1d(allowed, selected),
             left_out=excluded,
             variants=self._variants(card, recipe),
-            artifact=self.artifacts.put_ids(selected) if selected.size > INLINE_IDS else None,
+            artifact=self._kept(card.selection, selected),
+            excluded=artifact,
             passes=passes,
         )
+
+    def _kept(self, selection: Selection, ids: Ids) -> str | None:
+        """Store ids that a later reader could not find again, since they hang on what the run had seen by then."""
+        named = isinstance(selection, SelectAll) or (
+            isinstance(selection, SelectIndices) and selection.ids is not None
+        )
+        return None if named else self.artifacts.put_ids(ids)
+
+    def ids_of(self, selection: Selection) -> Ids:
+        """Return the samples of a selection; for those that no artifact needs to name, always the same."""
+        return self._ids(selection)[0]
 
     def _ids(self, selection: Selection) -> tuple[Ids, float]:
         match selection:

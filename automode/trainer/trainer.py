@@ -16,6 +16,7 @@ from automode.session import Session
 from automode.trainer.assembly import open_driver, resume_driver
 from automode.trainer.checkpointing import keeper_of, run_keeping
 from automode.trainer.driver import Driver
+from automode.trainer.executing import leave, ordered
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.loop import Loop
 from automode.trainer.observer import Observer
@@ -195,6 +196,9 @@ class Trainer:
 
 
 def _fit(settings: Settings, policy: Policy, request: FitRequest, own_step: TrainingStep | None) -> FitResult:
+    order = ordered()
+    if order is not None:
+        leave(order, settings, request, own_step)
     found = find(settings)
     session = None if found is None else (found.session, found.seed)
     parts = prepare(settings, policy, request, own_step, session=session)
