@@ -71,6 +71,10 @@ COMMANDS: Mapping[str, CommandSource] = {
     ),
     **_from("resuming", resume="Go on with a stopped run: its own command line, run again."),
     **_from(
+        "signals",
+        signals="Run the planner's signals and rules over a loss curve (CSV, or TensorBoard's event files).",
+    ),
+    **_from(
         "policies",
         policy="Check and compare policies.",
         schema="Print the JSON schema of plan cards or policies.",

@@ -82,3 +82,13 @@ def test_a_norm_that_is_no_longer_measured_ends_the_event() -> None:
     for i in range(201, 213):
         suite.observe(i, 1.0)
     assert not suite.joint_z.active
+
+
+def test_the_bar_stays_within_reach_after_many_spikes() -> None:
+    signal = JointZ(base=5.5)
+    for _ in range(20):
+        signal.update(6.0, 6.0)
+        for _ in range(12):
+            signal.update(0.0, 0.0)
+    assert signal.threshold == 7.5
+    assert signal.update(6.0, 6.0)

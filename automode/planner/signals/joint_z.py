@@ -11,6 +11,9 @@ from automode.planner.signals.wire import SignalState
 CLIP = 6.0
 """Either score counts for this much at most: what stands out by one of them alone is told by that one."""
 
+MOST = 7.5
+"""Highest threshold: two scores cut at 6 come to 8.49, and the bar must not rise out of reach after a few spikes."""
+
 _ROOT = 1.0 / sqrt(2.0)
 
 
@@ -27,7 +30,7 @@ class JointZ(TailAlarm):
     __slots__ = ()
 
     def __init__(self, *, base: float, hold: int = 12) -> None:
-        super().__init__(base=base, hold=hold)
+        super().__init__(base=base, hold=hold, most=max(base, MOST))
         if base >= 2.0 * CLIP * _ROOT:
             raise UsageError(
                 f"the threshold {base} is out of reach: two scores cut at {CLIP:g} come to at most {2.0 * CLIP * _ROOT:.2f}"

@@ -19,6 +19,7 @@ class TailAlarm:
     Args:
         base: Lowest threshold, in sigmas.
         hold: Ordinary scores in a row that end an event.
+        most: Highest threshold, where scores are bounded.
 
     Attributes:
         z: The last score; inf for a value that was not finite.
@@ -27,14 +28,15 @@ class TailAlarm:
         active: Whether an event is going on: it begins with a score that fires and ends after `hold` that do not.
     """
 
-    __slots__ = ("_calm", "_decay", "_tail", "active", "base", "fired", "hold", "threshold", "z")
+    __slots__ = ("_calm", "_decay", "_tail", "active", "base", "fired", "hold", "most", "threshold", "z")
 
-    def __init__(self, *, base: float, hold: int = 12) -> None:
+    def __init__(self, *, base: float, hold: int = 12, most: float = inf) -> None:
         require_positive("base", base)
         if hold < 1:
             raise UsageError(f"the value of `hold` is {hold}, but it must be at least 1")
         self.base = base
         self.hold = hold
+        self.most = most
         self._decay = 0.5 ** (1.0 / TAIL_HALF_LIFE)
         self._tail = 0.0
         self.end_event()
@@ -43,7 +45,7 @@ class TailAlarm:
         """End what is going on. The run's own tail is kept: it belongs to the run."""
         self._calm = 0
         self.z = 0.0
-        self.threshold = max(self.base, TAIL_FACTOR * self._tail)
+        self.threshold = min(max(self.base, TAIL_FACTOR * self._tail), self.most)
         self.fired = False
         self.active = False
 
@@ -57,6 +59,8 @@ class TailAlarm:
         threshold = TAIL_FACTOR * tail
         if threshold < self.base:
             threshold = self.base
+        elif threshold > self.most:
+            threshold = self.most
         self.threshold = threshold
         self.z = z
         if z > threshold:
