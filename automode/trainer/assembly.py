@@ -148,6 +148,7 @@ def _driver(parts: RunParts, held: Held, mode: Mode, store: SessionStore, state:
         total_steps=total if total is not None else sys.maxsize,
         guard=policy.safeguards.skip_nonfinite,
         within=policy.budget == "within",
+        on_card=parts.on_card,
     )
     return driver, 1 if backend is None else backend.slots
 

@@ -29,6 +29,7 @@ from automode.planner.events import (
 )
 from automode.session import SessionStore
 from automode.session.logs import SessionLog
+from automode.trainer.card_callbacks import CardCallback, CardCallbacks
 from automode.trainer.clock import Clock, ShiftedClock, SystemClock
 from automode.trainer.earlier import Earlier, is_usable
 from automode.trainer.evaluation import PerSampleScores
@@ -66,6 +67,7 @@ class Driver:
         guard: Whether non-finite steps are skipped in act mode.
         within: Whether automode's spending shortens the trunk.
         clock: For tests.
+        on_card: The user's own functions that hear of every card.
 
     Attributes:
         limit: Step that the trunk may train up to; shrinks as automode spends.
@@ -85,6 +87,7 @@ class Driver:
         guard: bool,
         within: bool,
         clock: Clock | None = None,
+        on_card: Sequence[CardCallback] = (),
     ) -> None:
         self.state = state
         self.limit = total_steps
@@ -99,6 +102,7 @@ class Driver:
         self._clock: Clock = clock or SystemClock()
         self._recorder = Recorder(store, log.logger)
         self._requests = RequestsDesk(store.path, log.logger)
+        self._callbacks = CardCallbacks(on_card, state, store.path, log.logger)
         self._executor = Executor(
             performer=performer,
             backend=backend,
@@ -194,6 +198,9 @@ class Driver:
             self._narrator.note(card, text, step)
         self._pumped_at = step
         self._settle(step)
+        for decided in self._callbacks.decided(self.state):
+            self._feed(decided)
+            self._settle(step)
         self._performer.keep(self.state, step)
         self._recorder.flush_if_due(now)
 

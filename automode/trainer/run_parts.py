@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from automode.errors import UsageError
 from automode.planner.events import Mode
 from automode.planner.policy import Policy
 from automode.session.paths import new_session_folder
+from automode.trainer.card_callbacks import CardCallback
 from automode.trainer.data_cursor import DataCursor
 from automode.trainer.evaluation import Evaluator, Ids
 from automode.trainer.fit_request import FitRequest, length_of
@@ -57,6 +58,7 @@ class RunParts:
         test: Evaluates on the test set, or None.
         console: What people see.
         session_path: The session's folder, fresh and empty.
+        on_card: The user's own functions that hear of every card.
     """
 
     settings: Settings
@@ -78,6 +80,7 @@ class RunParts:
     test: Validation | None
     console: Console
     session_path: Path
+    on_card: Sequence[CardCallback] = ()
 
 
 def prepare(

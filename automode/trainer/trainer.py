@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from automode.errors import UsageError
 from automode.planner.policy import Policy
 from automode.session import Session
 from automode.trainer.assembly import open_driver, resume_driver
+from automode.trainer.card_callbacks import CardCallback
 from automode.trainer.checkpointing import keeper_of, run_keeping
 from automode.trainer.driver import Driver
 from automode.trainer.executing import leave, ordered
@@ -31,6 +32,7 @@ from automode.trainer.steps import DefaultStep, OwnStep, Scaler, TrainingStep
 from automode.trainer.trunk import Precision
 
 F = TypeVar("F", bound=TrainingStep)
+C = TypeVar("C", bound=CardCallback)
 
 
 class Trainer:
@@ -122,6 +124,7 @@ class Trainer:
         )
         self.policy = policy_of(policy)
         self._own_step: TrainingStep | None = None
+        self._on_card: list[CardCallback] = []
 
     def training_step(self, function: F) -> F:
         """Train with a function of your own in place of the default step; use it as a decorator.
@@ -145,6 +148,29 @@ class Trainer:
             )
         self._own_step = function
         return function
+
+    def on_card(self, callback: C) -> C:
+        """Have a function called with every plan card of the runs to come; use it as a decorator, in a notebook say.
+
+        It is called in the training thread, between two steps, with the card and a
+        :class:`automode.trainer.card_callbacks.CardHandle`: ``approve()``, ``reject(why)``, ``revise(note)`` and ``edit(...)``. Training
+        waits for it; a handle that it keeps can answer later, from any thread. What it asks for is judged and recorded as every
+        request is, with the actor ``callback``. Random numbers that it draws leave no trace, and an exception of its own is
+        warned of and logged, and nothing more.
+
+        Args:
+            callback: A function of (card, handle).
+
+        Returns:
+            The function, unchanged.
+
+        Raises:
+            UsageError: It cannot be called.
+        """
+        if not callable(callback):
+            raise UsageError(f"on_card takes a function of (card, handle), got {type(callback).__name__}")
+        self._on_card.append(callback)
+        return callback
 
     def fit(
         self,
@@ -192,16 +218,23 @@ class Trainer:
             scheduler=scheduler,
             slices=slices,
         )
-        return _fit(self.settings, self.policy, request, self._own_step)
+        return _fit(self.settings, self.policy, request, self._own_step, tuple(self._on_card))
 
 
-def _fit(settings: Settings, policy: Policy, request: FitRequest, own_step: TrainingStep | None) -> FitResult:
+def _fit(
+    settings: Settings,
+    policy: Policy,
+    request: FitRequest,
+    own_step: TrainingStep | None,
+    on_card: Sequence[CardCallback] = (),
+) -> FitResult:
     order = ordered()
     if order is not None:
         leave(order, settings, request, own_step)
     found = find(settings)
     session = None if found is None else (found.session, found.seed)
     parts = prepare(settings, policy, request, own_step, session=session)
+    parts.on_card = on_card
     try:
         if found is None:
             observer = _open_driver(parts)
