@@ -12,6 +12,9 @@ from _study_traces import AFTER, BUDGET, CREDIT, Trace
 from _study_training import PROBE_EVERY
 
 GAIN = 0.01
+ROOM = 3 * BUDGET // 2
+"""Steps from a plateau's first to its segment's last that `signals_traces.py` asks for: B / 2 that it lasts, and B to look ahead."""
+
 Z95 = 1.96
 
 
@@ -70,6 +73,8 @@ class Plateaus:
     true: int = 0
     with_plateau: int = 0
     found: int = 0
+    with_room: int = 0
+    found_with_room: int = 0
     delays: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -89,7 +94,10 @@ class Plateaus:
             self.with_plateau += 1
             hit = alarm is not None and not improving
             self.found += hit
-            self.delays.append(max(0.0, (alarm or 0) - onset) / BUDGET if hit else inf)
+            if stop - onset >= ROOM:
+                self.with_room += 1
+                self.found_with_room += hit
+                self.delays.append(max(0.0, (alarm or 0) - onset) / BUDGET if hit else inf)
 
     def line(self) -> list[str]:
         """The figures as cells of the table."""
@@ -98,6 +106,7 @@ class Plateaus:
         return [
             share(self.false, self.segments),
             share(self.true, self.true + self.false),
+            share(self.found_with_room, self.with_room),
             share(self.found, self.with_plateau),
             f"{_told(delay)} [{_told(low)}, {_told(high)}]",
         ]
@@ -150,6 +159,8 @@ class Spikes:
         every = [hit for hits in self.found.values() for hit in hits]
         rates = [1e4 * k / n for k, n, _ in self.rates]
         low, high = bootstrap(rates, lambda x: float(x.mean()))
+        if not any(rates):  # nothing to draw from: what a Poisson rate may be at the most (97.5 %)
+            high = 3.69e4 / sum(n for _, n, _ in self.rates)
         worst = max(self.rates, key=lambda r: r[0] / r[1])
         return [
             share(sum(every), len(every)),

@@ -215,25 +215,41 @@ def kick_run(name: str, task: Task, optimizer: str, batch: int, seed: int) -> Tr
 
 
 def diverging_run(name: str, task: Task, optimizer: str, batch: int, seed: int) -> Trace:
-    """Raise the rate by a small factor a step, or feed more and more corrupted batches, until the probe has doubled."""
+    """Raise the rate by a small factor a step, or mislabel a growing share of every batch, until the training loss has doubled.
+
+    Doubled: the mean of the last 40 losses is at least twice the median of ten such means before the onset. The transformer's loss
+    cannot double by wrong labels (a uniform guess comes to less), so there it is the rate alone.
+    """
     run, trace, curve = begin(name, "diverging", task, optimizer, batch, seed)
     rng = np.random.default_rng(seed)
     rate = task.rates[optimizer == "adam"] * 10 ** rng.uniform(-0.5, 0.0)
     trace.onset = 1000 + int(rng.integers(0, 400))
     for _ in range(trace.onset):
         run.advance(rate, curve)
-    level = float(np.median(curve.probe[-10:]))
-    by_rate = seed % 3 != 0
+    level = float(np.median(np.reshape(curve.loss[-400:], (10, 40)).mean(axis=1)))
+    by_rate = seed % 3 != 0 or name.startswith("divergence-transformer")
     factor = 1.0 + rng.uniform(0.002, 0.006)
-    corrupt = faults("bad batch", 1)[0].batch
-    assert corrupt is not None
-    for i in range(1500):
-        fault = None if by_rate or rng.random() > i / 1500 else Fault(batch=corrupt)
+    for i in range(2000):
+        fault = None if by_rate else Fault(batch=_mislabelled(i / 1500))
         run.advance(rate * factor**i if by_rate else rate, curve, fault)
-        if run.step % PROBE_EVERY == 0 and not run.probe() < 2.0 * level:
+        if run.step % PROBE_EVERY == 0 and not np.mean(curve.loss[-40:]) < 2.0 * level:
             trace.doubled = run.step
             break
     return finish(trace, curve)
+
+
+def _mislabelled(
+    share: float,
+) -> Callable[[torch.Tensor, torch.Tensor, np.random.Generator], tuple[torch.Tensor, torch.Tensor]]:
+    def fault(
+        x: torch.Tensor, y: torch.Tensor, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wrong = torch.from_numpy(rng.random(len(y)) < share)
+        mixed = y.clone()
+        mixed[wrong] = y.roll(1, 0)[wrong]
+        return x, mixed
+
+    return fault
 
 
 Job = tuple[str, Callable[[], Trace]]
@@ -256,7 +272,7 @@ def jobs(seed: int, *, quick: bool) -> Iterator[Job]:
     for kind, make, repeats in (
         ("spike", spike_run, 2),
         ("kick", kick_run, 3),
-        ("diverging", diverging_run, 6),
+        ("divergence", diverging_run, 7),
     ):
         for name, task in found.items():
             for optimizer in OPTIMIZERS:
@@ -264,7 +280,7 @@ def jobs(seed: int, *, quick: bool) -> Iterator[Job]:
                     number += 1
                     if quick and (name, optimizer, i) != ("regression", "sgd", 0):
                         continue
-                    batch = (8, 32, 16)[i % 3] if name == "transformer" else (8, 64, 16, 128, 32, 8)[i]
+                    batch = (8, 32, 16)[i % 3] if name == "transformer" else (8, 64, 16, 128, 32, 8, 16)[i]
                     title = f"{kind}-{name}-b{batch}-{optimizer}-{number}"
                     yield title, _bound(make, title, task, optimizer, batch, number)
 

@@ -194,10 +194,20 @@ def test_the_numbers_are_those_of_the_formulas() -> None:
         assert worst == pytest.approx(-every[every.size - 1 - low] * ahead / level)
     assert signal.level == pytest.approx(level)
     assert signal.slope == pytest.approx(np.median(every) / 20)
+    assert signal.rise == pytest.approx(max(0.0, *(smallest_rise(y[-n:]) for n in (40, 20))))
+    assert signal.mann_kendall.s == brute_s(y[-40:].tolist())
+
+
+@pytest.mark.parametrize("rising", [1400, 900, 300])
+def test_the_rise_is_that_of_the_window_that_shows_more(rising: int) -> None:
+    level = np.concatenate([np.ones(1600 - rising), 1.0 + np.linspace(0.0, 1.0, rising)])
+    losses = noisy(level, 0.05, 1)
+    signal = follow(losses)
+    y = losses.reshape(-1, 20).mean(axis=1)
     rises = {n: smallest_rise(y[-n:]) for n in (40, 20)}
     assert signal.rise == pytest.approx(max(rises.values()))
+    assert signal.rise > 0.1
     assert signal.rise_window == 20 * max(rises, key=lambda n: rises[n])
-    assert signal.mann_kendall.s == brute_s(y[-40:].tolist())
 
 
 def smallest_rise(y: Any, z: float = 1.645) -> float:

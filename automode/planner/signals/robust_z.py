@@ -107,9 +107,13 @@ class RobustZ(TailAlarm):
     @property
     def ceiling(self) -> float | None:
         """The largest ordinary value in its own unit: median + 3 sigma, as in the push; None during the warm-up."""
+        ordered = self._sorted
         if not self._ring:
             return None
-        return self._original(self._sorted[self._i_mid] + PUSH_CAP_SIGMA * max(self._spread(), self._slow))
+        middle = ordered[self._i_mid]
+        half = (ordered[self._i_q3] - ordered[self._i_q1]) * SIGMA_PER_IQR
+        sigma = max(half, (ordered[self._i_upper] - middle) * SIGMA_PER_UPPER, SIGMA_FLOOR, self._slow)
+        return self._original(middle + PUSH_CAP_SIGMA * sigma)
 
     @property
     def median(self) -> float:
@@ -147,7 +151,12 @@ class RobustZ(TailAlarm):
             return self.pass_over()
         ordered = self._sorted
         middle = ordered[self._i_mid]
-        sigma = self._spread()
+        sigma = (ordered[self._i_q3] - ordered[self._i_q1]) * SIGMA_PER_IQR
+        upper = (ordered[self._i_upper] - middle) * SIGMA_PER_UPPER
+        if sigma < upper:
+            sigma = upper
+        if sigma < SIGMA_FLOOR:
+            sigma = SIGMA_FLOOR
         self._slow = slow = sigma + self._keep * (self._slow - sigma) if self._slow else sigma
         if sigma < slow:
             sigma = slow
@@ -165,15 +174,6 @@ class RobustZ(TailAlarm):
             insort(ordered, v)
             self._place_quantiles()
         return self.judge(z)
-
-    def _spread(self) -> float:
-        """Sigma of the window as it stands, by its middle half or its upper tail, whichever is wider."""
-        ordered = self._sorted
-        sigma = (ordered[self._i_q3] - ordered[self._i_q1]) * SIGMA_PER_IQR
-        upper = (ordered[self._i_upper] - ordered[self._i_mid]) * SIGMA_PER_UPPER
-        if sigma < upper:
-            sigma = upper
-        return max(SIGMA_FLOOR, sigma)
 
     def _warm_up(self, x: float) -> bool:
         changed = self.pass_over()

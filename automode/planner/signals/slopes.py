@@ -22,6 +22,7 @@ def _pairs(m: int) -> tuple[Indices, Indices, Vector]:
     return i.astype(np.intp), j.astype(np.intp), 1.0 / (j - i).astype(np.float64)
 
 
+@lru_cache(maxsize=1024)
 def kendall_sigma(w: int) -> float:
     """Standard deviation of Kendall's S of `w` exchangeable points without ties."""
     return sqrt(w * (w - 1) * (2 * w + 5) / 18.0)

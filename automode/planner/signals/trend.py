@@ -29,7 +29,7 @@ import numpy as np
 from automode.errors import UsageError
 from automode.planner.signals.mann_kendall import MannKendall
 from automode.planner.signals.nonfinite import FINITE_LIMIT
-from automode.planner.signals.slopes import PairSlopes, Vector
+from automode.planner.signals.slopes import PairSlopes, Vector, kendall_sigma
 from automode.planner.signals.wire import SignalState, from_wire, require_positive, to_wire
 
 BLOCKS_PER_BUDGET = 40
@@ -84,8 +84,8 @@ class BlockTrend:
         slope: Theil-Sen slope in loss units per step.
         z_against_gain: Mann-Kendall z of the series with the slope that would just bring `gain` taken out: the plateau is
             declared at every confidence up to about this.
-        rise: Smallest plausible relative rise over the last B or B / 2 steps, the larger of the two; NaN until B / 2 steps since
-            the reset, because the first steps after a change of rate often rise.
+        rise: Smallest plausible relative rise over the last B or B / 2 steps, the larger of the two, and 0 where Mann-Kendall finds
+            none at `z_execute`; NaN until B / 2 steps since the reset, because the first steps after a change of rate often rise.
         rise_window: Steps over which that rise took place.
         mann_kendall: Streaming Mann-Kendall over the block means of the last B steps.
     """
@@ -95,6 +95,7 @@ class BlockTrend:
         "_buffer",
         "_capacity",
         "_end",
+        "_half_kendall",
         "_held",
         "_in_block",
         "_long_best",
@@ -161,6 +162,7 @@ class BlockTrend:
         self._buffer: Vector = np.empty(6 * self._capacity)
         self.level_scale = 0.0
         self.mann_kendall = MannKendall(window=self._wide)
+        self._half_kendall = MannKendall(window=max(4, self._wide // 2))
         self.reset()
 
     def reset(self) -> None:
@@ -171,6 +173,7 @@ class BlockTrend:
         self._held = 0
         self._since_look = 0
         self.mann_kendall.reset()
+        self._half_kendall.reset()
         self.status = TrendState.UNKNOWN
         self.firm = TrendState.UNKNOWN
         self.looks = 0
@@ -232,6 +235,7 @@ class BlockTrend:
         self.blocks += 1
         self._held += 1
         self.mann_kendall.update(mean)
+        self._half_kendall.update(mean)
         self._since_look += 1
         if self._since_look < self._look_blocks or self._held < MIN_BLOCKS:
             return False
@@ -297,14 +301,17 @@ class BlockTrend:
             self.rise = nan
             return
         w = min(self._held, self._wide)
-        self.rise, self.rise_window = self._smallest_rise(w), w * self.block_steps
-        if w > half >= MIN_BLOCKS and (sooner := self._smallest_rise(half)) > self.rise:
+        self.rise, self.rise_window = self._smallest_rise(w, self.mann_kendall), w * self.block_steps
+        if w > half >= MIN_BLOCKS and (sooner := self._smallest_rise(half, self._half_kendall)) > self.rise:
             self.rise, self.rise_window = sooner, half * self.block_steps
 
-    def _smallest_rise(self, w: int) -> float:
+    def _smallest_rise(self, w: int, kendall: MannKendall) -> float:
+        # The lower bound is this test inverted: where it does not reject, the bound is at most 0, and needs no slopes.
+        if kendall.s < self.z_execute * kendall_sigma(w):
+            return 0.0
         y = self._buffer[self._end - w : self._end]
         self._slopes.compute(y)
-        return self._slopes.lower(self.z_execute) * w / self._level(y)[1]
+        return max(0.0, self._slopes.lower(self.z_execute) * w / self._level(y)[1])
 
     def _level(self, y: Vector) -> tuple[float, float]:
         """The level, and what a change is relative to.
@@ -369,6 +376,8 @@ class BlockTrend:
         signal.level_scale = state["level_scale"]
         means = state["means"]
         signal._buffer[: len(means)] = means
+        for mean in means[len(means) - min(len(means), state["held"], signal._half_kendall.window) :]:
+            signal._half_kendall.update(mean)
         signal._end = len(means)
         signal._block_sum = state["block_sum"]
         signal._in_block = state["in_block"]
