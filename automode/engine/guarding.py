@@ -86,7 +86,7 @@ def answered(state: State, body: Rewound | RateSet | ClipSet, out: Emission) -> 
         case Rewound():
             return _rewound(state, body, out)
         case RateSet():
-            state.guards.level.restart(body.step)  # what comes now is measured anew
+            state.guards.level.restart(body.step, at=body.step)
         case ClipSet():
             state.guards.cap = body.norm
     return None
@@ -97,7 +97,7 @@ def _rewound(state: State, body: Rewound, out: Emission) -> tuple[Reading, ...] 
     guards = state.guards
     guards.rewound_at, guards.rewound_to = body.step, body.to_step
     guards.skipped = 0
-    guards.level.restart(body.step)
+    guards.level.restart(body.step, at=body.to_step)
     why = f"the trunk went back to its state of step {body.to_step}"
     state.adoptions += 1
     before, state.lineage = state.lineage, f"trunk:{state.adoptions}"

@@ -22,6 +22,9 @@ SPREADS: Final = 2.0
 MEMORY: Final = 0.1
 """Weight of the latest look in the spread."""
 
+REMEMBERED: Final = 512
+"""Looks whose level is remembered, for a run that goes back to one of them."""
+
 REACH: Final = 2.5
 """Least distance from a single first loss, in distances between the median and the least of the recent losses."""
 
@@ -70,6 +73,7 @@ class LevelWatch:
 
     __slots__ = (
         "_begun",
+        "_levels",
         "_spread",
         "above",
         "first",
@@ -89,14 +93,24 @@ class LevelWatch:
         self.recent: deque[float] = deque(maxlen=WIDTH)
         self.top: float | None = None
         self.signed = False
+        self._levels: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
+        self._spread: float | None = None
         self.restart(0)
 
-    def restart(self, step: int) -> None:
-        """Begin anew with other weights."""
+    def restart(self, step: int, *, at: int | None = None) -> None:
+        """Begin anew.
+
+        Args:
+            step: Of now.
+            at: Step whose weights the run has again, which is then measured by the level of then; None: others, or none yet.
+        """
+        known = [level for when, level in self._levels if at is not None and when <= at]
+        self.lowest = known[-1] if known else inf
+        if not known:
+            self._spread = None
         self.recent.clear()
         self.first: float | None = None
-        self.level = self.lowest = inf
-        self._spread: float | None = None
+        self.level = inf
         self._begun = step
         self.since: int | None = None
         self.sound_at = step
@@ -109,7 +123,8 @@ class LevelWatch:
             self.signed = True
             return
         self.first = loss
-        self.lowest = log(loss)
+        if self.lowest == inf:
+            self.lowest = log(loss)
         if self.top is None:
             self.top = loss
 
@@ -146,6 +161,7 @@ class LevelWatch:
                 self.since = step
             return
         self.since = None
+        self._levels.append((step, level))
         if self._spread is None and step - self._begun >= 2 * self.patience:
             self.lowest, self._spread = level, spread  # the level that it has, in place of one loss
 

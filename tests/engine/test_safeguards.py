@@ -56,7 +56,7 @@ def replayed(world):
 
 def test_a_diverged_loss_goes_back_to_before_it_rose_at_half_the_rate(make_world, to_rows):
     world = started(make_world)
-    world.rows(to_rows(np.concatenate([learning(1000), level(8.0, 300)])))
+    world.rows(to_rows(np.concatenate([learning(1000), level(8.0, 150)])))
     (rewind,) = commands(world, "rewind")
     assert 800 < rewind.to_step <= 1000
     assert rewind.rate_factor == 0.5
@@ -139,7 +139,7 @@ def test_a_run_that_going_back_does_not_help_is_stopped(make_world, to_rows):
 
 def test_without_a_good_state_the_rate_is_lowered_instead(make_world, to_rows):
     world = started(make_world, good=None)
-    world.rows(to_rows(np.concatenate([learning(1000), level(8.0, 300)])))
+    world.rows(to_rows(np.concatenate([learning(1000), level(8.0, 150)])))
     assert [c.factor for c in commands(world, "set_learning_rate")] == [0.5]
     assert "no good state is kept" in commands(world, "set_learning_rate")[0].why
     assert not answers(world, "rewound")

@@ -102,6 +102,14 @@ def test_beginning_anew_forgets_the_lowest_level_but_not_the_first_loss() -> Non
     assert not watch.diverged(10**9)
 
 
+def test_weights_of_before_are_measured_by_the_level_of_then() -> None:
+    watch, _ = followed(learning(500))
+    watch.restart(600, at=120)
+    assert 0.5 < math.exp(watch.lowest) < 1.5  # and not the 0.3 that came later
+    watch.begin(0.01)  # one lucky batch is no level
+    assert math.exp(watch.lowest) > 0.5
+
+
 @settings(max_examples=60)
 @given(
     st.lists(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from automode.planner.policy import PacingPolicy, Policy, ScanPolicy
+from automode.planner.policy import DiagnosticPolicy, PacingPolicy, Policy, ScanPolicy
 from automode.trainer.random_state import RandomState
 from automode.trainer.trainer import Trainer
 
@@ -150,7 +150,9 @@ def test_scans_and_rules_that_run_meanwhile_change_nothing(tmp_path: Path) -> No
     losses, weights, rng, _ = bare_loop(script, epochs=30)
     made = script.build()
     policy = Policy(
-        scan=ScanPolicy(every=20, share=1.0, probe=64, min_visits=1.0), pacing=PacingPolicy(warmup_steps=0)
+        scan=ScanPolicy(every=20, share=1.0, probe=64, min_visits=1.0),
+        pacing=PacingPolicy(warmup_steps=0),
+        diagnostics=DiagnosticPolicy(every=30, share=1.0, examples=32, probe=16),
     )
     trainer = Trainer(
         max_epochs=30,
@@ -168,3 +170,5 @@ def test_scans_and_rules_that_run_meanwhile_change_nothing(tmp_path: Path) -> No
     assert len(list(result.session.events("scanned"))) >= 5
     assert len(list(result.session.events("clustered"))) >= 5
     assert len(list(result.session.events("validated"))) == 30
+    read = [event.body["sharpness"] for event in result.session.events("diagnosed")]
+    assert len([value for value in read if value is not None]) >= 2
