@@ -302,7 +302,7 @@ def performer_of(
 
 
 def _ledger(parts: RunParts) -> Callable[[], SampleLedger] | None:
-    if parts.probe.ledger is None:
+    if not parts.probe.keeps_ledger:
         return None
 
     def current() -> SampleLedger:

@@ -52,6 +52,14 @@ class Diagnoser:
     why_no_noise: str = ""
     _direction: Vector = field(default_factory=list)
 
+    def state(self) -> Vector:
+        """The direction that the next reading goes on from, for :meth:`load`."""
+        return self._direction
+
+    def load(self, direction: Vector) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._direction = [part.to(self.trunk.device) for part in direction]
+
     def diagnose(self, command: Diagnose, step: int) -> Diagnosed:
         """Take what can be taken."""
         missing: dict[str, str] = {}

@@ -78,6 +78,11 @@ class Probe:
         return 0 if self._feed is None else self._feed.overwritten
 
     @property
+    def keeps_ledger(self) -> bool:
+        """Whether there is a sample ledger; asking brings nothing up to date."""
+        return self._feed is not None
+
+    @property
     def ledger(self) -> SampleLedger | None:
         """The sample ledger, brought up to date with every step recorded."""
         if self._feed is None:

@@ -1,7 +1,7 @@
 """What those who carry commands out have in memory, as plain data: it goes into a checkpoint, and back.
 
 The log says what was decided, not what it was decided on: the ids that a running card trains on, the latest verdict on label
-noise, the latest clusters.
+noise, the latest clusters, the good states that the run may go back to.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ from automode.trainer.performer import Performer, entropy_of
 from automode.trainer.scanning import Scanner
 from automode.trainer.specialists import CardData
 
-_SELECTED, _OTHERS = 1, 2
+_SELECTED, _OTHERS, _LEFT_OUT = 1, 2, 3
 
 
 def remembered(performer: Performer) -> dict[str, Any]:
     """Take what a run's performer has in memory: plain data and tensors."""
     runner, scanner, selector = performer.runner, performer.scanner, performer.selector
-    found: dict[str, Any] = {"cards": {}}
+    found: dict[str, Any] = {
+        "cards": {},
+        "good": performer.good.state(),
+        "direction": performer.diagnoser.state(),
+    }
     if runner is not None and selector is not None:
         for card, data in runner.cards.items():
             part = np.zeros(selector.train_ids.size, dtype=np.uint8)
             part[np.isin(selector.train_ids, data.selected)] = _SELECTED
             part[np.isin(selector.train_ids, data.others)] = _OTHERS
+            part[np.isin(selector.train_ids, data.left_out)] = _LEFT_OUT
             found["cards"][card] = {"part": torch.from_numpy(part), "step": data.step}
         if runner.per_sample is not None:
             found["per_sample"] = runner.per_sample.state()
@@ -49,6 +54,8 @@ def remind(performer: Performer, kept: Mapping[str, Any]) -> None:
         performer: Of the run that is taken up.
         kept: What was taken.
     """
+    performer.good.load(kept["good"])
+    performer.diagnoser.load(kept["direction"])
     if performer.runner is not None and performer.runner.per_sample is not None and "per_sample" in kept:
         performer.runner.per_sample.load(kept["per_sample"])
     scanner, stored = performer.scanner, kept.get("scanner")
@@ -85,14 +92,15 @@ def remind_card(
     stored = kept.get("cards", {}).get(card.id)
     if stored is not None and len(stored["part"]) == selector.train_ids.size:
         part = stored["part"].numpy()
-        selected = selector.train_ids[part == _SELECTED]
-        if selected.size == resolved.n and int(np.count_nonzero(part)) == resolved.pool:
+        selected, others = (selector.train_ids[part == which] for which in (_SELECTED, _OTHERS))
+        if (selected.size, selected.size + others.size) == (resolved.n, resolved.pool):
             runner.cards[card.id] = CardData(
                 recipe=card.training_recipe,
                 selected=selected,
-                others=selector.train_ids[part == _OTHERS],
+                others=others,
                 entropy=entropy_of(performer.seed, card),
                 step=int(stored["step"]),
+                left_out=selector.train_ids[part == _LEFT_OUT],
             )
             return
     again = performer.resolve(card, performer.trunk.step)

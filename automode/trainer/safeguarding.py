@@ -107,6 +107,23 @@ class GoodStates:
             )
         )
 
+    def state(self) -> dict[str, Any]:
+        """What is kept, for :meth:`load`: plain data and tensors."""
+        return {
+            "states": [
+                {"step": s.step, "weights": s.weights, "optimizer": s.optimizer, "averages": s.averages}
+                for s in self._states
+            ],
+            "due": self._due,
+            "why_none": self.why_none,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Keep what :meth:`state` gave."""
+        self._states = [GoodState(**kept) for kept in state["states"]]
+        self._due = int(state["due"])
+        self.why_none = str(state["why_none"])
+
     def restart(self) -> None:
         """Forget everything: the trunk was replaced, and its states of before do not belong to it; one is kept anew soon."""
         self._states.clear()

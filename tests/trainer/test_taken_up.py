@@ -122,6 +122,8 @@ class Stage:
     runner: Any = field(default_factory=lambda: SimpleNamespace(cards={}, per_sample=None))
     selector: Any = field(default_factory=lambda: SimpleNamespace(train_ids=np.arange(200)))
     scanner: Any = None
+    good: Any = field(default_factory=lambda: SimpleNamespace(state=dict, load=len))
+    diagnoser: Any = field(default_factory=lambda: SimpleNamespace(state=list, load=len))
     deleted: list[str] = field(default_factory=list)
 
     def carry_out(self, body: Command, state: State, step: int) -> Sequence[Input]:
