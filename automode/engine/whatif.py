@@ -16,8 +16,11 @@ from automode.engine.machine import handle, initial
 from automode.planner.cards import PlanCard
 from automode.planner.events import (
     Clustered,
+    Diagnosed,
     Envelope,
+    RateSet,
     Resumed,
+    Rewound,
     Rows,
     Scanned,
     SessionStarted,
@@ -117,7 +120,7 @@ def _as_observed(item: Envelope, policy: Policy) -> Envelope | None:
                 }
             )
             return replace(item, body=other, command_id=None)
-        case Validated() | Scanned() | Clustered() | Resumed():
+        case Validated() | Scanned() | Clustered() | Diagnosed() | Rewound() | RateSet() | Resumed():
             return replace(item, command_id=None)
         case _:
             return None
