@@ -36,17 +36,25 @@ def read_events(path: Path, choose: Chooser) -> Table:
     if not scalars and not tensors:
         raise UsageError(f"{shown(str(path), 400)} holds no scalars")
     table = Table(columns=("step", *scalars, *tensors))
-    steps = table.cells.setdefault("step", Column())
+    cells: list[tuple[float, int, float, str]] = []
     for tag in choose(table.columns):
+        table.cells[tag] = Column()
         if tag == "step":
             continue
-        column = table.cells.setdefault(tag, Column())
         for event in _events(events, tag, scalars):
-            value = float(event.value if tag in scalars else tensor_util.make_ndarray(event.tensor_proto))
-            steps.add(table.rows, float(event.step))
-            column.add(table.rows, value)
-            table.rows += 1
-            table.lines.append(table.rows)
+            try:
+                value = float(event.value if tag in scalars else tensor_util.make_ndarray(event.tensor_proto))
+            except (TypeError, ValueError):
+                raise UsageError(
+                    f"{shown(str(path), 400)}: `{shown(tag)}` holds no numbers but text, a picture or many values at once"
+                ) from None
+            cells.append((event.wall_time, event.step, value, tag))
+    steps = table.cells["step"] = Column()
+    for _, step, value, tag in sorted(cells, key=lambda cell: cell[0]):
+        steps.add(table.rows, float(step))
+        table.cells[tag].add(table.rows, value)
+        table.rows += 1
+        table.lines.append(table.rows)
     return table
 
 

@@ -177,13 +177,37 @@ def test_a_long_table_of_mlflow_is_read(tmp_path: Path) -> None:
 def test_event_files_need_tensorboard_and_say_so(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for module in ("tensorboard", "tensorboard.backend.event_processing.event_accumulator"):
+        monkeypatch.setitem(sys.modules, module, None)
     path = tmp_path / "events.out.tfevents.1.host"
     path.write_bytes(b"")
     with pytest.raises(NotExecutableError):
         load_curve(str(path))
     assert "pip install 'automode[tensorboard]'" in cli("signals", path, code=1).output
     assert "pip install" in cli("signals", tmp_path, code=1).output, "a folder of event files is one too"
+
+
+@pytest.mark.parametrize("new_style", [False, True])
+def test_event_files_are_read_by_tensorboards_own_reader(tmp_path: Path, new_style: bool) -> None:
+    pytest.importorskip("tensorboard", reason="the extra automode[tensorboard]")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for i in range(60):
+            for name, value in (
+                ("train/loss", LOSS[i]),
+                ("val/loss", 9.0),
+                ("lr-SGD", 0.1),
+                ("grad_norm", 2.0),
+            ):
+                writer.add_scalar(name, value, 10 * i, new_style=new_style)
+    curve = load_curve(str(tmp_path))
+    assert curve.loss_name == "train/loss"
+    assert curve.steps.tolist() == [10 * i for i in range(60)]
+    assert np.allclose(curve.loss, LOSS[:60], rtol=1e-6)
+    assert curve.lr is not None
+    assert curve.grad_norm is not None
+    assert curve.notes == []
 
 
 # --------------------------------------------------------------------------------------------------------- messy logs
