@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
 from automode.cli.files import read_text
 from automode.errors import NotExecutableError, PolicyError
+from automode.planner import displays
 from automode.planner.capability import policy_refusals
 from automode.planner.card_text import json_schema, policy_from_yaml, policy_to_yaml
 from automode.planner.policy import Policy
@@ -80,16 +81,7 @@ def load_policy(name: str) -> Policy:
 
 def differences(a: Policy, b: Policy) -> list[str]:
     """Say what differs, one dotted name a line."""
-    before, after = _leaves(a.dump(), ""), _leaves(b.dump(), "")
     return [
-        f"{name}: {shown(flow(before[name]), 200)} -> {shown(flow(after[name]), 200)}"
-        for name in before
-        if before[name] != after[name]
+        f"{name}: {shown(flow(before), 200)} -> {shown(flow(after), 200)}"
+        for name, before, after in displays.differences(a, b)
     ]
-
-
-def _leaves(value: dict[str, Any], path: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, entry in value.items():
-        found |= _leaves(entry, f"{path}{key}.") if isinstance(entry, dict) else {f"{path}{key}": entry}
-    return found

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from automode.errors import CardError, PolicyError, UsageError
 from automode.planner import card_view
 from automode.planner.cards import PlanCard
+from automode.planner.displays import Panel
 from automode.planner.policy import Policy
 from automode.planner.recipes import Cost, Variant
 from automode.planner.schema_problems import describe, schema_of, validate
@@ -20,6 +21,7 @@ from automode.planner.yaml_writer import block
 
 __all__ = [
     "card_html",
+    "card_panel",
     "card_summary",
     "from_yaml",
     "json_schema",
@@ -151,7 +153,12 @@ def json_schema(of: Literal["card", "policy"]) -> dict[str, Any]:
 
 def card_html(card: PlanCard) -> str:
     """Return the card as self-contained, escaped HTML."""
-    return card_view.card_html(card, to_yaml(card))
+    return card_panel(card).html()
+
+
+def card_panel(card: PlanCard) -> Panel:
+    """Return the card as a panel, its full text on demand."""
+    return card_view.card_panel(card, to_yaml(card))
 
 
 def _load(text: str, model: type[M]) -> tuple[M | None, list[Problem]]:

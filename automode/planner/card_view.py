@@ -5,11 +5,11 @@ Everything that a card holds may have been typed by somebody: text is escaped fo
 
 from __future__ import annotations
 
-import html
 import textwrap
 from collections.abc import Iterator
 
 from automode.planner.cards import PlanCard
+from automode.planner.displays import Panel
 from automode.planner.recipes import (
     MergeRecipe,
     SelectAll,
@@ -108,25 +108,13 @@ def card_summary(card: PlanCard) -> str:
     return "\n".join([head, *(f"  {line}" for line in [*because, *facts])])
 
 
-def card_html(card: PlanCard, yaml: str) -> str:
-    """Return a card as self-contained HTML for a notebook: no script, no outside reference, everything escaped.
+def card_panel(card: PlanCard, yaml: str) -> Panel:
+    """Return a card as a panel, for a notebook or a terminal.
 
     Args:
         card: The card.
         yaml: Its full text, shown on demand.
     """
-    cell = "padding:2px 12px 2px 0;text-align:left;vertical-align:top"
-    rows = "".join(
-        f'<tr><th style="{cell};opacity:.7;font-weight:normal">{html.escape(label)}</th>'
-        f'<td style="{cell}">{html.escape(text)}</td></tr>'
-        for label, text in _facts(card)
-    )
     head = f"{card.action} · {card.reason} · step {card.step} · risk {card.risk}"
-    return (
-        '<div style="border:1px solid currentColor;border-radius:6px;padding:8px 12px;max-width:60em;font-family:sans-serif">'
-        f"<div><strong>plan card <code>{html.escape(card.id)}</code>, revision {card.rev}</strong> · {html.escape(head)}</div>"
-        f'<p style="margin:6px 0">{html.escape(card.because)}</p>'
-        f'<table style="border-collapse:collapse">{rows}</table>'
-        f'<details><summary>YAML</summary><pre style="white-space:pre-wrap">{html.escape(yaml)}</pre></details>'
-        "</div>"
-    )
+    title = f"plan card {card.id}, revision {card.rev} · {head}"
+    return Panel(title=title, lead=card.because, rows=list(_facts(card)), more=("YAML", yaml))

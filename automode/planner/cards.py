@@ -206,6 +206,16 @@ class PlanCard(Part):
         """Return plain JSON data by the names that YAML uses; ``None`` and defaults of optional parts included."""
         return self.model_dump(mode="json", by_alias=True)
 
+    def __str__(self) -> str:
+        from automode.planner.card_text import card_summary
+
+        return card_summary(self)
+
+    def __rich__(self) -> Any:
+        from automode.planner.card_text import card_panel
+
+        return card_panel(self).rich()
+
     def _repr_html_(self) -> str:
         from automode.planner.card_text import card_html
 

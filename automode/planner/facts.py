@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from automode.planner.cards import CardState, Number, PlanCard
 from automode.planner.inputs import Mode, Verb
 from automode.planner.recipes import Digest, Part
+
+if TYPE_CHECKING:
+    from automode.planner.displays import Panel
 
 
 class ReadingChanged(Part):
@@ -136,6 +139,20 @@ class VerdictGiven(Part):
     )
     slices: dict[str, float] = Field(default_factory=dict, description="z of each slice")
     why: str
+
+    def __str__(self) -> str:
+        return self._panel().text()
+
+    def __rich__(self) -> Any:
+        return self._panel().rich()
+
+    def _repr_html_(self) -> str:
+        return self._panel().html()
+
+    def _panel(self) -> Panel:
+        from automode.planner.displays import verdict_panel
+
+        return verdict_panel(self)
 
 
 class CooldownSet(Part):

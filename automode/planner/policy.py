@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
 from automode.planner.cards import Reason, Risk
 from automode.planner.recipes import Digest, Fraction, Part, Positive
+
+if TYPE_CHECKING:
+    from automode.planner.displays import Panel
 
 PLANNER_VERSION: Final = 2
 """Part of the policy digest: raised whenever the same inputs may lead to another decision."""
@@ -350,3 +353,18 @@ class Policy(Part):
         if self.trend.budget is not None:
             return self.trend.budget
         return max(40, min(800, total_steps // 5)) if total_steps > 0 else 800
+
+    def __str__(self) -> str:
+        return self._panel().text()
+
+    def __rich__(self) -> Any:
+        return self._panel().rich()
+
+    def _repr_html_(self) -> str:
+        return self._panel().html()
+
+    def _panel(self) -> Panel:
+        from automode.planner.card_text import policy_to_yaml
+        from automode.planner.displays import policy_panel
+
+        return policy_panel(self, policy_to_yaml(self))

@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from html import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +21,7 @@ from automode.session import database, frames
 from automode.session.log_rows import decode_record
 from automode.session.records import TRUNK, CardRow, CheckpointRow, LineageRow, Record, Role, load_json
 from automode.session.replay_feed import ReplayItem, replay_items
+from automode.session.session_view import session_panel
 
 LOG_NAME = "log.jsonl"
 _PAGE = 512
@@ -254,8 +254,16 @@ class Session:
             return f"Session({str(self.path)!r}, closed)"
         return f"Session({str(self.path)!r}, {self.last_seq()} records, {self.rows()} rows, {len(self.cards())} cards)"
 
+    def __rich__(self) -> Any:
+        return session_panel(self).rich()
+
     def _repr_html_(self) -> str:
-        return f"<code>{escape(repr(self))}</code>"
+        return session_panel(self).html()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file has been let go of."""
+        return self._connection is None
 
     def _fetch(self, query: str, values: tuple[Any, ...] = ()) -> list[Any]:
         with self._snapshot() as connection:

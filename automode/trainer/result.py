@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from automode.planner.displays import Panel
 from automode.planner.events import Mode
 from automode.session import CardRow, Session
+from automode.session.session_view import card_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,5 +63,28 @@ class FitResult:
         last = f", last training loss {losses[-1]:.4g}" if losses else ""
         return f"FitResult({self.steps} steps, {self.reason}{last}, session {str(self.path)!r})"
 
+    def __rich__(self) -> Any:
+        return self._panel().rich()
+
     def _repr_html_(self) -> str:
-        return f"<code>{escape(repr(self))}</code>"
+        return self._panel().html()
+
+    def _panel(self) -> Panel:
+        rows = [("model", type(self.model).__name__), ("mode", self.mode)]
+        for name, label in (
+            ("train_loss", "training loss"),
+            ("val_loss", "held-out loss"),
+            ("val_metric", "held-out metric"),
+        ):
+            known = [float(value) for value in self.history[name] if isfinite(value)]
+            if known:
+                rows.append((label, f"{known[-1]:.4g}, from {known[0]:.4g}"))
+        if self.test is not None:
+            rows.append(("test", ", ".join(f"{name} {value:.4g}" for name, value in self.test.items())))
+        rows.append(
+            ("compute", ", ".join(f"{name.strip()} {amount:,}" for name, amount in self.compute.items()))
+        )
+        rows.append(("session", str(self.path)))
+        if not self.session.closed:
+            rows += card_rows(self.session)
+        return Panel(title=f"{self.steps:,} steps, ended by {self.reason}", rows=rows)

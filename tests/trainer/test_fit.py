@@ -195,3 +195,15 @@ def test_a_warning_points_at_the_line_that_called_fit(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         Trainer(session_dir=tmp_path, **QUIET).fit(**made)
     assert [Path(one.filename).name for one in caught] == ["test_fit.py"]
+
+
+def test_what_a_run_shows_of_itself_is_no_markup(tmp_path: Path) -> None:
+    trainer = Trainer("p<b>", "r<i>x", max_steps=3, automode="observe", session_dir=tmp_path, **QUIET)
+    result = trainer.fit(**script())
+    shown = result._repr_html_()
+    assert "3 steps, ended by max_steps" in shown
+    assert "training loss" in shown
+    assert "<b>" not in shown
+    assert "<i>" not in shown
+    result.session.close()
+    assert "session" in result._repr_html_()
