@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 PARTS = 16
 """Parts that the samples for the noise scale are divided into; each gives one gradient."""
 
+COPIES, LARGEST_MIB = PARTS + 2, 4096
+"""Vectors as long as the weights that a reading holds at once, and the memory that they may take, MiB."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Diagnoser:
@@ -138,6 +141,11 @@ class Diagnoser:
         low = next((w.dtype for w in weights if w.dtype not in (torch.float32, torch.float64)), None)
         if low is not None:
             raise NotExecutableError(f"the weights are {low}, too coarse for differences of gradients")
+        copies = COPIES * sum(w.nbytes for w in weights) / 2**20
+        if copies > LARGEST_MIB:
+            raise NotExecutableError(
+                f"about {copies:,.0f} MiB would be needed for copies of the weights, and {LARGEST_MIB:,} are allowed"
+            )
         if not weights:
             raise NotExecutableError("the network has nothing to train")
         return weights

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset, default_collate
 from automode.planner.diagnostics import cost_of, noise_scale, summary
 from automode.planner.events import Diagnose, Diagnosed, UpdateSize
 from automode.planner.policy import DiagnosticPolicy
+from automode.trainer import diagnosing
 from automode.trainer.diagnosing import Diagnoser
 from automode.trainer.random_state import RandomState
 from automode.trainer.sample_source import SampleSource
@@ -141,6 +142,13 @@ def test_weights_of_low_precision_are_too_coarse() -> None:
     diagnoser, trunk = made(nn.Linear(5, 3))
     trunk.model.bfloat16()
     assert "torch.bfloat16" in diagnoser.diagnose(WHOLE, 5).missing["sharpness"]
+
+
+def test_a_network_too_large_for_copies_of_its_weights_is_refused_with_the_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(diagnosing, "LARGEST_MIB", 1e-4)
+    assert "MiB would be needed" in made()[0].diagnose(WHOLE, 5).missing["sharpness"]
 
 
 def test_a_run_that_cannot_be_diagnosed_says_so_without_trying() -> None:
