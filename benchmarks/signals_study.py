@@ -1,7 +1,7 @@
 """How good are the signals on runs that no threshold was tuned on? Beside the rules that others use, with intervals.
 
     python benchmarks/signals_study.py [--traces FOLDER] [--seed 770000]      # some 20 minutes of one core
-    python benchmarks/signals_study.py --quick                                # five short runs: does it still work?
+    python benchmarks/signals_study.py --quick                                # four short runs: does it still work?
 
 Trains 254 small networks (an MLP, a CNN, an autoencoder, a transformer, a regression, an imbalanced table; SGD with momentum and
 Adam; five schedules; batches of 8 to 128) and folds their losses, gradient norms and rates exactly as ``automode signals`` does. With
@@ -188,7 +188,7 @@ def divergence(runs: list[tuple[Trace, Told]], clean: list[tuple[Trace, Told]]) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="five short runs")
+    parser.add_argument("--quick", action="store_true", help="four short runs")
     parser.add_argument("--traces", type=Path, default=None, help="folder in which the runs are kept")
     parser.add_argument("--seed", type=int, default=770_000, help="where the range of seeds begins")
     options = parser.parse_args()
