@@ -31,7 +31,17 @@ def resumed(state: State, body: Resumed, out: Emission) -> None:
     A look at val-B is paid for once: an exact run looks at the same candidate again and sees the same, while another run's
     candidates are others, so that the looks that were cut off stay spent.
     """
+    if body.total_steps is not None:
+        _lengthen(state, body.total_steps)
     if body.exact:
         return
     state.spending.looks = max(state.spending.looks, body.looks)
     observing.tell(state.suite.reset("the run was taken up, and not exactly as it was"), out)
+
+
+def _lengthen(state: State, total_steps: int) -> None:
+    """Let the compute grow with the run; its cadences stay, since they are what its signals were set up for."""
+    assert state.run is not None
+    state.run = state.run.model_copy(update={"total_steps": total_steps})
+    state.ledger.total = max(1, round(total_steps * state.passes_per_step))
+    state.ledger.cap = round(state.policy.pacing.total_share * state.ledger.total)

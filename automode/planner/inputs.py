@@ -340,6 +340,9 @@ class Resumed(Part):
     looks: int = Field(
         default=0, ge=0, description="looks at val-B that the log holds, superseded ones included"
     )
+    total_steps: int | None = Field(
+        default=None, ge=0, description="steps of the run, where it was made longer than it was begun"
+    )
 
 
 class TrunkEnded(Part):

@@ -105,7 +105,7 @@ def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
             with Session.open(parts.session_path) as session:
                 found, earlier = recovered(session, point.at_seq), read_earlier(session, point.at_seq)
                 began = next(session.events("session_started")).body["mode"]
-            run = found.state.run
+            run, total = found.state.run, parts.plan.total or 0
             assert run is not None
             driver, _ = _driver(parts, as_recorded(parts, run), began, store, found.state)
             checkpoints = CheckpointStore(store.path / "checkpoints")
@@ -119,6 +119,7 @@ def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
                     exact=point.exact,
                     why_approximate=point.why_approximate,
                     looks=earlier.looks,
+                    total_steps=None if total == run.total_steps else total,
                 ),
                 found.commands,
                 kept=point.driver,

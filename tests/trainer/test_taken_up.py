@@ -379,12 +379,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return told
 
 
-@pytest.mark.parametrize("cut", [19, 21, 22, 24, 25, 26, 27, 29, 30, 31, 33, 40, 170])
-def test_a_cut_changes_no_decision_wherever_the_last_checkpoint_was(
-    cut: int, whole: list[Any], tmp_path: Path
-) -> None:
-    for step in sorted({18, (18 + cut) // 2, cut - 1, cut}):
-        folder = tmp_path / f"from{step}"
+def check_cut(cut: int, steps: set[int], whole: list[Any], tmp_path: Path) -> None:
+    for step in sorted(steps):
+        folder = tmp_path / f"{cut}from{step}"
         play = Play(folder, begun(folder))
         play.go(cut, checkpoints=[step])
         play.kill()
@@ -392,6 +389,19 @@ def test_a_cut_changes_no_decision_wherever_the_last_checkpoint_was(
         again.end()
         assert decisions(folder) == whole, f"cut at {cut}, from {step}"
         assert replay(folder).differences == 0
+
+
+@pytest.mark.parametrize("cut", [22, 26, 30, 33])
+def test_a_cut_changes_no_decision(cut: int, whole: list[Any], tmp_path: Path) -> None:
+    check_cut(cut, {18, cut}, whole, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("cut", [*range(19, 45), 64, 160, 170, 259])
+def test_a_cut_anywhere_changes_no_decision_wherever_the_last_checkpoint_was(
+    cut: int, whole: list[Any], tmp_path: Path
+) -> None:
+    check_cut(cut, set(range(18, min(cut, 44) + 1)), whole, tmp_path)
 
 
 def test_cuts_one_after_the_other_change_no_decision(whole: list[Any], tmp_path: Path) -> None:
