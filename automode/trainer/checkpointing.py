@@ -19,7 +19,6 @@ from automode.trainer.cadence import Cadence, cadence_of
 from automode.trainer.loop import Loop
 from automode.trainer.run_parts import RunParts
 from automode.trainer.stop_signals import StopSignals
-from automode.trainer.user_warning import warn_user
 
 Why = Literal["periodic", "best", "signal", "error", "pause", "end"]
 
@@ -37,6 +36,10 @@ class Recording(Protocol):
 
     def state_for_checkpoint(self) -> dict[str, Any]:
         """Say what the observer needs back; plain data."""
+        ...
+
+    def not_stored(self, why: str) -> None:
+        """Tell that a state could not be stored."""
         ...
 
 
@@ -266,7 +269,7 @@ class CheckpointKeeper:
     def _tell(self, text: str) -> None:
         if not self._warned:
             self._warned = True
-            warn_user(f"{text}; training goes on, and it is tried again at the next turn", RuntimeWarning)
+            self._observer.not_stored(text)
 
 
 def _why_not_exact(parts: RunParts, loop: Loop) -> str:

@@ -227,6 +227,10 @@ class Driver:
         self._feed(Checkpointed(checkpoint=digest, step=step, why=why), effective_at=step)
         self._write()
 
+    def not_stored(self, why: str) -> None:
+        """Tell that the run's state could not be stored; training goes on."""
+        self._log.warning("checkpoint_not_stored", why=why, then="training goes on; tried again next time")
+
     def resume(
         self,
         body: Resumed,

@@ -79,7 +79,7 @@ class Probe:
 
     @property
     def keeps_ledger(self) -> bool:
-        """Whether there is a sample ledger; asking brings nothing up to date."""
+        """Whether there is a sample ledger; asking does not bring it up to date."""
         return self._feed is not None
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from automode.errors import SessionBusyError, SessionCorruptError, SessionError, UsageError
+from automode.errors import SessionCorruptError, SessionError, UsageError
 from automode.session import Record, Session
 from automode.session.checkpoints import CheckpointStore
 from automode.session.database import DATABASE_NAME
@@ -81,18 +81,27 @@ def newest_unfinished(settings: Settings) -> Path | None:
     project, run = slug(settings.project, what="project"), slug(settings.run_name, what="run_name")
     folders = (Path(settings.session_dir).expanduser() / project).glob(f"{run}-*/{DATABASE_NAME}")
     for file in sorted(folders, key=lambda file: file.parent.name, reverse=True):
-        with Session.open(file.parent) as session:
-            names = (session.header.get("project"), session.header.get("run_name"))
-            if names != (settings.project, settings.run_name) or is_finished(session):
-                continue
-            if not checkpointed(session):
-                continue
         try:
-            _refuse_busy(file.parent)
-        except SessionBusyError:
+            if _goes_on(file.parent, settings):
+                return file.parent
+        except SessionCorruptError as error:
+            warn_user(f'resume="auto" passes over a damaged session: {error}')
+        except SessionError:  # killed while it was made, being written, or of a newer version
             continue
-        return file.parent
     return None
+
+
+def _goes_on(folder: Path, settings: Settings) -> bool:
+    with Session.open(folder) as session:
+        names = (session.header.get("project"), session.header.get("run_name"))
+        if (
+            names != (settings.project, settings.run_name)
+            or is_finished(session)
+            or not checkpointed(session)
+        ):
+            return False
+    _refuse_busy(folder)
+    return True
 
 
 def _from_environment(settings: Settings) -> Path | None:
@@ -196,6 +205,12 @@ def put_back(parts: RunParts, found: Found) -> tuple[ResumePoint, Comparison]:
         driver=rest["driver"],
     )
     return point, comparison
+
+
+def longer_by(parts: RunParts, found: Found) -> int:
+    """Steps that the run was made longer by; 0 where either length is not known beforehand."""
+    then, now = found.rest["identity"]["total"], parts.plan.total
+    return 0 if then is None or now is None else int(now) - int(then)
 
 
 def put_loop(parts: RunParts, loop: Loop, rest: Mapping[str, Any]) -> None:

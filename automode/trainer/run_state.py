@@ -39,7 +39,7 @@ def take(parts: RunParts, loop: Loop) -> tuple[Weights, Rest]:
     rest |= {
         "format": FORMAT,
         "clip_norm": trunk.clip_norm,
-        "cap_norm": getattr(trunk, "cap_norm", None),
+        "cap_norm": trunk.cap_norm,
         "outside": [parameter.detach() for parameter in _outside(parts)],
         "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in weights},
         "training": [module.training for module in model.modules()],
@@ -71,9 +71,7 @@ def put_trunk(parts: RunParts, weights: Mapping[str, Tensor], rest: Mapping[str,
     put_averages(parts, rest)
     trunk.load(weights, rest, schedule=True)
     trunk.step = int(rest["step"])
-    trunk.clip_norm = rest["clip_norm"]
-    if hasattr(trunk, "cap_norm"):
-        trunk.cap_norm = rest["cap_norm"]
+    trunk.clip_norm, trunk.cap_norm = rest["clip_norm"], rest["cap_norm"]
     with torch.no_grad():
         for parameter, value in zip(_outside(parts), rest["outside"], strict=True):
             parameter.copy_(value)

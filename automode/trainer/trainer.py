@@ -24,7 +24,7 @@ from automode.trainer.observer import Observer
 from automode.trainer.progress import Progress
 from automode.trainer.random_state import forked_rng
 from automode.trainer.result import FitResult
-from automode.trainer.resuming import Found, find, put_back, put_loop, tell
+from automode.trainer.resuming import Found, find, longer_by, put_back, put_loop, tell
 from automode.trainer.run_parts import RunParts, prepare
 from automode.trainer.schedule import Interval, Schedule
 from automode.trainer.settings import Automode, Settings, policy_of
@@ -265,6 +265,7 @@ def _take_up(parts: RunParts, found: Found) -> tuple[Driver, Loop]:
     """Put a run back to where it was cut."""
     point, comparison = put_back(parts, found)
     driver = resume_driver(parts, point)
+    driver.limit += longer_by(parts, found)
     loop = begin(parts, driver)
     put_loop(parts, loop, found.rest)
     tell(parts, found, point, comparison)
