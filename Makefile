@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/automode-setup.stamp
 KEY = { cat pyproject.toml constraints.txt Makefile; pwd; } | cksum
 
-.PHONY: help setup demo test check format bench clean distclean
+.PHONY: help setup demo test nightly check format bench clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 20
@@ -41,6 +41,9 @@ demo: setup  ## train on real data with automode on, and replay every decision
 
 test: setup  ## run every test, with coverage
 	$(PY) -m pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+nightly: setup  ## run the tests that take too long for every time: every cut, hundreds of kills
+	$(PY) -m pytest -n $(WORKERS) -m nightly $(PYTEST_ARGS)
 
 check: setup  ## lint, format, types, floors, purity
 	$(PY) -m ruff check .
