@@ -252,7 +252,7 @@ class SafeguardPolicy(Part):
     )
     keep: int = Field(default=4, ge=1, le=64, description="good states kept, the latest")
     keep_mib: Positive = Field(
-        default=1024.0,
+        default=4096.0,
         description="host memory for them, MiB; fewer or none are kept where it does not suffice",
     )
     clip: bool = Field(

@@ -32,6 +32,7 @@ from automode.planner.events import (
 from automode.planner.policy import SafeguardPolicy
 from automode.trainer.optimizers import scale_rates, scale_schedule
 from automode.trainer.trunk import Trunk
+from automode.trainer.user_warning import warn_user
 
 FAR_MEAN, FAR_VARIANCE = 10.0, 100.0
 """Standard deviations of a running mean, and multiple of a running variance, from which a statistic is not believed."""
@@ -94,6 +95,7 @@ class GoodStates:
         if fitting < 1:
             self.why_none = f"one state takes {size:,.0f} MiB of memory, and safeguards.keep_mib allows {self._policy.keep_mib:,.0f}"
             self._states.clear()
+            warn_user(f"safeguards cannot put this run back where it diverges: {self.why_none}")
             return
         if not _finite(weights):
             return

@@ -207,7 +207,9 @@ def test_memory_is_bounded_and_a_state_that_does_not_fit_is_refused_with_the_num
         good.keep(act(), step)
     assert 1 <= len(good.steps) < 8
     small = GoodStates(script.trunk, SafeguardPolicy(keep_mib=1e-6))
-    small.keep(act(), 1)
+    with pytest.warns(UserWarning, match="cannot put this run back"):
+        small.keep(act(), 1)
+    small.keep(act(), 50)  # told once
     with pytest.raises(NotExecutableError, match="keep_mib allows"):
         small.rewind(back(1), 2)
 
