@@ -138,7 +138,8 @@ def _issue(state: State, execution: Execution, out: Emission, *, cause: int) -> 
     assert execution.base is not None
     card = state.cards[execution.card].card
     assert card.asha is not None
-    while execution.asha.in_flight < state.run.slots:
+    room = min(state.run.slots, state.policy.pacing.max_parallel or state.run.slots)
+    while execution.asha.in_flight < room:
         issue = execution.asha.decide()
         if issue is None:
             return

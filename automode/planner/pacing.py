@@ -117,7 +117,7 @@ def admit(
         proposal: What a rule would do.
         view: What the rule looked at: step, remaining steps, B, policy and run.
         state: Cooldowns and counts.
-        open_cards: Records of the session's cards, those of this very moment among them; finished ones are passed over.
+        open_cards: Records of the session's cards, those of this very moment among them; of the finished ones, adopted ones count.
         funds: What there is to spend, in sample passes.
         session: Name of the session, for the card's id.
         ordinal: Tells cards of one reason and step apart.
@@ -126,6 +126,7 @@ def admit(
     """
     held = (
         _limits(proposal, view, state)
+        or _depth(view, open_cards)
         or _cooldown(proposal, view, state)
         or _conflict(proposal, open_cards, outranked_by)
     )
@@ -250,6 +251,17 @@ def _limits(proposal: Proposal, view: View, state: PacingState) -> Held | None:
     if view.step < first:
         return Held(code="warmup", why=f"step {view.step} lies in the warm-up, which ends at step {first}")
     return None
+
+
+def _depth(view: View, cards: Sequence[CardRecord]) -> Held | None:
+    """Adoptions choose anew from the same held-out data each time: the tower that they build ends somewhere."""
+    depth, most = sum(record.state is CardState.ADOPTED for record in cards), view.policy.pacing.max_depth
+    if depth < most:
+        return None
+    return Held(
+        code="max_depth",
+        why=f"{depth} adopted cards stand on top of each other, and pacing.max_depth is {most}",
+    )
 
 
 def _cooldown(proposal: Proposal, view: View, state: PacingState) -> Held | None:

@@ -176,7 +176,14 @@ class PacingPolicy(Part):
     )
     cooldown_shrink: float = Field(default=0.75, gt=0.0, le=1.0, description="factor after an adopted card")
     max_cards: int = Field(default=16, ge=0, description="cards in a session at the most")
-    max_running: Literal[1] = Field(default=1, description="fork cards that run at once")
+    max_parallel: int | None = Field(
+        default=None,
+        ge=1,
+        description="trials that train at once, at the most; null: as many as the backend has room for",
+    )
+    max_depth: int = Field(
+        default=8, ge=0, description="adopted cards on top of each other, beyond which no further one is made"
+    )
     exploration_share: Fraction = Field(
         default=0.15, description="share of the remaining compute that one card may take"
     )

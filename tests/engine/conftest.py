@@ -54,6 +54,7 @@ from automode.planner.events import (
     Weights,
 )
 from automode.planner.policy import PLANNER_VERSION, Policy
+from automode.planner.recipes import TrainingRecipe, Variant
 
 NAMES = ("step", "time", "loss", "grad_norm", "lr_0", "applied", "finite")
 
@@ -92,6 +93,12 @@ RUN = Run(
     exact_losses=True,
     averages=True,
 )
+
+
+def all_variants(recipe: TrainingRecipe) -> tuple[Variant, ...]:
+    """Those that are written out, and as many more as the recipe draws."""
+    draws = 0 if recipe.search is None else recipe.search.draws
+    return (*recipe.variants, *(Variant(name=f"draw{i}", lr_mul=0.5 + 0.1 * i) for i in range(draws)))
 
 
 @dataclass
@@ -205,7 +212,7 @@ class World:
                 )
             case Resolve():
                 card = self.state.cards[body.card].card
-                answer = Resolved(card=body.card, n=500, pool=1000, variants=card.training_recipe.variants)
+                answer = Resolved(card=body.card, n=500, pool=1000, variants=all_variants(card.training_recipe))
             case StartTrial():
                 answer = TrialReported(
                     card=body.card,

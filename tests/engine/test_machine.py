@@ -31,6 +31,26 @@ def test_a_plateau_card_runs_up_the_ladder_and_is_adopted_on_evidence(make_world
     assert world.state.lineage == "trunk:1"
 
 
+@pytest.mark.parametrize(("most", "seen"), [(None, 3), (2, 2), (1, 1), (9, 3)])
+def test_no_more_trials_train_at_once_than_backend_and_policy_have_room_for(
+    make_world, plateau_rows, most, seen
+):
+    world = make_world(policy=plateau_policy(max_parallel=most))
+    world.run = world.run.model_copy(update={"slots": 8})
+    world.start()
+    at_once = []
+    handled = world._answer
+
+    def counted(command):
+        waiting = [c for c in world.state.pending.values() if c.kind == "start_trial"]
+        at_once.append(len(waiting))
+        return handled(command)
+
+    world._answer = counted
+    world.rows(plateau_rows[:4500])
+    assert max(at_once) == seen
+
+
 def test_a_card_whose_candidates_do_not_beat_the_control_spends_no_look(make_world, plateau_rows):
     world = make_world(policy=plateau_policy(), control_value=0.9)
     world.start()

@@ -300,6 +300,39 @@ def test_no_more_cards_than_the_policy_allows() -> None:
     assert (answer.code, answer.why) == ("max_cards", "16 cards were made, and pacing.max_cards is 16")
 
 
+def test_no_more_adopted_cards_on_top_of_each_other_than_the_policy_allows() -> None:
+    policy = Policy.model_validate({"pacing": {"max_depth": 2}})
+    view = view_of(policy=policy)
+    cards = [record_of(made(try_admit(fork(), view)), CardState.ADOPTED) for _ in range(2)]
+    rolled_back = record_of(cards[0].card, CardState.ROLLED_BACK)
+    made(try_admit(fork(), view, open_cards=[cards[0], rolled_back]))
+    for proposal in (fork("instability_spike"), MERGE):
+        answer = held(try_admit(proposal, view, open_cards=cards))
+        assert answer.code == "max_depth"
+        assert "2 adopted cards stand on top of each other, and pacing.max_depth is 2" in answer.why
+    none = view_of(policy=Policy.model_validate({"pacing": {"max_depth": 0}}))
+    assert held(try_admit(fork(), none)).code == "max_depth"
+
+
+def test_the_policy_says_by_how_much_cooldowns_adapt() -> None:
+    policy = Policy.model_validate(
+        {"pacing": {"cooldown_grow": 2.0, "cooldown_shrink": 0.25, "cooldown_steps": 100}}
+    )
+    for outcome, factor in (
+        (CardState.ADOPTED, 0.25),
+        (CardState.INCONCLUSIVE, 2.0),
+        (CardState.REJECTED, 4.0),
+    ):
+        state = PacingState()
+        view = view_of(policy=policy)
+        after_verdict(
+            state, made(try_admit(fork(), view)), outcome, step=1000, policy=policy, planning_budget=800
+        )
+        assert state.until["loss_plateau"] == 1000 + round(100 * factor)
+        again = view_of(step=5000, remaining=5000, policy=policy)
+        assert made(try_admit(fork(), again, state)).cooldown_steps == round(100 * factor)
+
+
 def test_a_reason_cools_down_and_so_do_the_others_but_never_instability() -> None:
     state = PacingState(until={"loss_plateau": 1200, EVERY: 1100})
     assert held(try_admit(fork(), view_of(step=1199), state)).code == "cooldown"

@@ -52,6 +52,7 @@ from automode.planner.events import (
     Weights,
 )
 from automode.planner.policy import PLANNER_VERSION, Policy
+from automode.planner.recipes import Variant
 from automode.session import SessionStore, inbox
 from automode.session.logs import SessionLog
 from automode.testing.scripted import Script, ScriptedRunner
@@ -156,7 +157,8 @@ class Stage:
             case Resolve():
                 recipe = state.cards[body.card].card.training_recipe
                 assert recipe is not None
-                return [Resolved(card=body.card, n=200, pool=200, variants=recipe.variants)]
+                drawn = [Variant(name=f"draw{i}") for i in range(recipe.candidates - len(recipe.variants))]
+                return [Resolved(card=body.card, n=200, pool=200, variants=(*recipe.variants, *drawn))]
             case FitGate():
                 return [
                     GateFitted(

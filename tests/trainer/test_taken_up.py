@@ -39,6 +39,7 @@ from automode.planner.events import (
     Weights,
 )
 from automode.planner.policy import PLANNER_VERSION, Policy
+from automode.planner.recipes import Variant
 from automode.session import SessionStore, inbox
 from automode.session.logs import SessionLog
 from automode.session.replaying import recovered
@@ -186,7 +187,8 @@ class Stage:
         self.runner.cards[card.id] = CardData(
             recipe=recipe, selected=selected, others=others, entropy=(1,), step=step
         )
-        return Resolved(card=card.id, n=50, pool=200, variants=recipe.variants)
+        drawn = [Variant(name=f"draw{i}") for i in range(recipe.candidates - len(recipe.variants))]
+        return Resolved(card=card.id, n=50, pool=200, variants=(*recipe.variants, *drawn))
 
     def save_final(self, step: int) -> str:
         return f"sha256:{step:064x}"
