@@ -125,8 +125,7 @@ def admit(
         outranked_by: Id of a card that was made at this very moment for a more urgent reason.
     """
     held = (
-        _limits(proposal, view, state)
-        or _depth(view, open_cards)
+        _limits(proposal, view, state, open_cards)
         or _cooldown(proposal, view, state)
         or _conflict(proposal, open_cards, outranked_by)
     )
@@ -233,13 +232,18 @@ def after_verdict(
     return facts
 
 
-def _limits(proposal: Proposal, view: View, state: PacingState) -> Held | None:
+def _limits(proposal: Proposal, view: View, state: PacingState, cards: Sequence[CardRecord]) -> Held | None:
     pacing = view.policy.pacing
     made = sum(state.counts.values())
     if made >= pacing.max_cards:
         return Held(
             code="max_cards", why=f"{made} cards were made, and pacing.max_cards is {pacing.max_cards}"
         )
+    # Adoptions choose anew from the same held-out data each time: the tower that they build ends somewhere.
+    depth = sum(record.state is CardState.ADOPTED for record in cards)
+    if depth >= pacing.max_depth:
+        told = f"{depth} adopted cards stand on top of each other, and pacing.max_depth is {pacing.max_depth}"
+        return Held(code="max_depth", why=told)
     if view.remaining <= 0:
         return Held(code="no_time", why="the run has no steps left")
     total = view.step + view.remaining
@@ -251,17 +255,6 @@ def _limits(proposal: Proposal, view: View, state: PacingState) -> Held | None:
     if view.step < first:
         return Held(code="warmup", why=f"step {view.step} lies in the warm-up, which ends at step {first}")
     return None
-
-
-def _depth(view: View, cards: Sequence[CardRecord]) -> Held | None:
-    """Adoptions choose anew from the same held-out data each time: the tower that they build ends somewhere."""
-    depth, most = sum(record.state is CardState.ADOPTED for record in cards), view.policy.pacing.max_depth
-    if depth < most:
-        return None
-    return Held(
-        code="max_depth",
-        why=f"{depth} adopted cards stand on top of each other, and pacing.max_depth is {most}",
-    )
 
 
 def _cooldown(proposal: Proposal, view: View, state: PacingState) -> Held | None:
