@@ -47,9 +47,9 @@ def test_the_pairwise_subset_covers_every_pair_of_values() -> None:
 def test_a_run_killed_after_any_batch_goes_on_bit_by_bit(
     bits: str, scripts: Any, run: Any, tmp_path: Path
 ) -> None:
-    """Each cell is cut after every third batch; together they are cut after every batch, twice."""
-    first = PAIRWISE.index(bits) % 3 + 1
-    check(run, cell_of(scripts, bits), tmp_path, list(range(first, scripts.STEPS + 1, 3)))
+    """Each cell is cut after every fourth batch; together they are cut after every batch."""
+    first = PAIRWISE.index(bits) % 4 + 1
+    check(run, cell_of(scripts, bits), tmp_path, list(range(first, scripts.STEPS + 1, 4)))
 
 
 @pytest.mark.nightly
