@@ -229,7 +229,7 @@ def _variant(variant: Variant, selection: Selection, run: Run) -> Iterator[str]:
 
 def _search(search: SearchSpace, selection: Selection, run: Run) -> Iterator[str]:
     """Check each corner of a search space as the variant that it would become."""
-    for name, corner in search.corners():
+    for name, corner in search.corners:
         where = f"training_recipe.search.{name}"
         yield from (why.replace("variant 'corner'", where, 1) for why in _variant(corner, selection, run))
 

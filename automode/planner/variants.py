@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -205,11 +206,14 @@ class SearchSpace(Part):
         if self.draws > size:
             raise ValueError(f"the grid has {size} points, and `draws` asks for {self.draws}")
 
-    def corners(self) -> Iterator[tuple[str, Variant]]:
-        """Yield each field with each of its ends as the variant that it would become."""
-        for name, draw in self.parameters.items():
-            for value in draw.ends():
-                yield name, Variant.model_validate({"name": "corner", name: value})
+    @cached_property
+    def corners(self) -> tuple[tuple[str, Variant], ...]:
+        """Each field with each of its ends as the variant that it would become."""
+        return tuple(
+            (name, Variant.model_validate({"name": "corner", name: value}))
+            for name, draw in self.parameters.items()
+            for value in draw.ends()
+        )
 
     def as_space(self) -> dict[str, dict[str, Any]]:
         """Return the space that :class:`automode.scheduler.Candidates` draws from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from automode.planner.cards import Reason
 from automode.planner.recipes import TrainingRecipe, Variant
@@ -22,6 +23,7 @@ DRAWN = DrawLogUniform(low=0.03, high=3.0)
 """What else is tried: factors on the rate from a thirtieth to three times, their logarithms evenly."""
 
 
+@lru_cache(maxsize=64)
 def sweep(arms: int) -> TrainingRecipe:
     """Return a small sweep over the learning rate: one arm in three is a drop by a fixed factor, the others are drawn.
 
