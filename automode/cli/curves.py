@@ -83,6 +83,8 @@ def assemble(name: str, table: Table, names: Names) -> Curve:
     """
     notes = list(table.notes)
     losses = table.cells[names.loss]
+    if not table.rows:
+        raise UsageError(f"{name} holds column names and no rows: nothing has been logged yet")
     if not losses.rows and not (names.own and table.rows):
         raise UsageError(
             f"{name}: the column `{shown(names.loss)}` holds no number in any of its {table.rows} rows"
@@ -178,7 +180,7 @@ def _blank_losses(logged: NDArray[np.bool_], with_step: NDArray[np.bool_], notes
     """In a file of nothing but steps and losses, a row without a loss has one that is NaN: pandas writes NaN as nothing."""
     blank = with_step & ~logged
     if blank.any():
-        notes.append(f"{int(blank.sum())} rows have a step and no loss: read as NaN")
+        notes.append(f"rows with a step and no loss, read as NaN: {int(blank.sum())}")
         logged |= blank
 
 
@@ -191,7 +193,7 @@ def _in_order(at: Steps, rows: Steps, notes: list[str]) -> Steps:
     again = len(order) - int(last.sum())
     if again:
         notes.append(
-            f"{again} rows hold a step that comes again later (a resumed run?): the last row of each step counts"
+            f"rows whose step comes again later (a resumed run?): {again}; the last row of each step counts"
         )
     elif (np.diff(rows[np.argsort(at[rows], kind="stable")]) < 0).any():
         notes.append("the rows were not in the order of their steps: sorted")

@@ -166,7 +166,7 @@ def _planned(curve: Curve, policy: Policy, budget: int | None, gain: float | Non
             )
     if len(curve.loss) < FEW_ROWS:
         curve.notes.append(
-            f"{len(curve.loss)} rows are few: spikes are told from row {FEW_ROWS}, a trend from row {rows // 4}"
+            f"few rows ({len(curve.loss)}): spikes are told from row {FEW_ROWS}, a trend from row {rows // 4}"
         )
     return with_budget(policy, budget=rows, gain=gain), rows
 

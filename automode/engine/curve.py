@@ -205,6 +205,10 @@ class _Teller:
 def _numbers(reading: ReadingChanged, name: str) -> str:
     if reading.name == "trend":
         return _trend_numbers(reading, firm=name == FIRM)
+    if reading.name == "non_finite":
+        parts = (("loss", "loss_finite"), ("gradient norm", "grad_norm_finite"))
+        bad = " and ".join(part for part, finite in parts if not reading.details[finite])
+        return f"not finite: {bad}" if bad else "finite again"
     if reading.name == "slow_divergence":
         return f"a rise of at least {reading.value:.1%} over {reading.window} rows, against {reading.threshold or 0.0:.0%}"
     return f"{reading.value:.3g} against {reading.threshold or 0.0:.3g} over {reading.window} rows"

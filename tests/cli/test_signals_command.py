@@ -76,7 +76,7 @@ def test_a_curve_in_which_nothing_is_found_says_so(cli: Cli, tmp_path: Path) -> 
     quiet = write(tmp_path / "quiet.yaml", "reasons: [loss_plateau]\n")
     done = cli("signals", plain(tmp_path / "t.csv", LOSS[:9]), "--policy", quiet)
     assert "nothing was found" in done.stdout
-    assert "9 rows are few" in done.stderr
+    assert "few rows (9)" in done.stderr
 
 
 def test_a_plot_can_be_written_and_the_table_left_out(cli: Cli, trace: Path, tmp_path: Path) -> None:
@@ -285,6 +285,7 @@ def test_a_gap_is_noted_and_a_norm_in_too_few_rows_is_left_out(tmp_path: Path) -
     [
         ("", "is empty"),
         ("\n \n", "is empty"),
+        ("step,loss\n", "column names and no rows"),
         ("0,1.5\n1,2.5\n", "line 1: column names are needed"),
         ("step,accuracy\n0,1\n", r"--loss COLUMN\nits columns are `step`, `accuracy`"),
         ("step,val_loss\n0,1\n", "no column that looks like a training loss"),
