@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from automode.planner.cards import TRANSITIONS, CardState, PlanCard
 from automode.planner.policy import Policy
 from automode.planner.schema_problems import describe, schema_of
 from automode.planner.yaml_writer import flow
+from automode.presets import preset_names, preset_text
 
 FOLDER = Path(__file__).parent
 MARK = "<!-- Written by `python docs/generate.py`: edit the models or the commands, not this page. -->"
@@ -109,7 +111,9 @@ def card_page() -> str:
         for state, after in TRANSITIONS.items()
     ]
     lines += table(("state", "meaning", "leads to"), rows)
-    lines += ["", "An edit makes a new revision and returns the card to `proposed`.", "", "## The card", ""]
+    lines += ["", "An edit makes a new revision and returns the card to `proposed`.", "", "## Templates", ""]
+    lines += presets(name for name in preset_names() if "/" in name)
+    lines += ["", "## The card", ""]
     schema = schema_of(PlanCard)
     titles = dict(parts(schema, schema["$defs"], ""))
     lines += fields("PlanCard", schema, schema["$defs"], titles, card_runs)
@@ -123,7 +127,9 @@ def card_page() -> str:
 def policy_page() -> str:
     """Write the reference of the policy."""
     schema = schema_of(Policy)
-    lines = ["# The policy, value by value", "", MARK, "", POLICY_INTRO, "## The policy", ""]
+    lines = ["# The policy, value by value", "", MARK, "", POLICY_INTRO, "## Presets", ""]
+    lines += presets(name for name in preset_names() if "/" not in name)
+    lines += ["", "## The policy", ""]
     groups = {n: p["$ref"].rpartition("/")[2] for n, p in schema["properties"].items() if "$ref" in p}
     own = {**schema, "properties": {n: p for n, p in schema["properties"].items() if n not in groups}}
     lines += fields("Policy", own, schema["$defs"], {}, policy_runs(""))
@@ -132,6 +138,25 @@ def policy_page() -> str:
         lines += ["", f"## {group}", "", sentence(part)]
         lines += ["", *fields(name, part, schema["$defs"], {}, policy_runs(f"{group}."))]
     return "\n".join([*lines, ""])
+
+
+def presets(names: Iterable[str]) -> list[str]:
+    """List files of ``plans/`` with what they say of themselves in their first remarks."""
+    rows = [
+        (f"[`{name.rpartition('/')[2]}`](../plans/{name}.yaml)", about_preset(preset_text(name)))
+        for name in names
+    ]
+    return table(("name", "what it is"), rows)
+
+
+def about_preset(text: str) -> str:
+    """Return the remarks that a file begins with, those that only say what kind of file it is left out."""
+    remarks = [
+        line.removeprefix("#").strip()
+        for line in takewhile(lambda line: line.startswith("#"), text.splitlines())
+    ]
+    told = " ".join(remark for remark in remarks if not remark.startswith("Template of a plan card"))
+    return told.removeprefix("automode policy").strip(" :").removeprefix("for ").strip() or "the defaults"
 
 
 def cli_page() -> str:
