@@ -108,6 +108,7 @@ class CheckpointKeeper:
         self._best: tuple[str, float] | None = None
         self._signals = StopSignals()
         self._warned = False
+        self._last_seq = 0
         self._first = self._at_step = loop.batches
         self._at_time = clock()
 
@@ -218,8 +219,11 @@ class CheckpointKeeper:
         self._at_step, self._at_time = self._loop.batches, self._clock()
         try:
             digest = self._stored(why, doubts or [])
-        except (AutomodeError, RuntimeError, TypeError, ValueError) as error:
-            self._tell(f"the state at step {self._parts.trunk.step} could not be stored: {error}")
+        except (
+            Exception
+        ) as error:  # whatever the user's objects do when they are asked for their state: training goes on
+            what = str(error) if isinstance(error, AutomodeError) else f"{type(error).__name__}: {error}"
+            self._tell(f"the state at step {self._parts.trunk.step} could not be stored: {what}")
             return None
         if not self._recorded(digest):
             self._tell(f"checkpoint {digest[:19]} is stored, but the session could not record it")
@@ -234,7 +238,9 @@ class CheckpointKeeper:
         loop, trunk = self._loop, self._parts.trunk
         loop.flush()
         weights, rest = run_state.take(self._parts, loop)
-        doubts = [*loop.cursor.doubts(loop.epoch), *doubts]
+        lost = rest["loop"]["train"].get("lost", [])
+        kept_by = [f"state[{name!r}] of the training step cannot be stored" for name in lost]
+        doubts = [*loop.cursor.doubts(loop.epoch), *kept_by, *doubts]
         rest["driver"] = self._observer.state_for_checkpoint()
         rest["doubts"] = doubts
         rest["best"] = self.best_metric
@@ -254,7 +260,11 @@ class CheckpointKeeper:
 
     def _recorded(self, digest: str) -> bool:
         with Session.open(self._parts.session_path) as session:
-            return any(record.body["checkpoint"] == digest for record in session.events("checkpointed"))
+            for record in session.events("checkpointed", after=self._last_seq):
+                self._last_seq = record.seq
+                if record.body["checkpoint"] == digest:
+                    return True
+        return False
 
     def _tidy(self) -> None:
         surplus, self._kept = self._kept[: -self._keep], self._kept[-self._keep :]

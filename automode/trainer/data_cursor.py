@@ -96,10 +96,9 @@ class DataCursor:
         Args:
             epoch: The running epoch, from 0.
         """
-        loader = self.loader.loader
+        loader, found = self.loader.loader, self._live.lost()
         if not isinstance(loader, DataLoader) or not loader.num_workers:
-            return []
-        found = []
+            return found
         if not getattr(loader, "in_order", True):
             found.append("the loader's workers hand out batches in any order (in_order=False)")
         if loader.persistent_workers and epoch > 0 and self._how != "skip":

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, Subset, TensorDataset
 
+from automode.trainer.trees import is_plain
+
 _DEPTH = 5
 _MOST_ITEMS = 64
 _MOST_OBJECTS = 400
@@ -46,8 +48,9 @@ class LiveState:
                 self._generators[path] = value
             elif _saves_itself(value):
                 self._stateful[path] = value
-            else:
+            elif isinstance(value, Sampler | Dataset) or path in _ROOTS:
                 self._objects[path] = value
+        self._lost: dict[str, str] = {}
         self._at_first = self._values()
 
     def take(self) -> Parts:
@@ -65,9 +68,13 @@ class LiveState:
         }
         return {
             "generators": {path: _packed(generator) for path, generator in self._generators.items()},
-            "stateful": {path: value.state_dict() for path, value in self._stateful.items()},
+            "stateful": self._saved(),
             "values": values,
         }
+
+    def lost(self) -> list[str]:
+        """What could not be taken when :meth:`take` was called last, in words."""
+        return [f"{path} {why}" for path, why in self._lost.items()]
 
     def put(self, parts: Mapping[str, Mapping[str, Any]], *, samplers: bool) -> list[str]:
         """Put back what :meth:`take` gave.
@@ -99,6 +106,22 @@ class LiveState:
             for name, value in values.items():
                 vars(target)[name] = value
         return missing
+
+    def _saved(self) -> dict[str, Any]:
+        """States of what saves itself; one that fails, or gives what only unpickling could read, must not end the run."""
+        found = {}
+        self._lost = {}
+        for path, value in self._stateful.items():
+            try:
+                state = value.state_dict()
+            except Exception as error:
+                self._lost[path] = f"could not save itself ({type(error).__name__}: {error})"
+                continue
+            if is_plain(state):
+                found[path] = state
+            else:
+                self._lost[path] = "saves itself as more than numbers, text, tensors and containers of them"
+        return found
 
     def _values(self) -> dict[str, dict[str, Any]]:
         return {path: _plain_attributes(value) for path, value in self._objects.items()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from automode.errors import DataError, UsageError
 from automode.merges.batches import move
 from automode.trainer.gradient_norms import grad_norms, total_norm
+from automode.trainer.trees import is_plain
 from automode.trainer.trunk import StepFn, Trunk
 
 TrainingStep = Callable[[Any, dict[str, Any]], Mapping[str, Any]]
@@ -246,8 +247,9 @@ class OwnStep:
 
     def state(self) -> dict[str, Any]:
         """The scaler's state, and what the user's own step keeps in its ``state``, for :meth:`load`."""
-        kept = {name: value for name, value in self._state.items() if name not in STATE_KEYS}
-        return {"scaler": self._scaler.state_dict(), "kept": kept}
+        own = {name: value for name, value in self._state.items() if name not in STATE_KEYS}
+        kept = {name: value for name, value in own.items() if is_plain(value)}
+        return {"scaler": self._scaler.state_dict(), "kept": kept, "lost": [n for n in own if n not in kept]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""

@@ -51,6 +51,15 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(value)
 
 
+def is_plain(value: Any) -> bool:
+    """Tell whether a value can be stored and loaded safely: numbers, text, None, tensors, and lists, tuples and dicts of such."""
+    if type(value) in (bool, int, float, str, bytes, type(None)) or type(value) is torch.Tensor:
+        return True
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    return type(value) is dict and all(map(is_plain, value.keys())) and all(map(is_plain, value.values()))
+
+
 def rows_in(tree: Any) -> int | None:
     """Give the number of samples that every tensor of a structure has along its first dimension.
 

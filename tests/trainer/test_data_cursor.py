@@ -276,6 +276,22 @@ def test_a_stream_that_draws_between_the_steps_cannot_be_checked_and_is_said_to_
     assert "another content" in doubts[0]
 
 
+class Unwilling(Saving):
+    def state_dict(self) -> dict[str, Any]:
+        if self.epoch:
+            raise RuntimeError("not now")
+        return {"epoch": self}
+
+
+def test_a_sampler_that_cannot_save_itself_ends_no_run_and_is_a_reason_for_doubt() -> None:
+    cursor = cursor_of(lambda: DataLoader(rows(), BATCH, sampler=Unwilling()))
+    batches = cursor.batches()
+    assert "more than numbers" in cursor.doubts(0)[0]
+    next(batches)
+    stored(cursor.state())
+    assert "RuntimeError: not now" in cursor.doubts(0)[0]
+
+
 class Hidden(IterableDataset[Any]):
     """A stream that goes on where another one stopped, by a counter that no attribute shows."""
 

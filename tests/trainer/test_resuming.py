@@ -173,6 +173,70 @@ def test_where_every_checkpoint_is_damaged_that_is_an_error(tmp_path: Path, cut:
         fit(tmp_path, resume=path)
 
 
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_cut_between_two_epochs_is_exact_too(validates: bool, tmp_path: Path, cut: Any) -> None:
+    make = with_validation if validates else script
+    given = {"max_epochs": 3, "checkpoint_every": "1 epoch", "val_every_n_epochs": int(validates)}
+    whole = fit(tmp_path / "whole", make(), **given)
+    path = cut(tmp_path, 7, (), make(), **given)
+    assert stored(path) == [("best" if validates else "periodic", 5)]
+    result = fit(tmp_path, make(), resume=path, **given)
+    np.testing.assert_array_equal(result.frame("loss"), whole.frame("loss"))
+    assert json.dumps(result.history) == json.dumps(whole.history)
+
+
+def test_a_run_that_was_cut_after_its_last_step_only_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("automode.trainer.driver.Driver.finish", raising)
+        with pytest.raises(Cut):
+            fit(tmp_path)
+    path = newest(tmp_path)
+    assert stored(path) == [("end", 10)]
+    result = fit(tmp_path, resume="auto")
+    assert result.path == path
+    assert result.reason == whole.reason
+    assert json.dumps(result.history) == json.dumps(whole.history)
+    np.testing.assert_array_equal(result.frame("loss"), whole.frame("loss"))
+
+
+def raising(*_: Any) -> None:
+    raise Cut
+
+
+def test_a_state_that_cannot_be_stored_ends_no_run_and_is_told(tmp_path: Path) -> None:
+    class Odd(nn.CrossEntropyLoss):
+        def get_extra_state(self) -> Any:
+            return lambda: None
+
+    result = fit(tmp_path, script(loss_fn=Odd()), checkpoint_every="2 steps")
+    assert result.steps == 10
+    assert stored(result.path) == []
+    told = [line for line in result.session.log() if line["event"] == "checkpoint_not_stored"]
+    assert len(told) == 1
+    assert "could not be stored" in told[0]["why"]
+
+
+def test_what_an_own_step_keeps_in_its_state_comes_along_where_it_can_be_stored(
+    tmp_path: Path, cut: Any
+) -> None:
+    def counting(batch: Any, state: dict[str, Any]) -> dict[str, Any]:
+        state["count"] = state.get("count", 0) + 1
+        state["odd"] = {1, 2}
+        loss = state["loss_fn"](state["model"](batch[0]), batch[1])
+        state["optimizer"].zero_grad()
+        loss.backward()
+        state["optimizer"].step()
+        return {"loss": loss.detach(), "count": state["count"]}
+
+    path = cut(tmp_path, 4, (3,), own_step=counting)
+    with pytest.warns(UserWarning, match=r"state\['odd'\] of the training step cannot be stored"):
+        result = fit(tmp_path, own_step=counting, resume=path)
+    np.testing.assert_array_equal(result.frame("count"), np.arange(1.0, 11.0))
+
+
 # What must be the same.
 
 
