@@ -74,9 +74,13 @@ def told(state: State, body: Safeguarded, out: Emission) -> bool:
 def _skipped(state: State, body: Safeguarded, out: Emission) -> None:
     """Several steps in a row that are left out are no accident of one batch."""
     guards = state.guards
-    guards.skipped = guards.skipped + 1 if body.step == guards.skipped_at else 1
+    again, policy = body.step == guards.skipped_at, state.policy.safeguards
+    guards.skipped = guards.skipped + 1 if again else 1
+    guards.left_out = guards.left_out + 1 if again else 1
     guards.skipped_at = body.step
-    if _acts(state) and guards.skipped >= state.policy.safeguards.rewind_after_nonfinite:
+    if guards.left_out >= policy.stop_after_nonfinite:
+        return
+    if _acts(state) and guards.skipped >= policy.rewind_after_nonfinite:
         _not_finite(state, 0, f"{guards.skipped} steps in a row were left out: {body.why}", out)
 
 

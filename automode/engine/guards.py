@@ -22,6 +22,7 @@ class Guards:
         cap: The cap in force, or None.
         skipped_at: Applied steps at the last step that was left out.
         skipped: Steps left out in a row at that step, since the run last went back.
+        left_out: Steps left out in a row at that step in all; the loop stops the run at ``stop_after_nonfinite``.
         stopped: Whether the run was asked to stop.
     """
 
@@ -34,6 +35,7 @@ class Guards:
     cap: float | None = None
     skipped_at: int = -1
     skipped: int = 0
+    left_out: int = 0
     stopped: bool = False
 
     @classmethod

@@ -111,6 +111,13 @@ def test_steps_left_out_in_a_row_go_back_and_single_ones_do_not(make_world, to_r
     replayed(world)
 
 
+def test_a_run_that_is_about_to_stop_does_not_go_back_before(make_world, to_rows):
+    world = started(make_world, policy=policy_of(stop_after_nonfinite=5))
+    world.rows(to_rows(learning(300)))
+    skip(world, 5, world.state.step)
+    assert not commands(world, "rewind")
+
+
 def test_overflows_of_a_gradient_scaler_are_its_own_affair(make_world, to_rows):
     world = started(make_world)
     world.rows(to_rows(learning(300)))

@@ -120,7 +120,7 @@ def test_with_the_guard_off_act_leaves_the_steps_to_the_user(play_run: Any, scri
         run = play_run(
             automode="act",
             script=faulty(script, nan_at(20)),
-            policy={"safeguards": {"skip_nonfinite": False}},
+            policy={"safeguards": {"skip_nonfinite": False, "rewind": False}},
             steps=40,
         )
     assert not run.bodies("safeguarded")
