@@ -7,6 +7,14 @@ from collections.abc import Iterable
 
 from automode.planner.events import Envelope, Merge, Snapshot
 
+LONGEST_STRIDE, SHORT_STRIDE = 32, 16
+"""Batches between two boundaries: whole looks of the fold, about so many of them as make the shorter, never above the longer."""
+
+
+def stride_of(look_every: int) -> int:
+    """Give the batches between two boundaries: where the fold looks every so many steps, a look falls on a boundary."""
+    return min(LONGEST_STRIDE, look_every * max(1, SHORT_STRIDE // look_every))
+
 
 class Agenda:
     """What is durable and not carried out yet.

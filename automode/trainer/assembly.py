@@ -101,6 +101,7 @@ def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
     """
     with forked_rng():
         store = SessionStore.open(parts.session_path)
+        let_go = store.abandon
         try:
             with Session.open(parts.session_path) as session:
                 found, earlier = recovered(session, point.at_seq), read_earlier(session, point.at_seq)
@@ -108,6 +109,7 @@ def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
             run, total = found.state.run, parts.plan.total or 0
             assert run is not None
             driver, _ = _driver(parts, as_recorded(parts, run), began, store, found.state)
+            let_go = driver.let_go
             checkpoints = CheckpointStore(store.path / "checkpoints")
             checkpoints.sweep()
             driver.resume(
@@ -127,7 +129,7 @@ def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
                 verify=checkpoints.verify,
             )
         except BaseException:
-            store.abandon()
+            let_go()
             raise
         return driver
 

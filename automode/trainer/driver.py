@@ -29,6 +29,7 @@ from automode.planner.events import (
 )
 from automode.session import SessionStore
 from automode.session.logs import SessionLog
+from automode.trainer.agenda import stride_of
 from automode.trainer.card_callbacks import CardCallback, CardCallbacks
 from automode.trainer.clock import Clock, ShiftedClock, SystemClock
 from automode.trainer.earlier import Earlier, is_usable
@@ -43,14 +44,6 @@ from automode.trainer.spending import Spending
 from automode.trainer.steps import OVERFLOWED
 
 TRUNK = "trunk"
-
-LONGEST_STRIDE, SHORT_STRIDE = 32, 16
-"""Batches between two boundaries: whole looks of the fold, about so many of them as make the shorter, never above the longer."""
-
-
-def stride_of(look_every: int) -> int:
-    """Give the batches between two boundaries: where the fold looks every so many steps, a look falls on a boundary."""
-    return min(LONGEST_STRIDE, look_every * max(1, SHORT_STRIDE // look_every))
 
 
 class Driver:
@@ -273,6 +266,13 @@ class Driver:
         self._trials.know(earlier.answers, partial(is_usable, verify=verify, exact=body.exact))
         for answer, _ in self._executor.take_up(commands, self.state, body.step, kept["executor"], earlier):
             self._feed(answer)
+
+    def let_go(self) -> None:
+        """Close everything without another word in the log: the session could not be taken up."""
+        self._closed = True
+        self._trials.close()
+        self._session_log.close()
+        self._store.abandon()
 
     def skipped(self, step: int, why: str) -> None:
         """The guard kept a non-finite step from the optimizer."""

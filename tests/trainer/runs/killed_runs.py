@@ -1,13 +1,16 @@
 """Trains one small run, in a process of its own that may be killed at any of its system calls; see ``test_killed_everywhere``.
 
-Reads lines of JSON from standard input and forks a trainer for each: ``folder``, ``backend``, ``resume``, and ``kill``, the number
-of the call that it does not live through (0: it lives). Answers with the exit status, 9 for a kill.
+Reads lines of JSON from standard input and forks a trainer for each: ``folder``, ``backend``, ``resume``, ``kill``, the number of
+the call that it does not live through (0: it lives), and ``stop``, the step at which it gets a SIGTERM (0: none). Answers
+with the exit status, 9 for a kill.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
 import sqlite3
 import sys
 import time
@@ -22,9 +25,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import automode.trainer.clusters
 from automode import Policy, Trainer
+from automode.backends.inline import InlineBackend
+from automode.backends.process import ProcessBackend
 from automode.session import database
 from automode.trainer import run_parts
-from automode.trainer.specialists import SpecialistRunner
 
 STEPS = 72
 CALLS = ("replace", "fsync", "unlink", "rmdir", "mkdir")
@@ -111,23 +115,44 @@ def data(n: int, seed: int) -> TensorDataset:
     return TensorDataset(x, x[:, :3].abs().argmax(1))
 
 
-def train(folder: Path, *, backend: Any, resume: bool, kill: int) -> None:
+def count_segments(file: Path) -> None:
+    """Write a line for every segment that a backend is given; let the trunk wait for workers, as it would not for itself."""
+    for kind in (InlineBackend, ProcessBackend):
+
+        def submitted(self: Any, job: Any, submit: Any = kind.submit) -> None:
+            with file.open("a") as lines:
+                lines.write(f"{job.card} {job.trial} {job.to_resource}\n")
+            submit(self, job)
+
+        kind.submit = submitted  # type: ignore[method-assign]
+    pump = ProcessBackend.pump
+
+    def patient(self: Any, trunk_steps: int) -> Any:
+        until = time.monotonic() + 60.0
+        while not (ended := pump(self, trunk_steps)) and self.busy and time.monotonic() < until:
+            self.wait(0.1)
+        return ended
+
+    ProcessBackend.pump = patient  # type: ignore[method-assign]
+
+
+steps = itertools.count(1)
+
+
+def stop_at(step: int) -> None:
+    """Ask this process to end, as a cluster does, while its optimizer makes a step."""
+    if next(steps) == step:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(folder: Path, *, backend: Any, resume: bool, kill: int, stop: int) -> None:
     """Train the run, or what is left of it."""
     calls = Calls(folder, kill)
-    segments = folder.parent / f"{folder.name}-segments"
-    original = SpecialistRunner.open
-
-    def opened(self: SpecialistRunner, job: Any) -> Any:
-        with segments.open("a") as file:
-            file.write(f"{job.card} {job.trial} {job.to_resource}\n")
-        return original(self, job)
-
-    SpecialistRunner.open = opened  # type: ignore[method-assign]
+    count_segments(folder.parent / f"{folder.name}-segments")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0005, momentum=0.9)
-    if backend != "inline":  # workers are ahead of the trunk then, as they would be of a larger network
-        optimizer.register_step_post_hook(lambda *_: time.sleep(0.03))
+    optimizer.register_step_post_hook(lambda *_: stop_at(stop))
     if not resume:
         folder.mkdir(parents=True)
         run_parts.new_session_folder = lambda *_: folder  # type: ignore[assignment]
@@ -172,8 +197,11 @@ def main() -> None:
                     backend=order["backend"],
                     resume=order["resume"],
                     kill=order["kill"],
+                    stop=order["stop"],
                 )
                 status = 0
+            except SystemExit as error:
+                status = int(error.code or 0)
             except BaseException:
                 traceback.print_exc()
             finally:

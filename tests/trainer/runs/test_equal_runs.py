@@ -13,7 +13,7 @@ from automode import Trainer, replay
 from automode.planner.policy import Policy
 from automode.session import Session
 from automode.trainer import loop, run_parts
-from automode.trainer.driver import stride_of
+from automode.trainer.agenda import stride_of
 
 POLICY = Policy.model_validate(
     {
