@@ -137,6 +137,8 @@ def test_an_edited_card_is_edited_and_approved(cli: Any, live: Any, waiting: str
     card = live.state.cards[waiting].card
     assert (card.rev, card.training_recipe.variants[1].lr_mul) == (2, 0.25)
     assert state(live, waiting) is CardState.RUNNING
+    again = cli("apply", saved, live.path, "-y", "--as", "bob").output
+    assert f"card {waiting} is running already, as it was saved" in again
 
 
 def test_a_card_that_was_sent_back_has_to_be_edited(cli: Any, live: Any, waiting: str, saved: Path) -> None:
