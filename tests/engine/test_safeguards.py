@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from automode.engine import fold, healthy, story
 from automode.planner.events import Envelope, Safeguarded, TrunkEnded
@@ -251,4 +253,68 @@ def test_sound_losses_trigger_nothing(make_world, to_rows, seed):
     rows = to_rows(loss * np.exp(rng.uniform(0.1, 0.6) * rng.standard_normal(3000)))
     world.rows(rows, (32,))
     assert not commands(world, "rewind", "set_learning_rate", "stop_run")
+    replayed(world)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 170), min_size=1, max_size=6),
+    spikes=st.lists(st.integers(100, 700), max_size=8, unique=True),
+    jump=st.sampled_from([1.0, 3.5, 12.0, float("nan")]),
+    start=st.integers(300, 700),
+)
+def test_any_split_into_blocks_gives_the_same_commands(sizes, spikes, jump, start):
+    # Commands are answered between blocks, so answers are held back: only what rows alone lead to is compared.
+    from tests.engine.conftest import World, rows_of
+
+    loss = learning(800)
+    loss[start:] *= jump
+    values = rows_of(loss)
+    values[spikes, 3] = 50.0
+    logs = []
+    for split in ([32], sizes):
+        world = World(policy=policy_of(), hold={"rewind", "set_clip", "set_learning_rate", "stop_run"})
+        world.start()
+        world.rows(values, split)
+        logs.append([(e.seq, e.frame_cursor, e.body) for e in world.log if isinstance(e, Envelope)])
+        replayed(world)
+    assert logs[0] == logs[1]
+
+
+MOVES = st.one_of(
+    st.tuples(
+        st.just("rows"), st.sampled_from([0.3, 0.5, 2.0, 9.0, 1e30, float("nan")]), st.integers(1, 150)
+    ),
+    st.tuples(st.just("skip"), st.just(0.0), st.integers(1, 12)),
+    st.tuples(st.just("mode"), st.sampled_from(["observe", "propose", "act"]), st.just(0)),
+    st.tuples(st.just("good"), st.sampled_from([None, 0, 10**9]), st.just(0)),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(MOVES, min_size=2, max_size=20))
+def test_whatever_happens_rewinds_are_few_go_back_and_replay(moves):
+    from tests.engine.conftest import World, rows_of
+
+    world = World(policy=policy_of())
+    world.start()
+    world.rows(rows_of(learning(200)))
+    for what, value, n in moves:
+        match what:
+            case "rows":
+                world.rows(rows_of(np.full(n, value), start=world.state.step + 1))
+            case "skip":
+                skip(world, n, world.state.step)
+            case "mode":
+                world.decide("mode", mode=value)
+            case "good":
+                world.good = value
+    asked = [e for e in world.log if isinstance(e, Envelope) and e.body.kind == "rewind"]
+    assert len(asked) <= 3
+    assert all(0 <= e.body.to_step <= e.frame_cursor for e in asked)
+    assert all(0.0 < e.body.rate_factor <= 0.5 for e in asked)
+    assert len(commands(world, "stop_run")) <= 1
+    assert not any(
+        c.kind in ("rewind", "set_clip", "set_learning_rate") for c in world.state.pending.values()
+    )
     replayed(world)
