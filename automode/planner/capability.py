@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from automode.planner.cards import PlanCard
@@ -146,14 +147,13 @@ def policy_refusals(policy: Policy) -> list[str]:
     return found
 
 
-def _unable(part: str, value: str) -> Iterator[str]:
+@lru_cache(maxsize=512)  # the same few values are looked up at every look of every rule
+def _unable(part: str, value: str) -> tuple[str, ...]:
     """Look a value up in the table."""
     for ability in TABLE:
         if ability.part == part and ability.value in ("*", value):
-            if not ability.runs:
-                yield f"{part}: {value} cannot run in this version: {ability.why}"
-            return
-    yield f"{part}: {value} is not known to this version"
+            return () if ability.runs else (f"{part}: {value} cannot run in this version: {ability.why}",)
+    return (f"{part}: {value} is not known to this version",)
 
 
 def _evidence(planned: Planned, run: Run, least: int) -> Iterator[str]:
