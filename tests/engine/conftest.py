@@ -212,7 +212,9 @@ class World:
                 )
             case Resolve():
                 card = self.state.cards[body.card].card
-                answer = Resolved(card=body.card, n=500, pool=1000, variants=all_variants(card.training_recipe))
+                answer = Resolved(
+                    card=body.card, n=500, pool=1000, variants=all_variants(card.training_recipe)
+                )
             case StartTrial():
                 answer = TrialReported(
                     card=body.card,

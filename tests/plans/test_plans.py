@@ -121,5 +121,5 @@ def test_observe_only_leaves_the_run_alone() -> None:
     policy = policy_from_yaml(preset_text("observe-only"))
     assert not policy.averages.enabled
     guards = policy.safeguards
-    assert not (guards.skip_nonfinite or guards.rewind or guards.clip)
+    assert [guards.skip_nonfinite, guards.rewind, guards.clip] == [False, False, False]
     assert set(policy.reasons) == set(PLANNED)
