@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-from automode.engine import lifecycle
+from automode.engine import lifecycle, resuming
 from automode.engine.emission import Emission
 from automode.engine.state import Candidate, Execution, State
 from automode.engine.trials import control_weights, finished_trials, weights_of
@@ -57,8 +57,7 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
         lifecycle.finish(state, execution.card, CardState.INCONCLUSIVE, verdict.why, out, cause=seq)
         return
     execution.chosen = best
-    state.spending.spend()
-    execution.look = state.spending.looks
+    execution.look = resuming.next_look(state, best.weights, control_weights(execution))
     out.command(
         Evaluate(
             card=execution.card,

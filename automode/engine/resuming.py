@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from automode.engine import observing
 from automode.engine.emission import Emission
 from automode.engine.state import State
 from automode.errors import ReplayDifferenceError
-from automode.planner.events import Envelope, Resumed
+from automode.planner.events import Envelope, Evaluate, Resumed, Weights
 
 
 def skip(state: State, body: Resumed, event: Envelope) -> None:
@@ -28,15 +30,36 @@ def skip(state: State, body: Resumed, event: Envelope) -> None:
 def resumed(state: State, body: Resumed, out: Emission) -> None:
     """Go on as if nothing had happened where the rows will be the same; else start the signals anew.
 
-    A look at val-B is paid for once: an exact run looks at the same candidate again and sees the same, while another run's
-    candidates are others, so that the looks that were cut off stay spent.
+    A look at val-B is paid for once: an exact run looks at the same candidate again and sees the same (see :func:`next_look`),
+    while another run's candidates are others, so that the looks that were cut off stay spent.
     """
     if body.total_steps is not None:
         _lengthen(state, body.total_steps)
+    state.looked = body.looks
     if body.exact:
         return
-    state.spending.looks = max(state.spending.looks, body.looks)
+    state.spending.looks = max(state.spending.looks, len(body.looks))
     observing.tell(state.suite.reset("the run was taken up, and not exactly as it was"), out)
+
+
+def looked_at(weights: Weights, control: Weights) -> str:
+    """Name what a look at val-B compares."""
+    return f"{weights.checkpoint}/{weights.choice} {control.checkpoint}/{control.choice}"
+
+
+def looks_of(commands: Iterable[Evaluate]) -> tuple[str, ...]:
+    """Give what each look was at, by its number; every attempt's commands, in the order of the log."""
+    found = {command.look: looked_at(command.weights, command.control) for command in commands}
+    return tuple(found.get(look, "") for look in range(1, max(found, default=0) + 1))
+
+
+def next_look(state: State, weights: Weights, control: Weights) -> int:
+    """Spend a look and return its number: one that an attempt cut off has spent on the same, else a fresh one."""
+    what = looked_at(weights, control)
+    state.spending.spend()
+    while (look := state.spending.looks) <= len(state.looked) and state.looked[look - 1] != what:
+        state.spending.spend()
+    return look
 
 
 def _lengthen(state: State, total_steps: int) -> None:

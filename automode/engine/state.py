@@ -121,6 +121,8 @@ class State:
     cards: dict[str, CardRecord] = field(default_factory=dict)
     executions: dict[str, Execution] = field(default_factory=dict)
     spending: AlphaSpending = field(default_factory=AlphaSpending)
+    looked: tuple[str, ...] = ()
+    """What attempts that were cut off have looked at on val-B, by the number of the look."""
     requests: set[str] = field(default_factory=set)
     pending: dict[str, Command] = field(default_factory=dict)
     ordinal: int = 0

@@ -337,8 +337,9 @@ class Resumed(Part):
     attempt: int = Field(ge=2)
     exact: bool = Field(description="what follows equals the run that was cut, bit for bit")
     why_approximate: str | None = None
-    looks: int = Field(
-        default=0, ge=0, description="looks at val-B that the log holds, superseded ones included"
+    looks: tuple[str, ...] = Field(
+        default=(),
+        description="what each look at val-B was at, by its number, superseded ones included (engine.resuming.looked_at)",
     )
     total_steps: int | None = Field(
         default=None, ge=0, description="steps of the run, where it was made longer than it was begun"

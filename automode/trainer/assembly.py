@@ -106,12 +106,15 @@ def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
             with Session.open(parts.session_path) as session:
                 found, earlier = recovered(session, point.at_seq), read_earlier(session, point.at_seq)
                 began = next(session.events("session_started")).body["mode"]
+                recorded = {row.digest for row in session.checkpoints(include_superseded=True)}
             run, total = found.state.run, parts.plan.total or 0
             assert run is not None
             driver, _ = _driver(parts, as_recorded(parts, run), began, store, found.state)
             let_go = driver.let_go
             checkpoints = CheckpointStore(store.path / "checkpoints")
             checkpoints.sweep()
+            # What was stored and not recorded before the kill: nobody will ever ask for it.
+            checkpoints.collect(recorded)
             driver.resume(
                 Resumed(
                     checkpoint=point.checkpoint,

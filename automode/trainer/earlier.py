@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from automode.engine.resuming import looks_of
 from automode.errors import SessionCorruptError, SessionError
-from automode.planner.events import Decided, Resolved, StartTrial, TrialFailed, TrialReported
+from automode.planner.events import Decided, Evaluate, Resolved, StartTrial, TrialFailed, TrialReported
 from automode.session import Record, Session
 from automode.session.replaying import to_envelope
 
@@ -30,7 +31,7 @@ class Earlier:
 
     Attributes:
         attempt: The latest of them.
-        looks: Looks at val-B, superseded ones included.
+        looks: What each look at val-B was at, superseded ones included.
         answers: What segments came to behind the checkpoint, by :func:`key_of` their command.
         requests: What people asked behind the checkpoint: rows since, and the request, in order.
         rests: Steps without a scan that a scan behind the checkpoint asked for, by its kind and step.
@@ -38,7 +39,7 @@ class Earlier:
     """
 
     attempt: int
-    looks: int
+    looks: tuple[str, ...]
     answers: Mapping[str, Answer]
     requests: tuple[tuple[int, Decided], ...]
     rests: Mapping[tuple[str, int], int]
@@ -77,9 +78,10 @@ def read_earlier(session: Session, at_seq: int) -> Earlier:
         session: The session.
         at_seq: The checkpoint's record.
     """
-    attempt, looks = 1, 0
-    for record in session.events("evaluate", include_superseded=True):
-        looks = max(looks, int(record.body["look"]))
+    attempt = 1
+    looks = looks_of(
+        Evaluate.model_validate(record.body) for record in session.events("evaluate", include_superseded=True)
+    )
     resolved = {
         record.body["card"]: Resolved.model_validate(record.body)
         for record in session.events("resolved")

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from automode.engine import fold, handle, recover, story, what_if
+from automode.engine import fold, handle, initial, recover, story, what_if
+from automode.engine.resuming import looks_of, next_look
 from automode.errors import ReplayDifferenceError
-from automode.planner.events import Checkpointed, Envelope, Resumed
+from automode.planner.events import Checkpointed, Envelope, Evaluate, Resumed, Weights
 from automode.planner.policy import Policy
 
 POLICY = Policy.model_validate({"reasons": ["loss_plateau", "merge_cadence"], "pacing": {"max_cards": 2}})
@@ -100,7 +101,7 @@ def test_signals_begin_anew_only_where_the_rows_may_be_others(make_world, values
 def test_looks_at_the_second_half_stay_spent_where_the_candidates_are_others(
     make_world, values, exact, looks
 ):
-    world, _ = cut(make_world, values, at=400, lost=10, exact=exact, looks=4)
+    world, _ = cut(make_world, values, at=400, lost=10, exact=exact, looks=("a", "b", "c", "d"))
     assert world.state.spending.looks == looks
 
 
@@ -155,3 +156,25 @@ def test_a_story_tells_of_a_cut_within_it(make_world, values):
         ],
     )
     assert "cut off here, and taken up again exactly from its checkpoint at step 7" in told
+
+
+def weights(digit):
+    return Weights(checkpoint="sha256:" + digit * 64)
+
+
+def test_a_look_is_repeated_at_the_same_and_spent_anew_at_anything_else():
+    asked = [
+        Evaluate(card="c", candidate="x", weights=weights(w), control=weights("0"), look=look)
+        for look, w in [(1, "1"), (2, "2"), (1, "1")]
+    ]
+    state = initial()
+    state.looked = looks_of(asked)
+    assert len(state.looked) == 2
+    assert next_look(state, weights("1"), weights("0")) == 1
+    assert next_look(state, weights("2"), weights("0")) == 2
+    other = initial()
+    other.looked = looks_of(asked)
+    assert next_look(other, weights("1"), weights("5")) == 3
+    assert next_look(other, weights("1"), weights("0")) == 4
+    fresh = initial()
+    assert [next_look(fresh, weights(w), weights("0")) for w in "99"] == [1, 2]

@@ -128,6 +128,7 @@ def sound(folder: Path) -> None:
         store.verify(digest)
     with Session.open(folder) as session:
         session.verify()
+        assert set(store.digests()) <= {row.digest for row in session.checkpoints(include_superseded=True)}
         assert {r.seq for r in session.events(include_superseded=True)} == set(
             range(1, session.last_seq() + 1)
         )
