@@ -262,7 +262,7 @@ class Driver:
         self._first_row = self.state.rows
         self.limit, self._skipped, self._pumped_at = kept["limit"], kept["skipped"], kept["pumped_at"]
         later = [(rows, Decided.model_validate_json(text)) for rows, text in kept["requests"]]
-        self._requests.again([*later, *earlier.requests])
+        self._requests.again(self._callbacks.again([*later, *earlier.requests]))
         self._trials.know(earlier.answers, partial(is_usable, verify=verify, exact=body.exact))
         for answer, _ in self._executor.take_up(commands, self.state, body.step, kept["executor"], earlier):
             self._feed(answer)
@@ -326,8 +326,9 @@ class Driver:
         self._agenda.end()
         try:
             self._trials.close()
-            self._log.error("run_failed", step=step, error=f"{type(error).__name__}: {error}")
-            why = f"failed: {type(error).__name__}: {str(error)[:500]}"
+            how = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            why = f"{how}: {type(error).__name__}: {str(error)[:500]}"
+            (self._log.info if how == "stopped" else self._log.error)(f"run_{how}", step=step, why=why)
             if not self.state.trunk_ended:
                 self._feed(TrunkEnded(step=step, why=why))
             if not self.state.ended:

@@ -139,7 +139,8 @@ class DefaultStep:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
-        self._scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run did not scale when it was cut
+            self._scaler.load_state_dict(state["scaler"])
 
     def __call__(self, batch: Any, epoch: int) -> Taken:
         """Train on one batch."""
@@ -253,7 +254,8 @@ class OwnStep:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
-        self._scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run did not scale when it was cut
+            self._scaler.load_state_dict(state["scaler"])
         self._state.update(state["kept"])
 
     def __call__(self, batch: Any, epoch: int) -> Taken:

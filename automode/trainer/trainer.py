@@ -265,10 +265,14 @@ def _take_up(parts: RunParts, found: Found) -> tuple[Driver, Loop]:
     """Put a run back to where it was cut."""
     point, comparison = put_back(parts, found)
     driver = resume_driver(parts, point)
-    driver.limit += longer_by(parts, found)
-    loop = begin(parts, driver)
-    put_loop(parts, loop, found.rest)
-    tell(parts, found, point, comparison)
+    try:
+        driver.limit += longer_by(parts, found)
+        loop = begin(parts, driver)
+        put_loop(parts, loop, found.rest)
+        tell(parts, found, point, comparison)
+    except BaseException as error:
+        driver.abort(parts.trunk.step, error)
+        raise
     return driver, loop
 
 

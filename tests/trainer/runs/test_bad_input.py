@@ -276,7 +276,7 @@ def test_an_interrupt_ends_the_session_in_order(script: Any, failed_run: Any) ->
         KeyboardInterrupt, "^stop$", automode="act", script=script(), actions={15: interrupt}, steps=60
     )
     with Session.open(path) as session:
-        assert next(session.events(kind="run_ended")).body["why"].startswith("failed: KeyboardInterrupt")
+        assert next(session.events(kind="run_ended")).body["why"].startswith("stopped: KeyboardInterrupt")
 
 
 # Requests that make no sense.
