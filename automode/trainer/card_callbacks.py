@@ -7,7 +7,7 @@ replayed. Nothing that a callback does wrong reaches the run.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,9 @@ from automode.trainer.user_warning import warn_user
 
 ACTOR: Final = "callback"
 """Who decides, in the record."""
+
+_OWN: Final = f"{0:020d}-{0:07d}-"
+"""Beginning of the ids of requests that callbacks make: those of the inbox begin with the time of day."""
 
 
 class CardHandle:
@@ -110,8 +113,8 @@ class CardHandle:
             post(self._session, fields)
             return
         self._count += 1
-        # An inbox id of year zero, the same each time: a run that is taken up again follows it once.
-        request = f"{0:020d}-{0:07d}-{self._count:08d}-{self.card.id}"
+        # The same each time, so that a run that is taken up again knows its own; the inbox takes it for an id too.
+        request = f"{_OWN}{self._count:08d}-{self.card.id}"
         self._asked.append(Decided.model_validate(fields | {"request": request}))
 
     def _mark(self) -> tuple[PlanCard, int, int]:
@@ -149,6 +152,24 @@ class CardCallbacks:
         self._known = len(state.cards)
         self._session = session
         self._log = log
+        self._earlier: dict[str, dict[str, Decided]] = {}
+
+    def again(self, requests: Iterable[tuple[int, Decided]]) -> list[tuple[int, Decided]]:
+        """Keep what callbacks decided in an earlier attempt of the run, to be followed when its card is made again.
+
+        Args:
+            requests: Rows since the run was taken up, and the request.
+
+        Returns:
+            Those that are not callbacks'.
+        """
+        others = []
+        for rows, decided in requests:
+            if decided.request.startswith(_OWN) and decided.card is not None:
+                self._earlier.setdefault(decided.card, {})[decided.request] = decided
+            else:
+                others.append((rows, decided))
+        return others
 
     def decided(self, state: State) -> list[Decided]:
         """Call the functions with the cards that are new, and give what they decide, in order."""
@@ -156,10 +177,12 @@ class CardCallbacks:
             return []
         new = list(state.cards.values())[self._known :]
         self._known = len(state.cards)
-        if not self._functions:
-            return []
         found: list[Decided] = []
         for record in new:
+            earlier = self._earlier.pop(record.card.id, None)
+            if earlier is not None:  # decided once already
+                found += earlier.values()
+                continue
             handle = CardHandle(record.card, record.state, self._session)
             for function in self._functions:
                 self._call(function, record.card, handle)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from automode import Trainer, replay
+from automode.engine import State
 from automode.errors import CardError, UsageError
+from automode.planner.approval import Lifetime, propose
 from automode.planner.card_text import from_yaml
 from automode.planner.cards import CardState
 from automode.planner.policy import Policy
@@ -19,7 +21,7 @@ from automode.planner.recipes import MergeInterpolate
 from automode.presets import preset_text
 from automode.session import Session, SessionStore
 from automode.session.inbox import Inbox
-from automode.trainer.card_callbacks import CardHandle
+from automode.trainer.card_callbacks import CardCallbacks, CardHandle
 
 POLICY = {
     "reasons": ["merge_cadence"],
@@ -216,3 +218,25 @@ def test_a_handle_that_is_kept_posts_to_the_inbox_afterwards(tmp_path: Path) -> 
         "later",
         1,
     )
+
+
+def test_a_run_that_is_taken_up_again_follows_what_was_decided_and_asks_no_second_time(
+    tmp_path: Path,
+) -> None:
+    calls = []
+    card = from_yaml(preset_text("cards/merge_cadence"))
+    state = State()
+    callbacks = CardCallbacks([lambda made, handle: calls.append(made.id)], state, tmp_path, None)
+    handle = CardHandle(card, CardState.PROPOSED, tmp_path)
+    handle.approve("then")
+    (decided,) = handle._taken()
+    person = decided.model_copy(
+        update={"request": "01795274193540443692-0000792-00000000-3ac8b10f", "actor": "ann"}
+    )
+    assert callbacks.again([(3, decided), (4, person), (3, decided)]) == [(4, person)]
+    assert callbacks.decided(state) == []
+    for made in (card, card.model_copy(update={"id": "0" * 8})):
+        state.cards[made.id] = propose(made, step=1, time=0.0, lifetime=Lifetime())
+    assert callbacks.decided(state) == [decided]
+    assert calls == ["0" * 8]
+    assert callbacks.decided(state) == []
