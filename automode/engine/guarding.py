@@ -183,7 +183,7 @@ def _cap(state: State, out: Emission) -> None:
     if _pending(state, "set_clip"):
         return
     if guards.cap is not None and not suite.burst.active:
-        out.command(SetClip(norm=None, why=f"no spike for {suite.burst.window} steps"))
+        out.command(SetClip(norm=None, why="no burst of spikes is going on any more"))
     if guards.cap is not None or not policy.safeguards.clip or guards.clips >= policy.safeguards.max_clips:
         return
     ceiling = suite.grad_norm_z.ceiling
