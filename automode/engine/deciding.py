@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import erfc, isfinite, sqrt
 
 from automode.engine import lifecycle, resuming
 from automode.engine.emission import Emission
@@ -57,7 +57,11 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
         lifecycle.finish(state, execution.card, CardState.INCONCLUSIVE, verdict.why, out, cause=seq)
         return
     execution.chosen = best
-    execution.look = resuming.next_look(state, best.weights, control_weights(execution))
+    execution.look = (
+        resuming.next_look(state, best.weights, control_weights(execution))
+        if execution.action == "fork"
+        else 0
+    )
     out.command(
         Evaluate(
             card=execution.card,
@@ -111,12 +115,13 @@ def evaluated(state: State, body: Evaluated, out: Emission) -> None:
     execution.evaluated = body
     card = state.cards[body.card].card
     slices = body.slices if card.acceptance.slices == "no_worse" else {}
+    alpha, least_z = _strictness(state, execution)
     evidence = judge_summary(
         _summary(body.overall),
-        alpha=state.spending.alpha(execution.look),
+        alpha=alpha,
         slices={name: _summary(group) for name, group in slices.items()},
         slice_z=SLICE_Z,
-        least_z=max(card.acceptance.z, state.policy.evidence.z),
+        least_z=least_z,
     )
     seq = out.fact(_verdict(execution, body, evidence))
     match evidence.verdict:
@@ -142,6 +147,20 @@ def evaluated(state: State, body: Evaluated, out: Emission) -> None:
             lifecycle.finish(state, body.card, CardState.INCONCLUSIVE, evidence.why, out, cause=seq)
 
 
+def _strictness(state: State, execution: Execution) -> tuple[float, float]:
+    """Return (false acceptance rate, least z) of a look.
+
+    A fork spends of the session's alpha. Averages of the trunk's own trajectory have been better than its raw weights so
+    often that they need less proof: their threshold is the policy's, and stands for a rate of its own.
+    """
+    asked, policy = state.cards[execution.card].card.acceptance.z, state.policy
+    if execution.action == "merge":
+        least = max(asked, policy.averages.z)
+        return min(0.499, 0.5 * erfc(least / sqrt(2.0))), least
+    assert execution.look is not None
+    return state.spending.alpha(execution.look), max(asked, policy.evidence.z)
+
+
 def _verdict(execution: Execution, body: Evaluated, evidence: Evidence) -> VerdictGiven:
     return VerdictGiven(
         card=execution.card,
@@ -154,7 +173,7 @@ def _verdict(execution: Execution, body: Evaluated, evidence: Evidence) -> Verdi
         upper=evidence.upper,
         threshold=evidence.threshold,
         alpha=evidence.alpha,
-        look=execution.look,
+        look=execution.look if execution.action == "fork" else None,
         slices={name: part.z for name, part in evidence.slices.items()},
         why=evidence.why,
     )

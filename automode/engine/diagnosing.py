@@ -50,4 +50,4 @@ def diagnosed(state: State, body: Diagnosed) -> None:
     state.diagnosis_passes += ceil(body.passes)
     lifecycle.charge(state, "scan", body.passes)
     state.next_diagnosis = max(state.next_diagnosis, state.step + body.rest)
-    state.next_scan = max(state.next_scan, state.step) + body.rest
+    lifecycle.rest_from_scans(state, max(0, state.next_scan - state.step) + body.rest)

@@ -42,6 +42,15 @@ OPEN: Final = WAITING
 """States in which a card still waits for something other than compute."""
 
 
+def rest_from_scans(state: State, rest: int) -> None:
+    """Put the next scan off for so many steps, though a run that may act gets its least number of scans all the same."""
+    assert state.run is not None
+    state.next_scan = max(state.next_scan, state.step + rest)
+    least = state.policy.scan.at_least
+    if least and state.mode in ("propose", "act"):
+        state.next_scan = min(state.next_scan, state.scanned_at + max(1, state.run.total_steps // least))
+
+
 def charge(
     state: State, purpose: Purpose, passes: float, *, card: str | None = None, trial: int | None = None
 ) -> None:

@@ -107,7 +107,7 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case Scanned():
             remember(state.scanned, body)
             lifecycle.charge(state, "scan", body.passes)
-            state.next_scan = max(state.next_scan, state.step + body.rest)
+            lifecycle.rest_from_scans(state, body.rest)
             observing.look(state, out)
         case Clustered():
             remember(state.clustered, body)

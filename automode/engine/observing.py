@@ -151,6 +151,7 @@ def _scan(state: State, out: Emission) -> None:
     wanted = set(state.policy.reasons)
     if not wanted & {"residual_cluster", "high_loss_tail", "label_noise"}:
         return
+    state.scanned_at = state.step
     out.command(
         Scan(
             tail_from=state.policy.scan.tail_from,

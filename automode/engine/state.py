@@ -104,6 +104,7 @@ class State:
     look_every: int = 1
     next_look: int = 0
     next_scan: int = 0
+    scanned_at: int = 0
     suite: SignalSuite = field(default_factory=SignalSuite)
     rules: Sequence[Rule] = ()
     outcomes: dict[str, tuple[str, str, int]] = field(default_factory=dict)

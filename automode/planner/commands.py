@@ -97,7 +97,9 @@ class Evaluate(Part):
     candidate: str
     weights: Weights
     control: Weights
-    look: int
+    look: int = Field(
+        ge=0, description="number of the session's look; 0: averages of the trunk, which spend none"
+    )
 
 
 class Adopt(Part):

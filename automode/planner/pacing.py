@@ -167,11 +167,17 @@ def admit(
         asha=asha,
         cost=stated_cost(priced, funds, run, proposal.action),
         cooldown_steps=_cooldown_steps(proposal.reason, view, state),
-        acceptance=Acceptance(z=policy.evidence.z, slices=policy.evidence.slices),
+        acceptance=_acceptance(proposal, policy),
         risk=proposal.risk,
         base=base,
         diagnostics=dict(proposal.diagnostics),
     )
+
+
+def _acceptance(proposal: Proposal, policy: Policy) -> Acceptance:
+    """What a card's result must show; averages of the trunk's own trajectory have a threshold of their own."""
+    z = policy.averages.z if proposal.action == "merge" else policy.evidence.z
+    return Acceptance(z=z, slices=policy.evidence.slices)
 
 
 def after_verdict(

@@ -27,6 +27,7 @@ ALL_REASONS: Final[tuple[Reason, ...]] = (
     "loss_plateau",
     "residual_cluster",
     "high_loss_tail",
+    "label_noise",
     "merge_cadence",
 )
 
@@ -94,6 +95,11 @@ class ScanPolicy(Part):
         default=0.02,
         description="most of the wall-clock time for scans; null: equal runs scan at equal steps",
     )
+    at_least: int = Field(
+        default=6,
+        ge=0,
+        description="scans that a run which may act gets whatever their share of its time",
+    )
     probe: int = Field(
         default=1024, ge=32, le=65536, description="fixed samples whose features are clustered"
     )
@@ -150,6 +156,9 @@ class ProbePolicy(Part):
 class NoisePolicy(Part):
     """When wrong labels are left out of the training data."""
 
+    from_: Fraction = Field(
+        default=0.25, alias="from", description="no scan before this share of the run is believed"
+    )
     min_noise: Fraction = Field(
         default=0.10, description="label-noise estimate from which a card is worth it"
     )
@@ -298,6 +307,12 @@ class AveragePolicy(Part):
     enabled: bool = Field(default=True, description="keep moving averages of the weights")
     finish_at: Fraction = Field(
         default=0.75, description="share of the run at which the finishing merge is proposed"
+    )
+    z: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=10.0,
+        description="least z of the finishing merge: averages of one trajectory need less proof than a fork, by measurement",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from automode.planner.cards import Reason
 from automode.planner.events import Scanned
@@ -72,6 +73,16 @@ def _unready(last: Scanned, view: View) -> Silence | None:
         return Silence(
             code="old_scan",
             why=f"the last scan is {age} steps old, and after {view.planning_budget} it counts no more",
+        )
+    total = view.step + view.remaining
+    first = ceil(policy.from_ * total)
+    if last.step < first:
+        return Silence(
+            code="too_early",
+            why=(
+                f"the last scan is of step {last.step}, and margins are believed from step {first} of {total} on "
+                f"({policy.from_:.0%})"
+            ),
         )
     visits = view.policy.scan.min_visits
     if last.visits < visits:

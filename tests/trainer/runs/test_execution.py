@@ -398,7 +398,7 @@ def test_an_adopted_merge_becomes_the_trunk_and_its_averages_begin_anew(play_run
 def test_the_finish_leaves_the_accepted_average_in_the_model_and_the_raw_trunk_in_the_session(
     play_run: Any, script: Any
 ) -> None:
-    terms = {"reasons": ["merge_cadence"], "evidence": {"min_samples": 20, "z": 0.0, "alpha": 0.4}}
+    terms = {"reasons": ["merge_cadence"], "evidence": {"min_samples": 20}, "averages": {"z": 0.0}}
     noisy = script(rate=0.1, dropout=0.0)
     run = play_run(automode="act", script=noisy, policy=terms, steps=300)
     (adopted,) = run.bodies("adopted")
