@@ -43,6 +43,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.nightly  # two processes that load torch; the parts are tested by themselves, here and beside the trainer
 def test_a_script_runs_its_card_again_and_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +74,22 @@ def test_a_script_runs_its_card_again_and_trains_nothing(
     assert f"card {card}: the outcome is the same" in done.stdout
     assert "trained" not in done.stdout
     assert len(list(tmp_path.glob("runs/*/*/session.db"))) == 1
+
+
+@pytest.mark.parametrize(("same", "code"), [("true", 0), ("false", 1)])
+def test_what_the_trainer_reports_is_the_exit_code(
+    cli: Any, told: Any, card: Any, tmp_path: Path, same: str, code: int
+) -> None:
+    told.propose(card)
+    script = tmp_path / "report.py"
+    script.write_text(
+        "import os, sys\n"
+        f"assert os.environ['AUTOMODE_EXECUTE_CARD'] == {f'{told.path}:{card.id}'!r}\n"
+        "assert sys.argv[1:] == ['--lr', '1']\n"
+        f"open(os.environ['AUTOMODE_EXECUTE_REPORT'], 'w').write('{{\"same\": {same}}}')\n"
+    )
+    arguments = ("--card", card.id, "--execute", script, "--", "--lr", "1")
+    assert f"running card {card.id} again in" in cli("replay", told.path, *arguments, code=code).output
 
 
 def test_a_script_is_a_file_or_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
