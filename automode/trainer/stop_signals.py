@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -10,6 +11,9 @@ from typing import Any, NoReturn, Self
 
 EXIT_TERMINATED = 128 + 15
 """Exit status of a run that SIGTERM stopped, as a shell reports it."""
+
+
+_ASKED = b"\n%s: stopping after this step, with the run's state stored; once more to stop at once\n"
 
 
 class StopSignals:
@@ -80,6 +84,9 @@ class StopSignals:
             return
         if self.received is None:
             self.received = signal.Signals(number)
+            with contextlib.suppress(OSError):
+                # Not through sys.stderr, which may be in the middle of a line of its own.
+                os.write(2, _ASKED % self.received.name.encode())
             return
         self._restore()
         if number == signal.SIGINT:

@@ -24,11 +24,14 @@ def _handlers_of_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_only_asks(number: signal.Signals) -> None:
+def test_the_first_signal_only_asks_and_says_so(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     with StopSignals() as signals:
         assert signals.received is None
         os.kill(os.getpid(), number)
         assert signals.received is number
+    assert capfd.readouterr().err.startswith(f"\n{number.name}: stopping after this step")
 
 
 def test_a_second_interrupt_is_raised_at_once_and_the_handlers_are_back_by_then() -> None:
