@@ -58,7 +58,7 @@ def plan(context: click.Context, session: Path, card: str | None, out: Path | No
             click.echo(safe(card_summary(card_of(row))))
             for line in _remarks(opened, row, lineage):
                 click.echo(f"  {line}")
-        silent = nobody_hears(opened) if waiting else None
+        silent = (nobody_hears(opened) or _no_card_runs(opened)) if waiting else None
     if out is not None:
         _save(waiting, out, session, card)
     elif not waiting and card is None:
@@ -70,6 +70,15 @@ def plan(context: click.Context, session: Path, card: str | None, out: Path | No
         click.echo(f"note: {silent}")
     if waiting:
         context.exit(CARDS_WAIT)
+
+
+def _no_card_runs(session: Session) -> str | None:
+    """Say that the mode lets no card run, where it does not."""
+    modes = [r.body["mode"] for r in session.events(kind="session_started")]
+    modes += [r.body["after"] for r in session.events(kind="mode_changed")]
+    if not modes or modes[-1] in ("propose", "act"):
+        return None
+    return f"the mode is {modes[-1]}, in which no card runs: automode mode {quote(str(session.path))} propose"
 
 
 def _save(waiting: list[CardRow], out: Path, session: Path, card: str | None) -> None:

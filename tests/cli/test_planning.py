@@ -104,6 +104,9 @@ def test_plan_says_what_stands_in_the_way(cli: Any, live: Any, waiting: str) -> 
     cli("revise", live.path, waiting, "--note", "fewer variants", "--as", "bob")
     out = cli("plan", live.path, code=2).output
     assert "sent back bob: fewer variants; edit it before it can run" in out
+    cli("mode", live.path, "observe", "--as", "bob")
+    out = cli("plan", live.path, code=2).output
+    assert f"note: the mode is observe, in which no card runs: automode mode {live.path} propose" in out
     live.store.close()
     assert "note: no run is training this session now" in cli("plan", live.path, code=2).output
 
