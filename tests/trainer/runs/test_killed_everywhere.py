@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its train
 
 RUNS = Path(__file__).with_name("killed_runs.py")
 KILLED = 9
-KILLS = 4
+KILLS = 3
 TIMED = ("seconds", "rest")
 
 
