@@ -18,7 +18,8 @@ from automode.planner.events import RunEnded
 from automode.session import Session, SessionStore
 from automode.session.checkpoints import CheckpointStore
 
-KILLS = 6
+MOMENTS = ("session_started", "scanned", "card_started", "trial_reported", "evaluate", "verdict_given")
+"""What the log holds when a trainer is killed, some moments later."""
 SEED = 20261121
 
 # One process imports torch once and forks a trainer for each line that it reads: six kills cost one import.
@@ -87,16 +88,16 @@ def nursery() -> Iterator[subprocess.Popen[str]]:
         process.wait(timeout=30)
 
 
-def killed_after(nursery: subprocess.Popen[str], folder: Path, seconds: float) -> Path:
-    """Let a trainer run for so long after its session began, kill it, and give the session's folder."""
+def killed_after(nursery: subprocess.Popen[str], folder: Path, kind: str, seconds: float) -> Path:
+    """Let a trainer run until its log holds such an event, and for so long after it; kill it, and give the session's folder."""
     assert nursery.stdin is not None
     assert nursery.stdout is not None
     nursery.stdin.write(f"{folder}\n")
     nursery.stdin.flush()
     pid = int(nursery.stdout.readline())
     until = time.monotonic() + 60
-    while not list(folder.glob("*/*/log.jsonl")):
-        assert time.monotonic() < until, "the trainer never began its session"
+    while not (list(folder.glob("*/*/log.jsonl")) and (kind == "session_started" or told(folder, kind))):
+        assert time.monotonic() < until, f"the trainer never told a {kind}"
         time.sleep(0.005)
     time.sleep(seconds)
     children = psutil.Process(pid).children(recursive=True)
@@ -108,6 +109,13 @@ def killed_after(nursery: subprocess.Popen[str], folder: Path, seconds: float) -
     return path
 
 
+def told(folder: Path, kind: str) -> bool:
+    """Tell whether the session's log holds such an event by now."""
+    (path,) = folder.glob("*/*/session.db")
+    with Session.open(path) as session:
+        return next(session.events(kind), None) is not None
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its trainers")
 def test_a_trainer_killed_at_random_moments_leaves_a_session_that_replays(
@@ -116,9 +124,8 @@ def test_a_trainer_killed_at_random_moments_leaves_a_session_that_replays(
     chance = random.Random(SEED)
     kinds: set[str] = set()
     rows = 0
-    for turn in range(KILLS):
-        seconds = chance.uniform(0.0, 0.1) if turn == 0 else chance.uniform(0.1, 1.5)
-        path = killed_after(nursery, tmp_path / f"run{turn}", seconds)
+    for turn, kind in enumerate(MOMENTS):
+        path = killed_after(nursery, tmp_path / f"run{turn}", kind, chance.uniform(0.0, 0.2))
         soundness(path, ended=False)  # type: ignore[operator]
         store = CheckpointStore(path / "checkpoints")
         with Session.open(path) as session:
