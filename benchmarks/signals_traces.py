@@ -31,10 +31,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from automode.planner.signals import SignalSuite, TrendState
+from automode.planner.policy import Policy
+from automode.planner.signals import TrendState
+from automode.planner.watching import signals_for
 
 BUDGET = 800
 GAIN = 0.01
+POLICY = Policy()
 PROBE_EVERY = 20
 CREDIT = 12
 SPIKE_ALARMS = ("non_finite", "loss", "grad_norm", "joint", "shift")
@@ -77,7 +80,7 @@ def load(path: Path) -> Trace:
 
 
 def replay(trace: Trace) -> Replay:
-    suite = SignalSuite(BUDGET, GAIN)
+    suite = signals_for(POLICY, BUDGET)
     out = Replay()
     regressing = False
     columns = (trace.loss.tolist(), trace.gnorm.tolist(), trace.lr.tolist())
@@ -200,7 +203,11 @@ def disturbed(trace: Trace, start: int, length: int) -> bool:
 
 def report_plateaus(runs: list[tuple[Trace, Replay]]) -> None:
     print(f"\nPlateau (B = {BUDGET} steps, rho = {GAIN:g})")
-    for name, attribute in (("advise (z 1.28)", "advise"), ("execute (z 1.645)", "execute")):
+    trend = POLICY.trend
+    for name, attribute in (
+        (f"advise (z {trend.z_advise:g})", "advise"),
+        (f"execute (z {trend.z_execute:g})", "execute"),
+    ):
         counts = Plateaus()
         for trace, said in runs:
             for start, stop in segments(trace.lr):

@@ -43,8 +43,9 @@ class TrendPolicy(Part):
     gain: Positive = Field(
         default=0.01, lt=1.0, description="relative gain over the budget that would change your mind"
     )
-    z_advise: Positive = Field(default=1.28, description="confidence for saying so, one-sided z")
-    z_execute: Positive = Field(default=1.645, description="confidence for making a card, one-sided z")
+    z_advise: Positive = Field(default=1.0, description="confidence for saying so, one-sided z")
+    z_execute: Positive = Field(default=1.28, description="confidence for making a card, one-sided z")
+    z_rise: Positive = Field(default=1.645, description="confidence that the loss rises, one-sided z")
     regress_rise: Positive = Field(
         default=0.10, description="smallest plausible relative rise that counts as divergence"
     )

@@ -39,6 +39,7 @@ def signals_for(policy: Policy, budget: int) -> SignalSuite:
         gain=trend.gain,
         z_advise=trend.z_advise,
         z_execute=trend.z_execute,
+        z_rise=trend.z_rise,
         regress_rise=trend.regress_rise,
     )
     suite.gap = GeneralizationGap(min_rise=policy.gap.rise, persistence=policy.gap.persist)

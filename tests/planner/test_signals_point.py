@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from automode.errors import UsageError
@@ -305,6 +305,7 @@ def test_the_ceiling_is_the_largest_ordinary_value() -> None:
 
 
 @given(st.lists(any_float, min_size=1, max_size=80), st.integers(0, 79), st.booleans())
+@example(values=[0.0, 0.0, 0.0, 0.0, 1.0, 4.0, 4.0, 2.2250738585072014e-308, 0.0, 0.0], cut=0, signed=True)
 def test_s1_goes_on_from_its_state_whatever_comes(values: list[float], cut: int, signed: bool) -> None:
     whole = RobustZ(base=3.0, window=16, warm=8, signed=signed)
     parted = RobustZ(base=3.0, window=16, warm=8, signed=signed)

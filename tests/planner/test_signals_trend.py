@@ -186,8 +186,8 @@ def test_the_numbers_are_those_of_the_formulas() -> None:
     level = float(np.median(y[-w // 4 :]))
     ahead = (k - w / 2) * math.log((k + 40) / k)
     for z, best, worst in (
-        (1.28, signal.best_advise, signal.worst_advise),
-        (1.645, signal.best_execute, signal.worst_execute),
+        (signal.z_advise, signal.best_advise, signal.worst_advise),
+        (signal.z_execute, signal.best_execute, signal.worst_execute),
     ):
         low = math.floor((every.size - z * sigma) / 2) - 1
         assert best == pytest.approx(-every[low] * ahead / level)
@@ -220,7 +220,7 @@ def smallest_rise(y: Any, z: float = 1.645) -> float:
 
 def test_a_noisy_plateau_is_settled_by_the_last_four_budgets_in_blocks_twice_as_long() -> None:
     losses = flat(4000, 0.3, seed=4)
-    signal = follow(losses)
+    signal = follow(losses, z_advise=1.28, z_execute=1.645)
     assert signal.firm is TrendState.PLATEAU
     assert (signal.used, signal.window) == (160, 3200)
     y = losses.reshape(-1, 40).mean(axis=1)[-80:]
@@ -421,8 +421,9 @@ def test_the_sentence_for_a_card_gives_the_number_its_bound_and_its_basis() -> N
         {"gain": 1.0},
         {"gain": nan},
         {"z_advise": 0.0},
-        {"z_execute": 1.0},
+        {"z_execute": 0.9},
         {"z_execute": inf},
+        {"z_rise": 0.0},
         {"regress_rise": -0.1},
         {"regress_rise": nan},
     ],

@@ -89,7 +89,7 @@ def _signs(view: View) -> Iterator[tuple[str, str]]:
             "regressing",
             (
                 f"The loss rose by at least {trend.rise:.1%} over the last {trend.rise_window} steps "
-                f"(one-sided, z {trend.z_execute:g}; a card at {trend.regress_rise:.0%})."
+                f"(one-sided, z {trend.z_rise:g}; a card at {trend.regress_rise:.0%})."
             ),
         )
 

@@ -150,7 +150,7 @@ def _slow_divergence(suite: SignalSuite) -> Reading:
         state="REGRESSING" if regressing else STEADY,
         threshold=signal.regress_rise,
         window=signal.rise_window,
-        details={"level": signal.level, "z": signal.z_execute},
+        details={"level": signal.level, "z": signal.z_rise},
     )
 
 

@@ -8,7 +8,7 @@ used.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from math import asinh, exp, log, nan, sinh
+from math import asinh, copysign, exp, log, nan, sinh
 
 from automode.errors import UsageError
 from automode.planner.signals.nonfinite import FINITE_LIMIT
@@ -141,7 +141,7 @@ class RobustZ(TailAlarm):
         if not ring:
             return self._warm_up(x)
         if self.scale:
-            v = asinh(x / self.scale)
+            v = _asinh(x / self.scale)
         elif x > 0.0:
             v = log(x)
         elif self.signed:
@@ -191,17 +191,17 @@ class RobustZ(TailAlarm):
             self._warm_scale = _warm_up_scale(raw)
         if min(raw) <= 0.0:
             self.scale = self._warm_scale
-        self._ring = [asinh(x / self.scale) if self.scale else log(x) for x in raw]
+        self._ring = [_asinh(x / self.scale) if self.scale else log(x) for x in raw]
         self._sorted = sorted(self._ring)
         self._warming = []
         self._place_quantiles()
 
     def _switch_to_asinh(self, x: float) -> float:
         self.scale = scale = self._warm_scale
-        self._ring = [asinh(exp(v) / scale) for v in self._ring]
+        self._ring = [_asinh(exp(v) / scale) for v in self._ring]
         self._sorted = sorted(self._ring)
         self._slow = 0.0
-        return asinh(x / scale)
+        return _asinh(x / scale)
 
     def _place_quantiles(self) -> None:
         last = len(self._ring) - 1
@@ -244,6 +244,12 @@ class RobustZ(TailAlarm):
             signal._place_quantiles()
         signal.restore_alarm(state)
         return signal
+
+
+def _asinh(quotient: float) -> float:
+    """asinh, held where sinh can take it back: a value may be so many times the scale that even the quotient overflows."""
+    v = asinh(quotient)
+    return v if -LARGEST_LOG < v < LARGEST_LOG else copysign(LARGEST_LOG, quotient)
 
 
 def _warm_up_scale(raw: list[float]) -> float:

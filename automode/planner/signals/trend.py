@@ -68,7 +68,8 @@ class BlockTrend:
         budget: B, the steps that one would spend to find out, at least 10.
         gain: rho, the relative gain over B steps that would make waiting worthwhile, in (0, 1).
         z_advise: One-sided confidence at which `status` decides, in sigmas.
-        z_execute: One-sided confidence at which `firm` decides, and that of the smallest plausible rise; at least `z_advise`.
+        z_execute: One-sided confidence at which `firm` decides; at least `z_advise`.
+        z_rise: One-sided confidence of the smallest plausible rise, by which a slow divergence is judged.
         regress_rise: Relative rise over B or B / 2 steps, at its smallest plausible, that counts as slow divergence.
 
     Attributes:
@@ -85,7 +86,7 @@ class BlockTrend:
         z_against_gain: Mann-Kendall z of the series with the slope that would just bring `gain` taken out: the plateau is
             declared at every confidence up to about this.
         rise: Smallest plausible relative rise over the last B or B / 2 steps, the larger of the two, and 0 where Mann-Kendall finds
-            none at `z_execute`; NaN until B / 2 steps since the reset, because the first steps after a change of rate often rise.
+            none at `z_rise`; NaN until B / 2 steps since the reset, because the first steps after a change of rate often rise.
         rise_window: Steps over which that rise took place.
         mann_kendall: Streaming Mann-Kendall over the block means of the last B steps.
     """
@@ -127,6 +128,7 @@ class BlockTrend:
         "z_advise",
         "z_against_gain",
         "z_execute",
+        "z_rise",
     )
 
     def __init__(
@@ -134,15 +136,16 @@ class BlockTrend:
         *,
         budget: int = 800,
         gain: float = 0.01,
-        z_advise: float = 1.28,
-        z_execute: float = 1.645,
+        z_advise: float = 1.0,
+        z_execute: float = 1.28,
+        z_rise: float = 1.645,
         regress_rise: float = 0.10,
     ) -> None:
         if budget < MIN_BLOCKS:
             raise UsageError(f"the value of `budget` is {budget} steps, but it must be at least {MIN_BLOCKS}")
         if not 0.0 < gain < 1.0:
             raise UsageError(f"the value of `gain` is {gain}, but a relative gain lies between 0 and 1")
-        for name, value in (("z_advise", z_advise), ("regress_rise", regress_rise)):
+        for name, value in (("z_advise", z_advise), ("z_rise", z_rise), ("regress_rise", regress_rise)):
             require_positive(name, value)
         if not (isfinite(z_execute) and z_execute >= z_advise):
             raise UsageError(
@@ -152,12 +155,13 @@ class BlockTrend:
         self.gain = gain
         self.z_advise = z_advise
         self.z_execute = z_execute
+        self.z_rise = z_rise
         self.regress_rise = regress_rise
         self.block_steps = ceil(budget / BLOCKS_PER_BUDGET)
         self._wide = max(MIN_BLOCKS, round(budget / self.block_steps))
         self._capacity = 2 * self._wide
         self._look_blocks = max(1, LOOK_EVERY_STEPS // self.block_steps)
-        self._slopes = PairSlopes(self._capacity, (z_advise, z_execute))
+        self._slopes = PairSlopes(self._capacity, (z_advise, z_execute, z_rise))
         self._long_slopes = PairSlopes(self._capacity, (z_advise, z_execute))
         self._buffer: Vector = np.empty(6 * self._capacity)
         self.level_scale = 0.0
@@ -307,11 +311,11 @@ class BlockTrend:
 
     def _smallest_rise(self, w: int, kendall: MannKendall) -> float:
         # The lower bound is this test inverted: where it does not reject, the bound is at most 0, and needs no slopes.
-        if kendall.s < self.z_execute * kendall_sigma(w):
+        if kendall.s < self.z_rise * kendall_sigma(w):
             return 0.0
         y = self._buffer[self._end - w : self._end]
         self._slopes.compute(y)
-        return max(0.0, self._slopes.lower(self.z_execute) * w / self._level(y)[1])
+        return max(0.0, self._slopes.lower(self.z_rise) * w / self._level(y)[1])
 
     def _level(self, y: Vector) -> tuple[float, float]:
         """The level, and what a change is relative to.
@@ -349,6 +353,7 @@ class BlockTrend:
             "gain": self.gain,
             "z_advise": self.z_advise,
             "z_execute": self.z_execute,
+            "z_rise": self.z_rise,
             "regress_rise": self.regress_rise,
             "level_scale": self.level_scale,
             "means": self._buffer[self._end - kept : self._end].tolist(),
@@ -371,7 +376,7 @@ class BlockTrend:
     @classmethod
     def from_state(cls, state: SignalState) -> BlockTrend:
         """Rebuild the signal from what `state` returned."""
-        parameters = ("budget", "gain", "z_advise", "z_execute", "regress_rise")
+        parameters = ("budget", "gain", "z_advise", "z_execute", "z_rise", "regress_rise")
         signal = cls(**{name: state[name] for name in parameters})
         signal.level_scale = state["level_scale"]
         means = state["means"]
