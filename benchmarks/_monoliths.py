@@ -69,6 +69,25 @@ def train(
     seeds: Sequence[int],
 ) -> Trained:
     """Train every member on its data for so many steps."""
+    found = weights(data, members, hidden=hidden, batch=batch, steps=steps, seeds=seeds)
+    which = [m[0] for m in members]
+    test, worst = {}, {}
+    for name, parameters in found.items():
+        test[name], worst[name] = _accuracies(parameters, data, which, "test")
+    val, _ = _accuracies(found["raw"], data, which, "val")
+    return Trained(test=test, worst=worst, val=val)
+
+
+def weights(
+    data: Sequence[Data],
+    members: Sequence[Member],
+    *,
+    hidden: int,
+    batch: int,
+    steps: int,
+    seeds: Sequence[int],
+) -> dict[str, list[Tensor]]:
+    """Train every member on its data for so many steps; raw weights and every average, members along the first dimension."""
     network = _Network(
         [seeds[m[0]] for m in members],
         data[0].train.x.shape[1],
@@ -87,11 +106,7 @@ def train(
         rates = torch.tensor([m[2] * rate_at(m[1], step / steps) for m in members])
         network.step(x, y, rates)
         averages.add(network.parameters, step)
-    test, worst = {}, {}
-    for name, weights in averages.all(network.parameters).items():
-        test[name], worst[name] = _accuracies(weights, data, which, "test")
-    val, _ = _accuracies(network.parameters, data, which, "val")
-    return Trained(test=test, worst=worst, val=val)
+    return averages.all(network.parameters)
 
 
 class _Network:
@@ -148,6 +163,15 @@ class _Order:
         return torch.from_numpy(ids)
 
 
+@dataclass
+class _Tail:
+    """A uniform average from a step on."""
+
+    start: int
+    weights: list[Tensor]
+    count: int = 0
+
+
 class _Averages:
     EVERY = 4
 
@@ -158,7 +182,7 @@ class _Averages:
             for name, share in (("ema3", 0.03), ("ema10", 0.10))
         }
         self._tail = {
-            name: [int((1 - share) * steps), 0, [torch.zeros_like(p) for p in parameters]]
+            name: _Tail(int((1 - share) * steps), [torch.zeros_like(p) for p in parameters])
             for name, share in (("tail20", 0.20), ("tail25", 0.25))
         }
 
@@ -169,28 +193,27 @@ class _Averages:
         for decay, averaged in self._ema.values():
             for a, p in zip(averaged, parameters, strict=True):
                 a.lerp_(p, 1 - decay)
-        for entry in self._tail.values():
-            start, count, averaged = entry
-            if step >= start:
-                entry[1] = count + 1
-                for a, p in zip(averaged, parameters, strict=True):
-                    a.lerp_(p, 1 / (count + 1))
+        for tail in self._tail.values():
+            if step >= tail.start:
+                tail.count += 1
+                for a, p in zip(tail.weights, parameters, strict=True):
+                    a.lerp_(p, 1 / tail.count)
 
     def all(self, parameters: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         found = {"raw": [p.detach() for p in parameters]}
         found |= {name: averaged for name, (_, averaged) in self._ema.items()}
-        return found | {name: averaged for name, (_, _, averaged) in self._tail.items()}
+        return found | {name: tail.weights for name, tail in self._tail.items()}
 
 
 @torch.no_grad()
 def _accuracies(
-    parameters: Sequence[Tensor], data: Sequence[Data], which: Tensor, part: str
+    parameters: Sequence[Tensor], data: Sequence[Data], which: Sequence[int], part: str
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return (accuracy, accuracy on the worst source) of every member, in percent."""
     overall, worst = np.zeros(len(which)), np.zeros(len(which))
     for index, task in enumerate(data):
         split = getattr(task, part)
-        for member in torch.nonzero(which == index).flatten().tolist():
+        for member in [k for k, of in enumerate(which) if of == index]:
             mine = [p[member : member + 1] for p in parameters]
             right = (
                 (forward(mine, torch.from_numpy(split.x)[None])[0].argmax(dim=1).numpy() == split.y) * 100.0
