@@ -40,6 +40,7 @@ LOOK_EVERY_STEPS = 20
 REGRESS_LOOKS = 2
 """Looks in a row that must show the rise: one look in some four hundred shows one by chance."""
 
+_PARAMETERS = ("budget", "gain", "z_advise", "z_execute", "z_rise", "regress_rise")
 _NUMBERS = (
     "level",
     "best_advise",
@@ -349,12 +350,7 @@ class BlockTrend:
         """Return everything that `from_state` needs to go on from here."""
         kept = min(self._end, 2 * self._capacity)
         return {
-            "budget": self.budget,
-            "gain": self.gain,
-            "z_advise": self.z_advise,
-            "z_execute": self.z_execute,
-            "z_rise": self.z_rise,
-            "regress_rise": self.regress_rise,
+            **{name: getattr(self, name) for name in _PARAMETERS},
             "level_scale": self.level_scale,
             "means": self._buffer[self._end - kept : self._end].tolist(),
             "block_sum": self._block_sum,
@@ -376,8 +372,7 @@ class BlockTrend:
     @classmethod
     def from_state(cls, state: SignalState) -> BlockTrend:
         """Rebuild the signal from what `state` returned."""
-        parameters = ("budget", "gain", "z_advise", "z_execute", "z_rise", "regress_rise")
-        signal = cls(**{name: state[name] for name in parameters})
+        signal = cls(**{name: state[name] for name in _PARAMETERS})
         signal.level_scale = state["level_scale"]
         means = state["means"]
         signal._buffer[: len(means)] = means
