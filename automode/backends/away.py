@@ -43,6 +43,24 @@ def _discard(store: CheckpointStore, digest: str) -> None:
         store.delete([digest])
 
 
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a backend does not have.
+
+    Raises:
+        UsageError: There is such an option, or the backend takes none.
+    """
+    if name not in AWAY:
+        raise UsageError(f"the {name} backend takes no options, but {', '.join(sorted(AWAY))} do")
+    known = set(inspect.signature(AWAY[name]).parameters) - {
+        *("factory", "slots", "brief", "checkpoints", "discard")
+    }
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UsageError(
+            f"the {name} backend has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
+        )
+
+
 def make_away(name: str, away: Away, *, slots: int = 2) -> Backend:
     """Make a backend that trains elsewhere.
 
@@ -55,17 +73,11 @@ def make_away(name: str, away: Away, *, slots: int = 2) -> Backend:
         UsageError: An option that this backend does not have.
         NotExecutableError: Workers cannot have what training needs; the inline backend can.
     """
-    kind = AWAY[name]
-    known = set(inspect.signature(kind).parameters) - {"factory", "slots", "brief", "checkpoints", "discard"}
-    unknown = sorted(set(away.options) - known)
-    if unknown:
-        raise UsageError(
-            f"the {name} backend has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
-        )
+    check_options(name, away.options)
     options = dict(away.options)
     store = away.checkpoints
     if store is not None:
         options["discard"] = partial(_discard, store)
     if options.get("uri") is not None:
         options["checkpoints"] = away.checkpoints
-    return kind(away.factory(), slots=slots, brief=away.brief, **options)
+    return AWAY[name](away.factory(), slots=slots, brief=away.brief, **options)

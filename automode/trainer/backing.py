@@ -53,12 +53,20 @@ def backend_of(
             runner, evaluator, held_out=held_out, refresh=refresh, checkpoints=checkpoints.root
         )
 
+    options = dict(parts.settings.backend_options or {})
+    slots = options.pop("slots", None)
     try:
         return make_backend(
             name,
             StackableSpecialists(runner) if name in ("stacked", "auto") else runner,
             model=parts.trunk.model,
-            away=Away(factory=factory, brief=CardBriefs(runner), checkpoints=checkpoints),
+            away=Away(
+                factory=factory,
+                brief=CardBriefs(runner),
+                checkpoints=checkpoints,
+                options=options,
+            ),
+            slots=slots,
         )
     except NotExecutableError as error:
         warn_user(f"backend={name!r} cannot train this run's specialists ({error}); they train inline")

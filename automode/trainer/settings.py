@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 
+from automode.backends.away import check_options
 from automode.backends.choose import BackendName
 from automode.errors import NotExecutableError, PolicyError, UsageError
 from automode.planner.capability import policy_refusals
@@ -55,6 +56,7 @@ class Settings:
     scheduler_interval: Interval = "epoch"
     console: bool = True
     backend: BackendName = "inline"
+    backend_options: Mapping[str, Any] | None = None
     checkpoint_every: str | None = "10 min"
     keep_checkpoints: int = 2
     resume: str | os.PathLike[str] | None = None
@@ -76,6 +78,7 @@ class Settings:
         _whole("val_every_n_epochs", self.val_every_n_epochs, least=0)
         one_of("precision", self.precision, get_args(Precision))
         one_of("backend", self.backend, get_args(BackendName))
+        self._check_backend_options()
         one_of("scheduler_interval", self.scheduler_interval, get_args(Interval))
         if self.progress != "auto":
             _flag("progress", self.progress, also='"auto"')
@@ -86,6 +89,18 @@ class Settings:
         self._check_resuming()
         if self.seed is not None:
             _whole("seed", self.seed, least=0, most=MAX_SEED)
+
+    def _check_backend_options(self) -> None:
+        options = self.backend_options
+        if options is None:
+            return
+        if not isinstance(options, Mapping):
+            raise UsageError(
+                f"backend_options must be a mapping of names to values, got {type(options).__name__}"
+            )
+        check_options(self.backend, {name: value for name, value in options.items() if name != "slots"})
+        if "slots" in options:
+            _whole("slots", options["slots"], least=1)
 
     def _check_resuming(self) -> None:
         if self.checkpoint_every is not None:

@@ -64,6 +64,9 @@ class Trainer:
         console: Print cards, events and where the session is.
         backend: What trains a card's specialists: ``inline`` (one after another, between the trunk's steps), ``stacked``
             (alike ones at once), ``auto`` (stacked where that pays), ``process`` (worker processes) or ``ray``.
+        backend_options: For ``process`` and ``ray``: ``slots`` (trials at once, 2 unless given), ``patience``; ``start`` of
+            ``process``; ``num_cpus`` and ``num_gpus`` of each actor, ``address`` of the cluster and ``uri`` (a place that all
+            nodes reach, for checkpoints) of ``ray``.
         checkpoint_every: How often the run's complete state is stored: ``"500 steps"``, ``"10 min"`` or ``"1 epoch"``; also at
             each best validation, when SIGINT or SIGTERM stops the run, when it fails and when it ends. None: never.
         keep_checkpoints: How many of those are kept, the best one apart.
@@ -96,6 +99,7 @@ class Trainer:
         scheduler_interval: Interval = "epoch",
         console: bool = True,
         backend: BackendName = "inline",
+        backend_options: Mapping[str, Any] | None = None,
         checkpoint_every: str | None = "10 min",
         keep_checkpoints: int = 2,
         resume: str | os.PathLike[str] | None = None,
@@ -118,6 +122,7 @@ class Trainer:
             scheduler_interval=scheduler_interval,
             console=console,
             backend=backend,
+            backend_options=backend_options,
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
             resume=resume,

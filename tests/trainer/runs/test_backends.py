@@ -54,6 +54,24 @@ def test_trials_come_to_about_the_same_values_stacked(play_run: Any, script: Any
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="inline"):
         Trainer(backend="inlined")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"the inline backend takes no options, but process, ray do"):
+        Trainer(backend_options={"slots": 2})
+    with pytest.raises(UsageError, match=r"the process backend has no option 'uri'; it has patience, start"):
+        Trainer(backend="process", backend_options={"uri": "/nowhere"})
+
+
+def test_the_backend_gets_its_options_from_the_trainer(play_run: Any, script: Any) -> None:
+    slots: list[int] = []
+    play_run(
+        script=script(),
+        backend="process",
+        backend_options={"slots": 3, "start": "fork"},
+        steps=20,
+        actions={5: lambda person: slots.append(person.driver.state.run.slots)},
+    )
+    assert slots == [3]
+    with pytest.raises(UsageError, match="backend_options must be a mapping"):
+        Trainer(backend="process", backend_options=["slots"])  # type: ignore[arg-type]
 
 
 def test_a_run_that_observes_starts_no_workers(play_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
