@@ -15,6 +15,7 @@ from torch import Tensor
 
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.sample_source import Ids
+from automode.trainer.user_warning import warn_user
 
 LEAST_ROWS = 2
 """A batch of which fewer rows would remain is trained on as it came: norm layers cannot train on a single sample."""
@@ -34,6 +35,7 @@ class Curation:
     def __init__(self, loader: RecordedLoader, excluded: Ids) -> None:
         self.excluded = np.unique(np.asarray(excluded, dtype=np.int64))
         self._loader = loader
+        self._warned = False
         self._out = np.zeros(int(self.excluded[-1]) + 1 if self.excluded.size else 0, dtype=np.bool_)
         self._out[self.excluded] = True
 
@@ -43,12 +45,11 @@ class Curation:
         Args:
             batch: Tensors, arrays and lists with one row a sample along the first dimension, in containers of any depth;
                 anything else in it stays as it is.
-            positions: What :meth:`RecordedLoader.ids_of_batch` gave; None leaves the batch as it is.
+            positions: What :meth:`RecordedLoader.ids_of_batch` gave; None leaves the batch as it is, and warns.
         """
-        if positions is None:
-            return batch, positions
-        ids = self._loader.root_ids([positions])
-        if ids is None:
+        ids = None if positions is None else self._loader.root_ids([positions])
+        if positions is None or ids is None:
+            self._warn()
             return batch, positions
         known = ids < self._out.size
         keep = np.ones(ids.size, dtype=np.bool_)
@@ -57,6 +58,16 @@ class Curation:
         if rows.size == ids.size or rows.size < LEAST_ROWS:
             return batch, positions
         return _rows(batch, rows, ids.size), [positions[row] for row in rows.tolist()]
+
+    def _warn(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warn_user(
+            f"{self.excluded.size} samples that an adopted card left out are trained on again: batches have lost their sample "
+            f"ids ({self._loader.reason})",
+            RuntimeWarning,
+        )
 
 
 def _rows(part: Any, rows: Ids, size: int) -> Any:
