@@ -39,8 +39,8 @@ from automode.planner.policy import Policy, ScanPolicy
 from automode.trainer.assembly import open_driver
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.run_parts import prepare
+from automode.trainer.running import begin
 from automode.trainer.settings import Settings
-from automode.trainer.trainer import begin
 
 BATCH = 128
 LONG = 100_000

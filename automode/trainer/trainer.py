@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -12,23 +12,14 @@ from torch import Tensor, nn
 from automode.backends.choose import BackendName
 from automode.errors import UsageError
 from automode.planner.policy import Policy
-from automode.session import Session
-from automode.trainer.assembly import open_driver, resume_driver
 from automode.trainer.card_callbacks import CardCallback
-from automode.trainer.checkpointing import keeper_of, run_keeping
-from automode.trainer.driver import Driver
-from automode.trainer.executing import leave, ordered
 from automode.trainer.fit_request import FitRequest
-from automode.trainer.loop import Loop
-from automode.trainer.observer import Observer
 from automode.trainer.progress import Progress
-from automode.trainer.random_state import forked_rng
 from automode.trainer.result import FitResult
-from automode.trainer.resuming import Found, find, longer_by, put_back, put_loop, tell
-from automode.trainer.run_parts import RunParts, prepare
-from automode.trainer.schedule import Interval, Schedule
+from automode.trainer.running import fit
+from automode.trainer.schedule import Interval
 from automode.trainer.settings import Automode, Settings, policy_of
-from automode.trainer.steps import DefaultStep, OwnStep, Scaler, TrainingStep
+from automode.trainer.steps import TrainingStep
 from automode.trainer.trunk import Precision
 
 F = TypeVar("F", bound=TrainingStep)
@@ -223,124 +214,4 @@ class Trainer:
             scheduler=scheduler,
             slices=slices,
         )
-        return _fit(self.settings, self.policy, request, self._own_step, tuple(self._on_card))
-
-
-def _fit(
-    settings: Settings,
-    policy: Policy,
-    request: FitRequest,
-    own_step: TrainingStep | None,
-    on_card: Sequence[CardCallback] = (),
-) -> FitResult:
-    order = ordered()
-    if order is not None:
-        leave(order, settings, request, own_step)
-    found = find(settings)
-    session = None if found is None else (found.session, found.seed)
-    parts = prepare(settings, policy, request, own_step, session=session)
-    parts.on_card = on_card
-    try:
-        if found is None:
-            observer = _open_driver(parts)
-            loop = begin(parts, observer)
-        else:
-            observer, loop = _take_up(parts, found)
-        _train(parts, observer, loop, found)
-        test = None
-        if settings.do_test_after and parts.test is not None:
-            test = parts.test.run().metrics
-            parts.console.event("test: " + ", ".join(f"{name} {value:.4g}" for name, value in test.items()))
-        parts.console.event(f"session: {parts.session_path}")
-    finally:
-        parts.console.close()
-    return FitResult(
-        model=request.model,
-        session=Session.open(parts.session_path),
-        history=loop.history.as_dict(),
-        test=test,
-        reason=loop.reason,
-        mode=observer.mode,
-        steps=parts.trunk.step,
-        compute=observer.compute,
-    )
-
-
-def _take_up(parts: RunParts, found: Found) -> tuple[Driver, Loop]:
-    """Put a run back to where it was cut."""
-    point, comparison = put_back(parts, found)
-    driver = resume_driver(parts, point)
-    try:
-        driver.limit += longer_by(parts, found)
-        loop = begin(parts, driver)
-        put_loop(parts, loop, found.rest)
-        tell(parts, found, point, comparison)
-    except BaseException as error:
-        driver.abort(parts.trunk.step, error)
-        raise
-    return driver, loop
-
-
-def begin(parts: RunParts, observer: Observer) -> Loop:
-    """Make the loop; nothing has been trained yet.
-
-    Args:
-        parts: The run.
-        observer: Hears of every step.
-    """
-    trunk, settings = parts.trunk, parts.settings
-    scaler = Scaler(trunk.device.type, enabled=trunk.precision == "fp16")
-    schedule = Schedule(
-        trunk.scheduler,
-        settings.scheduler_interval,
-        steps_per_epoch=parts.plan.steps_per_epoch,
-        charged=parts.policy.schedule == "charged" and parts.policy.budget == "within",
-        advanced=lambda ticks: parts.console.event(
-            f"[step {trunk.step}] the learning-rate schedule moved on by {ticks} for the compute that automode spent"
-        ),
-    )
-    return Loop(
-        parts.plan,
-        trunk=trunk,
-        cursor=parts.cursor,
-        train=DefaultStep(trunk, scaler, observer)
-        if parts.own_step is None
-        else OwnStep(parts.own_step, trunk, scaler, observer),
-        probe=parts.probe,
-        observer=observer,
-        schedule=schedule,
-        validation=parts.validation,
-        console=parts.console,
-    )
-
-
-def _train(parts: RunParts, observer: Observer, loop: Loop, found: Found | None = None) -> None:
-    """Run the loop and end the session in order, whatever happens."""
-    trunk = parts.trunk
-    keeper = keeper_of(parts, loop, observer)
-    if keeper is not None and found is not None:
-        keeper.know(found.stored, found.rest["best"])
-    try:
-        parts.console.start(parts.plan.total, done=trunk.step)
-        if keeper is None:
-            loop.run()
-        else:
-            run_keeping(loop, keeper)
-        with forked_rng():
-            observer.finish(trunk.step, loop.reason)
-    except BaseException as error:
-        if keeper is not None:
-            keeper.rescue(error)
-        try:
-            loop.flush()
-        except Exception as second:
-            error.add_note(f"the last rows could not be recorded: {type(second).__name__}: {second}")
-        observer.abort(trunk.step, error)
-        raise
-    finally:
-        loop.close()
-
-
-def _open_driver(parts: RunParts) -> Driver:
-    """Open the session and whatever plans and acts in this run's mode."""
-    return open_driver(parts)
+        return fit(self.settings, self.policy, request, self._own_step, tuple(self._on_card))

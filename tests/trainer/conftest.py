@@ -12,7 +12,7 @@ import pytest
 
 from automode.planner.events import Mode
 from automode.session import SessionStore
-from automode.trainer import trainer
+from automode.trainer import running
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.observation_block import Block
 from automode.trainer.run_parts import RunParts
@@ -90,7 +90,7 @@ def observers(monkeypatch: pytest.MonkeyPatch) -> list[RecordingObserver]:
         opened.append(RecordingObserver.opened(parts))
         return opened[-1]
 
-    monkeypatch.setattr(trainer, "_open_driver", open_driver)
+    monkeypatch.setattr(running, "_open_driver", open_driver)
     return opened
 
 

@@ -18,8 +18,9 @@ from automode.session import Session
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.loop import Loop
 from automode.trainer.run_parts import RunParts, prepare
+from automode.trainer.running import begin
 from automode.trainer.settings import Settings
-from automode.trainer.trainer import Trainer, begin
+from automode.trainer.trainer import Trainer
 
 COMMON: dict[str, Any] = {"progress": False, "console": False}
 

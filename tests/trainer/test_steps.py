@@ -14,8 +14,9 @@ from automode.errors import DataError, UsageError
 from automode.planner.policy import Policy
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.run_parts import RunParts, prepare
+from automode.trainer.running import begin
 from automode.trainer.settings import Settings
-from automode.trainer.trainer import Trainer, begin
+from automode.trainer.trainer import Trainer
 
 COMMON: dict[str, Any] = {"progress": False, "console": False}
 
@@ -124,14 +125,14 @@ def test_outputs_and_targets_that_an_own_step_returns_give_per_sample_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, observers: list[Any]
 ) -> None:
     probes: list[Any] = []
-    prepare = __import__("automode.trainer.trainer", fromlist=["prepare"]).prepare
+    prepare = __import__("automode.trainer.running", fromlist=["prepare"]).prepare
 
     def noting(*args: Any, **given: Any) -> Any:
         parts = prepare(*args, **given)
         probes.append(parts.probe)
         return parts
 
-    monkeypatch.setattr("automode.trainer.trainer.prepare", noting)
+    monkeypatch.setattr("automode.trainer.running.prepare", noting)
     for returned, visits in (({"outputs", "targets"}, 64), (set(), 0)):
         trainer = Trainer(max_epochs=1, automode="observe", session_dir=tmp_path, **COMMON)
 

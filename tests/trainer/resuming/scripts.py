@@ -189,7 +189,7 @@ def tensors(value: Any) -> list[Tensor]:
 def fitted(cell: Cell, folder: Path, **given: Any) -> dict[str, Any]:
     """Train and tell; where a run is taken up, random states and the session's seed are first made to be others."""
     from automode.trainer import run_parts
-    from automode.trainer import trainer as module
+    from automode.trainer import running as module
 
     parts: list[Any] = []
     prepare, find = module.prepare, module.find

@@ -23,7 +23,7 @@ from automode.planner.policy import Policy
 from automode.session import Session, inbox
 from automode.session.checkpoints import CheckpointStore
 from automode.session.log_rows import encode_records, event_checksum
-from automode.trainer import trainer
+from automode.trainer import running
 from automode.trainer.driver import Driver
 from automode.trainer.result import FitResult
 from automode.trainer.run_parts import RunParts
@@ -311,8 +311,8 @@ def play(
             driver.boundary = watched  # type: ignore[method-assign]
             return driver
 
-        original = trainer._open_driver
-        patch.setattr(trainer, "_open_driver", open_driver)
+        original = running._open_driver
+        patch.setattr(running, "_open_driver", open_driver)
         values = {"max_steps": steps, "seed": 3, "progress": False, "console": False, "session_dir": folder}
         run.result = Trainer(
             automode=automode,
