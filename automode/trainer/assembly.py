@@ -48,6 +48,7 @@ from automode.trainer.selecting import Selector
 from automode.trainer.session_header import header_of
 from automode.trainer.specialists import Checkpoints, SpecialistRunner
 from automode.trainer.states import States
+from automode.trainer.step_choice import why_no_forks
 from automode.trainer.trunk import Trunk, trainable
 from automode.trainer.validation import SliceFn
 
@@ -173,13 +174,6 @@ def _run(parts: RunParts, held: Held, *, slots: int) -> Run:
     _, ids = source_of(parts)
     held_out = parts.held_out if held.why_no_evidence is None else None
     total = plan.total or 0
-    why_no_forks = None
-    if parts.own_step is not None:
-        why_no_forks = "the training step is the user's own and steps the optimizer itself, so no specialist can be trained by it"
-    elif trunk.precision == "fp16":
-        why_no_forks = "specialists are not trained under gradient scaling (fp16); use bf16"
-    elif not {id(p) for p in trunk.parameters} <= {id(p) for p in trunk.model.parameters()}:
-        why_no_forks = "the optimizer also trains parameters that are not the model's, which no specialist would take along"
     return Run(
         total_steps=total,
         batch=_batch_size(parts),
@@ -193,12 +187,16 @@ def _run(parts: RunParts, held: Held, *, slots: int) -> Run:
         why_inexact=held.why_inexact,
         overlap=held.overlap.n,
         why_no_evidence=held.why_no_evidence,
-        why_no_forks=why_no_forks,
+        why_no_forks=why_no_forks(parts),
         slices={name: int(ids_.size) for name, ids_ in parts.slices.items()},
         train_slices=tuple(_functions(parts)),
         scheduled=trunk.scheduler is not None,
         known_drops=known_drops(
-            trunk.scheduler, parts.settings.scheduler_interval, plan.steps_per_epoch, total
+            trunk.scheduler,
+            parts.settings.scheduler_interval,
+            plan.steps_per_epoch,
+            total,
+            batches_per_step=parts.settings.accumulate_grad_batches,
         )
         if total
         else (),

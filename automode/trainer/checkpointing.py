@@ -289,6 +289,6 @@ def _why_not_exact(parts: RunParts, loop: Loop) -> str:
     moved = ["random numbers"]
     if any(True for _ in parts.trunk.model.buffers()):
         moved.append("the model's buffers")
-    if parts.own_step is not None:
-        moved.append("gradients that the own training step accumulates")
+    if parts.own_step is not None or parts.settings.accumulate_grad_batches > 1:
+        moved.append("gradients that the training step accumulates")
     return f"the step that failed may have moved {', '.join(moved)}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from automode.errors import DataError, UsageError
+from automode.trainer.closures import needs_closure
 from automode.trainer.schedule import check_schedule
 from automode.trainer.settings import Settings
 from automode.trainer.user_warning import warn_user
@@ -48,10 +49,7 @@ class FitRequest:
             )
         self._check_loaders(settings)
         self._check_parameters()
-        if isinstance(self.optimizer, torch.optim.LBFGS) and not own_step:
-            raise UsageError(
-                "LBFGS needs a closure that the default step does not have; write the step yourself with @trainer.training_step"
-            )
+        self._check_step(settings, own_step=own_step)
         validates = self.val_loader is not None and settings.val_every_n_epochs > 0
         check_schedule(self.scheduler, self.optimizer, settings.scheduler_interval, validates=validates)
         if settings.scheduler_interval == "manual" and self.scheduler is not None and not own_step:
@@ -81,6 +79,28 @@ class FitRequest:
             raise UsageError("do_test_after=True needs a test_loader; pass one to fit")
         if length_of(self.train_loader) == 0:
             raise DataError(_empty(self.train_loader))
+
+    def _check_step(self, settings: Settings, *, own_step: bool) -> None:
+        accumulates = settings.accumulate_grad_batches > 1
+        if own_step:
+            if accumulates:
+                raise UsageError(
+                    f"accumulate_grad_batches={settings.accumulate_grad_batches} is for the default step, and yours steps the "
+                    "optimizer itself; accumulate there, or leave the argument out"
+                )
+            return
+        if not needs_closure(self.optimizer):
+            return
+        kind = type(self.optimizer).__name__
+        if accumulates:
+            raise UsageError(
+                f"{kind} evaluates the loss several times a step, so gradients of other batches cannot be added up for it; "
+                "leave accumulate_grad_batches out and make the batches larger"
+            )
+        if settings.precision == "fp16":
+            raise UsageError(
+                f'{kind} steps by a closure, which gradient scaling cannot drive; use precision="bf16" or "fp32"'
+            )
 
     def _check_parameters(self) -> None:
         own = {id(parameter) for parameter in self.model.parameters()}

@@ -43,6 +43,7 @@ def identity_of(parts: RunParts) -> dict[str, Any]:
         "scheduler": None if trunk.scheduler is None else type(trunk.scheduler).__name__,
         "interval": settings.scheduler_interval,
         "own_step": parts.own_step is not None,
+        "accumulate": settings.accumulate_grad_batches,
         "dataset": loader.fingerprint,
         "batch_size": getattr(given, "batch_size", None),
         "steps_per_epoch": plan.steps_per_epoch,
@@ -81,6 +82,7 @@ def compare(stored: Mapping[str, Any], now: Mapping[str, Any], *, step: int, fin
     _same("scheduler", stored["scheduler"], now["scheduler"], "a scheduler")
     _same("scheduler_interval", stored["interval"], now["interval"], "a scheduler stepped")
     _same("training_step", stored["own_step"], now["own_step"], "an own training step:")
+    _same("accumulate_grad_batches", stored.get("accumulate", 1), now["accumulate"], "optimizer steps of")
     _same("train_loader", stored["dataset"], now["dataset"], "the dataset")
     _same("train_loader", stored["batch_size"], now["batch_size"], "batches of")
     _same("train_loader", stored["steps_per_epoch"], now["steps_per_epoch"], "batches an epoch:")

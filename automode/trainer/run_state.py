@@ -44,7 +44,7 @@ def take(parts: RunParts, loop: Loop) -> tuple[Weights, Rest]:
         "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in weights},
         "training": [module.training for module in model.modules()],
         "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
-        "gradients": _gradients(parts) if parts.own_step is not None else {},
+        "gradients": _gradients(parts) if _accumulates(parts) else {},
         "loop": loop.state(),
         "probe": parts.probe.state(),
         "evaluator": None if parts.evaluator is None else parts.evaluator.state(),
@@ -124,6 +124,10 @@ def _by_name(parts: RunParts) -> Iterator[tuple[str, nn.Parameter]]:
     yield from ((f"outside.{i}", parameter) for i, parameter in enumerate(_outside(parts)))
 
 
+def _accumulates(parts: RunParts) -> bool:
+    return parts.own_step is not None or parts.settings.accumulate_grad_batches > 1
+
+
 def _gradients(parts: RunParts) -> dict[str, Tensor]:
-    """Gradients as they stand: an own training step may be in the middle of accumulating."""
+    """Gradients as they stand: the training step may be in the middle of accumulating."""
     return {name: parameter.grad for name, parameter in _by_name(parts) if parameter.grad is not None}

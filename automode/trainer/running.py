@@ -20,7 +20,8 @@ from automode.trainer.resuming import Found, find, longer_by, put_back, put_loop
 from automode.trainer.run_parts import RunParts, prepare
 from automode.trainer.schedule import Schedule
 from automode.trainer.settings import Settings
-from automode.trainer.steps import DefaultStep, OwnStep, Scaler, TrainingStep
+from automode.trainer.step_choice import step_of
+from automode.trainer.steps import TrainingStep
 
 
 def fit(
@@ -95,11 +96,11 @@ def begin(parts: RunParts, observer: Observer) -> Loop:
         observer: Hears of every step.
     """
     trunk, settings = parts.trunk, parts.settings
-    scaler = Scaler(trunk.device.type, enabled=trunk.precision == "fp16")
     schedule = Schedule(
         trunk.scheduler,
         settings.scheduler_interval,
         steps_per_epoch=parts.plan.steps_per_epoch,
+        batches_per_step=settings.accumulate_grad_batches,
         charged=parts.policy.schedule == "charged" and parts.policy.budget == "within",
         advanced=lambda ticks: parts.console.event(
             f"[step {trunk.step}] the learning-rate schedule moved on by {ticks} for the compute that automode spent"
@@ -109,9 +110,7 @@ def begin(parts: RunParts, observer: Observer) -> Loop:
         parts.plan,
         trunk=trunk,
         cursor=parts.cursor,
-        train=DefaultStep(trunk, scaler, observer)
-        if parts.own_step is None
-        else OwnStep(parts.own_step, trunk, scaler, observer),
+        train=step_of(parts, observer),
         probe=parts.probe,
         observer=observer,
         schedule=schedule,

@@ -8,7 +8,9 @@ schedule ends where the user's would have ended.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,6 +31,7 @@ class Schedule:
         interval: When it is stepped: after each ``epoch``, after each optimizer ``step``, or by the user's own training
             step (``manual``: never here).
         steps_per_epoch: Batches of an epoch; None where that is not known, which rules a charged epoch clock out.
+        batches_per_step: Batches of an optimizer step, where gradients are accumulated.
         charged: Whether the clock counts compute spent by automode too.
         advanced: Called with the number of ticks each time that spent compute moves the clock.
 
@@ -42,6 +45,7 @@ class Schedule:
         interval: Interval,
         *,
         steps_per_epoch: int | None = None,
+        batches_per_step: int = 1,
         charged: bool = False,
         advanced: Callable[[int], None] | None = None,
     ) -> None:
@@ -52,6 +56,7 @@ class Schedule:
         self.ticks = 0
         self._steps = 0
         self._per_tick = 1 if interval == "step" else steps_per_epoch
+        self._batches_per_step = batches_per_step
         clocked = scheduler is not None and interval != "manual" and not self.on_plateau
         self._charged = charged and clocked and self._per_tick is not None
         self._advanced = advanced
@@ -88,7 +93,9 @@ class Schedule:
         """
         if not self._charged or self._per_tick is None:
             return
-        trained = self._steps if self.interval == "step" else batches
+        trained = batches
+        if self.interval == "step":
+            trained, spent = self._steps, spent / self._batches_per_step
         due = math.floor((trained + spent) / self._per_tick + _SLACK) - self.ticks
         if due <= 0:
             return
@@ -150,7 +157,12 @@ def check_schedule(
 
 
 def known_drops(
-    scheduler: Any, interval: Interval, steps_per_epoch: int | None, total: int | None
+    scheduler: Any,
+    interval: Interval,
+    steps_per_epoch: int | None,
+    total: int | None,
+    *,
+    batches_per_step: int = 1,
 ) -> tuple[int, ...]:
     """Tell when a ``StepLR`` or ``MultiStepLR`` will drop the rate, which is known before the first step.
 
@@ -159,17 +171,29 @@ def known_drops(
         interval: When it is stepped.
         steps_per_epoch: Batches of an epoch, or None.
         total: Steps of the run, or None.
+        batches_per_step: Batches of an optimizer step, where gradients are accumulated; an epoch's last may have fewer.
 
     Returns:
         Optimizer steps, ascending: after that many, the rate is lower. Those from ``total`` on are left out.
     """
-    per_tick = 1 if interval == "step" else steps_per_epoch
-    if interval == "manual" or per_tick is None or total is None:
+    if interval == "manual" or total is None or (interval == "epoch" and steps_per_epoch is None):
         return ()
+    if interval == "step" and batches_per_step > 1:
+        batches_at = partial(_batches_at, batches_per_step=batches_per_step, steps_per_epoch=steps_per_epoch)
+    else:
+        batches_at = partial(operator.mul, 1 if interval == "step" else steps_per_epoch)
     ticks: Iterable[int] = ()
     if type(scheduler) is StepLR and scheduler.gamma < 1:
         first = scheduler.step_size - scheduler.last_epoch % scheduler.step_size
-        ticks = range(first, total // per_tick + 1, scheduler.step_size)
+        ticks = range(first, total + 1, scheduler.step_size)
     elif type(scheduler) is MultiStepLR and scheduler.gamma < 1:
         ticks = sorted(milestone - scheduler.last_epoch for milestone in scheduler.milestones)
-    return tuple(tick * per_tick for tick in ticks if 0 < tick * per_tick < total)
+    return tuple(batches for tick in ticks if tick > 0 and (batches := batches_at(tick)) < total)
+
+
+def _batches_at(steps: int, *, batches_per_step: int, steps_per_epoch: int | None) -> int:
+    """Batches trained on when so many optimizer steps, at least one, have been made."""
+    if steps_per_epoch is None:
+        return steps * batches_per_step
+    epochs, rest = divmod(steps - 1, math.ceil(steps_per_epoch / batches_per_step))
+    return epochs * steps_per_epoch + min((rest + 1) * batches_per_step, steps_per_epoch)

@@ -51,6 +51,7 @@ class Settings:
     device: str | torch.device = "auto"
     precision: Precision = "fp32"
     clip_norm: float | None = None
+    accumulate_grad_batches: int = 1
     seed: int | None = None
     progress: Progress = "auto"
     scheduler_interval: Interval = "epoch"
@@ -86,6 +87,7 @@ class Settings:
             _flag(name, getattr(self, name))
         if self.clip_norm is not None and not (_number(self.clip_norm) and 0 < self.clip_norm < math.inf):
             raise UsageError(f"clip_norm must be a number above 0 or None, got {self.clip_norm!r}")
+        _whole("accumulate_grad_batches", self.accumulate_grad_batches, least=1)
         self._check_resuming()
         if self.seed is not None:
             _whole("seed", self.seed, least=0, most=MAX_SEED)

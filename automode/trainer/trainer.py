@@ -48,6 +48,9 @@ class Trainer:
         device: Where to train; ``"auto"``: where the model is if that is an accelerator, else CUDA where there is one.
         precision: ``fp32``, ``bf16`` (autocast), or ``fp16`` (autocast and gradient scaling, CUDA only).
         clip_norm: Largest gradient norm; None: no clipping.
+        accumulate_grad_batches: Batches whose gradients add up to one optimizer step, which is made on the mean of their
+            losses. An epoch's last batch ends its group; of a loader without a length, a group goes on into the next epoch.
+            Steps, ``max_steps`` included, count batches all the same.
         seed: Seeds Python, numpy and torch when ``fit`` begins; None: they are left alone. The session's own seed is this
             one, or drawn from the system and recorded.
         progress: Show a progress bar; ``"auto"``: only in a terminal.
@@ -85,6 +88,7 @@ class Trainer:
         device: str | torch.device = "auto",
         precision: Precision = "fp32",
         clip_norm: float | None = None,
+        accumulate_grad_batches: int = 1,
         seed: int | None = None,
         progress: Progress = "auto",
         scheduler_interval: Interval = "epoch",
@@ -108,6 +112,7 @@ class Trainer:
             device=device,
             precision=precision,
             clip_norm=clip_norm,
+            accumulate_grad_batches=accumulate_grad_batches,
             seed=seed,
             progress=progress,
             scheduler_interval=scheduler_interval,
@@ -184,7 +189,7 @@ class Trainer:
 
         Args:
             model: Trained in place; in act mode it ends on the accepted weights.
-            optimizer: Of the model's parameters.
+            optimizer: Of the model's parameters; one that needs a closure (LBFGS) gets it.
             loss_fn: ``loss_fn(outputs, targets)`` to a scalar.
             train_loader: Batches ``(inputs, targets)``; others need :meth:`training_step`.
             val_loader: Held-out batches; without them nothing can be proven, so act mode runs no forks.

@@ -87,6 +87,10 @@ class Trunk:
     def load(self, weights: Mapping[str, Tensor], rest: Mapping[str, Any], *, schedule: bool) -> None:
         """Put a snapshot back into the user's own objects. ``schedule`` says whether the schedule's clock goes back too."""
         self.model.load_state_dict(weights)
+        for (
+            parameter
+        ) in self.parameters:  # of other weights; a step that accumulates must not go on from them
+            parameter.grad = None
         self.optimizer.load_state_dict(rest["optimizer"])
         if schedule and self.scheduler is not None and "scheduler" in rest:
             self.scheduler.load_state_dict(rest["scheduler"])

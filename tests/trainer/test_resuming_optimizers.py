@@ -40,6 +40,12 @@ def sequential(optimizer: Any) -> Any:
 
 CASES: dict[str, tuple[Make, Make | None, dict[str, Any]]] = {
     "lbfgs": (lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3), None, {"own_step": by_closure}),
+    "lbfgs by the default step": (lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3), None, {}),
+    "accumulated": (
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+        lambda o: schedulers.ExponentialLR(o, 0.9),
+        {"accumulate_grad_batches": 4, "clip_norm": 0.5, "automode": "observe"},
+    ),
     "one cycle": (
         lambda p: torch.optim.AdamW(p, amsgrad=True),
         lambda o: schedulers.OneCycleLR(o, 0.01, total_steps=31),

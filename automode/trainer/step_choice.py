@@ -1,0 +1,47 @@
+"""Which kind of training step a run takes."""
+
+from __future__ import annotations
+
+from automode.trainer.accumulating import AccumulatingStep
+from automode.trainer.closures import ClosureStep, needs_closure
+from automode.trainer.loop import Train
+from automode.trainer.run_parts import RunParts
+from automode.trainer.steps import DefaultStep, Guarded, OwnStep, Scaler
+
+
+def step_of(parts: RunParts, guarded: Guarded) -> Train:
+    """Make the training step: the user's own, one by closure where the optimizer needs it, an accumulating one, or the default.
+
+    Args:
+        parts: The run.
+        guarded: Says whether the guard is on.
+    """
+    trunk, every = parts.trunk, parts.settings.accumulate_grad_batches
+    scaler = Scaler(trunk.device.type, enabled=trunk.precision == "fp16")
+    if parts.own_step is not None:
+        return OwnStep(parts.own_step, trunk, scaler, guarded)
+    if needs_closure(trunk.optimizer):
+        return ClosureStep(trunk, guarded)
+    if every == 1:
+        return DefaultStep(trunk, scaler, guarded)
+    cursor, length = parts.cursor, parts.plan.steps_per_epoch
+    return AccumulatingStep(trunk, scaler, guarded, every=every, last=lambda: cursor.read + 1 == length)
+
+
+def why_no_forks(parts: RunParts) -> str | None:
+    """Say why no specialist can be trained as the trunk is; None where it can."""
+    trunk = parts.trunk
+    if parts.own_step is not None:
+        return "the training step is the user's own and steps the optimizer itself, so no specialist can be trained by it"
+    if trunk.precision == "fp16":
+        return "specialists are not trained under gradient scaling (fp16); use bf16"
+    if needs_closure(trunk.optimizer):
+        return f"{type(trunk.optimizer).__name__} evaluates the loss itself, several times a step, which specialists do not do"
+    if parts.settings.accumulate_grad_batches > 1:
+        return (
+            "specialists step after every batch, and this run accumulates gradients over several; larger batches in place of "
+            "accumulate_grad_batches would allow them"
+        )
+    if not {id(p) for p in trunk.parameters} <= {id(p) for p in trunk.model.parameters()}:
+        return "the optimizer also trains parameters that are not the model's, which no specialist would take along"
+    return None
