@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from automode.planner.policy import Policy
     from automode.session import Session
     from automode.session.replaying import replay, story
-    from automode.trainer import Trainer, quickstart
+    from automode.trainer import Trainer, quickstart, watch
 
 __version__ = "0.1.0.dev0"
 
@@ -55,6 +55,7 @@ __all__ = [
     "quickstart",
     "replay",
     "story",
+    "watch",
 ]
 
 _HOMES = {
@@ -65,6 +66,7 @@ _HOMES = {
     "quickstart": "automode.trainer",
     "replay": "automode.session.replaying",
     "story": "automode.session.replaying",
+    "watch": "automode.trainer",
 }
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from automode.trainer.gradient_norms import grad_norms, total_norm
-from automode.trainer.steps import OVERFLOWED, Guarded, Scaler, Taken
+from automode.trainer.step_hooks import Guarded
+from automode.trainer.steps import OVERFLOWED, Scaler, Taken
 from automode.trainer.trunk import Trunk
 
 

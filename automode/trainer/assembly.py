@@ -201,7 +201,7 @@ def _run(parts: RunParts, held: Held, *, slots: int) -> Run:
         if total
         else (),
         averages=trunk.averages is not None,
-        own_step=parts.own_step is not None,
+        own_step=parts.own_step is not None and parts.hand_written is None,
         refresh=min(int(ids.size), REFRESH_BATCHES * max(2, round(_batch_size(parts))))
         if norm_layers(trunk.model)
         else 0,
@@ -233,6 +233,8 @@ def _functions(parts: RunParts) -> dict[str, SliceFn]:
 
 def _batch_size(parts: RunParts) -> float:
     """Mean samples a step."""
+    if parts.batch is not None:
+        return parts.batch
     loader, steps = parts.request.train_loader, parts.plan.steps_per_epoch
     size = getattr(loader, "batch_size", None)
     if isinstance(size, int):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from automode.trainer.gradient_norms import grad_norms, total_norm
-from automode.trainer.steps import Guarded, Taken
+from automode.trainer.step_hooks import Guarded
+from automode.trainer.steps import Taken
 from automode.trainer.trunk import Trunk
 
 

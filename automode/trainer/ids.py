@@ -16,7 +16,7 @@ import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,19 @@ IdArray = npt.NDArray[np.int64]
 _FINGERPRINT_ROWS = 16
 _READ_AT_MOST = 512
 _CONTENT_ATTRIBUTES = ("tensors", "data", "targets", "labels")
+
+
+class IdSource(Protocol):
+    """Knows the samples of a batch."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why there are no ids; None while there are."""
+        ...
+
+    def root_ids(self, batches: Sequence[Sequence[Any]]) -> IdArray | None:
+        """Map what is known of several batches to root ids at once; None where it cannot be, and :attr:`reason` says why."""
+        ...
 
 
 def fingerprint(dataset: Any) -> str:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from automode.trainer.ids import RecordedLoader
+from automode.trainer.ids import IdSource
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.tasks import margins
@@ -52,7 +52,7 @@ class LedgerFeed:
     """
 
     def __init__(
-        self, per_sample: PerSampleLoss, id_source: RecordedLoader, ledger: SampleLedger, max_bytes: int
+        self, per_sample: PerSampleLoss, id_source: IdSource, ledger: SampleLedger, max_bytes: int
     ) -> None:
         self.ledger = ledger
         self.visits: list[_Visit] = []

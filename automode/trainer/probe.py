@@ -21,7 +21,7 @@ from torch import Tensor
 
 from automode.errors import DataError
 from automode.trainer.gradient_norms import HeldGradients, total_norm
-from automode.trainer.ids import RecordedLoader
+from automode.trainer.ids import IdSource
 from automode.trainer.ledger_feed import LedgerFeed
 from automode.trainer.observation_block import Block, RawRow, Row, blocks_of, read_devices
 from automode.trainer.per_sample import PerSampleLoss
@@ -49,7 +49,7 @@ class Probe:
         self,
         parameters: Iterable[Tensor],
         per_sample: PerSampleLoss | None = None,
-        id_source: RecordedLoader | None = None,
+        id_source: IdSource | None = None,
         ledger: SampleLedger | None = None,
         *,
         capacity: int = 32,
@@ -148,6 +148,22 @@ class Probe:
             or now - self._since > self._max_age
             or len(feed.visits) >= feed.max_visits
         )
+
+    def gradients(self) -> float | Tensor:
+        """Take the gradients' norm of the step that :meth:`record` is called for next, to be given to it: NaN where they are held."""
+        return self._gradients.take(self.rows)
+
+    def visit(self, outputs: Any, targets: Any, ids: Sequence[Any] | None, loss: Tensor | float) -> None:
+        """Note a part of the step that :meth:`record` is called for next: one of several batches that it adds up.
+
+        Args:
+            outputs: As for :meth:`record`, and so are the others.
+            targets: Likewise.
+            ids: Likewise.
+            loss: The loss of this part.
+        """
+        if self._feed is not None and ids is not None and outputs is not None:
+            self._feed.keep(outputs, targets, ids, self._number(loss), loss)
 
     def drain(self) -> list[Block]:
         """Turn everything recorded since the last drain into floats.

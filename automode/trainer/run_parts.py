@@ -59,6 +59,8 @@ class RunParts:
         console: What people see.
         session_path: The session's folder, fresh and empty.
         on_card: The user's own functions that hear of every card.
+        hand_written: Why the loop around the training step is not ours; None where it is.
+        batch: Mean samples a step, where the training loader does not tell.
     """
 
     settings: Settings
@@ -81,6 +83,8 @@ class RunParts:
     console: Console
     session_path: Path
     on_card: Sequence[CardCallback] = ()
+    hand_written: str | None = None
+    batch: float | None = None
 
 
 def prepare(

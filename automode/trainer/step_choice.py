@@ -6,7 +6,8 @@ from automode.trainer.accumulating import AccumulatingStep
 from automode.trainer.closures import ClosureStep, needs_closure
 from automode.trainer.loop import Train
 from automode.trainer.run_parts import RunParts
-from automode.trainer.steps import DefaultStep, Guarded, OwnStep, Scaler
+from automode.trainer.step_hooks import Guarded
+from automode.trainer.steps import DefaultStep, OwnStep, Scaler
 
 
 def step_of(parts: RunParts, guarded: Guarded) -> Train:
@@ -31,6 +32,8 @@ def step_of(parts: RunParts, guarded: Guarded) -> Train:
 def why_no_forks(parts: RunParts) -> str | None:
     """Say why no specialist can be trained as the trunk is; None where it can."""
     trunk = parts.trunk
+    if parts.hand_written is not None:
+        return f"{parts.hand_written}, so that no specialist can be trained beside it"
     if parts.own_step is not None:
         return "the training step is the user's own and steps the optimizer itself, so no specialist can be trained by it"
     if trunk.precision == "fp16":

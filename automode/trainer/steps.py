@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from automode.errors import DataError, UsageError
 from automode.merges.batches import move
 from automode.trainer.gradient_norms import grad_norms, total_norm
+from automode.trainer.step_hooks import Guarded, StepHooks
 from automode.trainer.trees import is_plain
 from automode.trainer.trunk import StepFn, Trunk
 
@@ -57,15 +58,6 @@ class Taken(NamedTuple):
     targets: Any
     metrics: Mapping[str, Any] | None
     skipped: str
-
-
-class Guarded(Protocol):
-    """Says whether the guard is on."""
-
-    @property
-    def guard(self) -> bool:
-        """Whether a loss or gradient that is not finite must not reach the weights."""
-        ...
 
 
 class Scaler(torch.amp.GradScaler):
@@ -209,25 +201,14 @@ class OwnStep:
         trunk: What is trained.
         scaler: Scales the loss of fp16; a disabled one passes everything through.
         guarded: Says whether the guard is on.
-
-    Attributes:
-        began: Whether the optimizer has begun to write in this step.
     """
 
     def __init__(self, function: TrainingStep, trunk: Trunk, scaler: Scaler, guarded: Guarded) -> None:
         self._function = function
         self._trunk = trunk
         self._scaler = scaler
-        self._guarded = guarded
-        self._norm: float | list[Tensor] = []
-        self._skipped = ""
-        self._steps = 0
-        self.began = False
         self._names: tuple[str, ...] = ()
-        self._hooks = (
-            trunk.optimizer.register_step_pre_hook(self._before),
-            trunk.optimizer.register_step_post_hook(self._after),
-        )
+        self._hooks = StepHooks(trunk, guarded)
         context: AbstractContextManager[Any] = trunk.autocast()
         self._state: dict[str, Any] = {
             "model": trunk.model,
@@ -243,8 +224,12 @@ class OwnStep:
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.close()
+
+    @property
+    def began(self) -> bool:
+        """Whether the optimizer has begun to write in this step."""
+        return self._hooks.began
 
     def state(self) -> dict[str, Any]:
         """The scaler's state, and what the user's own step keeps in its ``state``, for :meth:`load`."""
@@ -260,31 +245,31 @@ class OwnStep:
 
     def __call__(self, batch: Any, epoch: int) -> Taken:
         """Train on one batch as the user does."""
-        self.began = False
-        self._norm, self._skipped = [], ""
-        steps, asked = self._steps, self._scaler.asked
+        hooks = self._hooks
+        hooks.begin()
+        steps, asked = hooks.steps, self._scaler.asked
         state = self._state
         state["step"], state["epoch"] = self._trunk.step, epoch
         result = self._function(batch, state)
         if not isinstance(result, Mapping) or "loss" not in result:
             raise _no_loss(result)
-        stepped = self._steps > steps and not self._skipped
-        missed = bool(self._skipped) or (self._scaler.asked > asked and not stepped)
+        stepped = hooks.steps > steps and not hooks.skipped
+        missed = bool(hooks.skipped) or (self._scaler.asked > asked and not stepped)
         metrics = {
             name: value for name, value in result.items() if name not in ("loss", "outputs", "targets")
         }
         if metrics and tuple(metrics) != self._names:
-            self._names = _checked(tuple(metrics))
+            self._names = checked_names(tuple(metrics))
         return Taken(
             loss=_detached(result["loss"]),
-            grad_norm=self._norm if self._steps > steps else self._unscaled(),
+            grad_norm=self._unscaled() if hooks.norm is None else hooks.norm,
             applied=not missed,
             stepped=stepped,
             pending=False,
             outputs=result.get("outputs"),
             targets=result.get("targets"),
             metrics=metrics or None,
-            skipped=self._skipped,
+            skipped=hooks.skipped,
         )
 
     def _unscaled(self) -> float | list[Tensor]:
@@ -294,23 +279,6 @@ class OwnStep:
             return norms
         scale = self._scaler.get_scale()
         return [norm / scale for norm in norms]
-
-    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self.began = True
-        self._norm = grad_norms(self._trunk.parameters)
-        if not self._guarded.guard:
-            return
-        self._norm = float(total_norm(self._norm))
-        cap = self._trunk.cap_norm
-        if not math.isfinite(self._norm):
-            self._skipped = f"the gradient norm is {self._norm}"
-            for parameter in self._trunk.parameters:
-                parameter.grad = None
-        elif cap is not None and self._norm > cap:
-            torch.nn.utils.clip_grad_norm_(self._trunk.parameters, cap)
-
-    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._steps += 1
 
 
 def _detached(loss: Any) -> Tensor | float:
@@ -324,7 +292,12 @@ def _detached(loss: Any) -> Tensor | float:
         raise _no_scalar(loss) from None
 
 
-def _checked(names: tuple[str, ...]) -> tuple[str, ...]:
+def checked_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of a step's metrics.
+
+    Raises:
+        UsageError: One is no name, or that of a column which automode writes.
+    """
     for name in names:
         if not isinstance(name, str) or not name:
             raise UsageError(f"the training step names a metric {name!r}; names are non-empty strings")

@@ -21,6 +21,7 @@ PUBLIC = {
     "quickstart",
     "replay",
     "story",
+    "watch",
     "__version__",
     # the error tree
     "AutomodeError",

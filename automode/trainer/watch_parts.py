@@ -1,0 +1,217 @@
+"""A run whose loop a person wrote: what ``watch`` was given, checked and put into the parts that every run is made of."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, get_args
+
+import torch
+from torch import Tensor, nn
+
+from automode.errors import DataError, NotExecutableError, UsageError
+from automode.planner.events import Mode
+from automode.planner.policy import Policy
+from automode.session.paths import new_session_folder
+from automode.session.taking_up import ENVIRONMENT
+from automode.trainer.card_callbacks import CardCallback
+from automode.trainer.data_cursor import DataCursor
+from automode.trainer.evaluation import Evaluator
+from automode.trainer.fit_request import FitRequest
+from automode.trainer.given_ids import GivenIds
+from automode.trainer.heldout import HeldOut
+from automode.trainer.ids import RecordedLoader
+from automode.trainer.loop import Plan
+from automode.trainer.per_sample import per_sample_twin
+from automode.trainer.probe import Probe
+from automode.trainer.progress import Console
+from automode.trainer.random_state import forked_rng
+from automode.trainer.run_parts import RunParts
+from automode.trainer.sample_ledger import SampleLedger
+from automode.trainer.settings import Automode, Settings, device_of, one_of, policy_of
+from automode.trainer.steps import pair_step
+from automode.trainer.trunk import Trunk
+from automode.trainer.validation import Validation, resolve_slices
+
+HAND_WRITTEN = "the loop is the user's own, seen through a hook (automode.watch)"
+"""Why a watched run cannot be forked, in the words that stand on a refusal."""
+
+NO_TRAIN = "watch was not given the training loader (train=), so samples have no ids that lead back to them"
+
+LossFn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchRequest:
+    """The arguments of :func:`automode.trainer.watching.watch`; see there for each."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    mode: Automode = "observe"
+    loss_fn: LossFn | None = None
+    train: Iterable[Any] | None = None
+    val: Any = None
+    scheduler: Any = None
+    slices: Mapping[str, Any] | None = None
+    total_steps: int | None = None
+    batch_size: int | None = None
+    policy: Policy | str | os.PathLike[str] | None = None
+    project: str = "default"
+    run_name: str = "run"
+    session_dir: str | os.PathLike[str] = "automode-runs"
+    seed: int | None = None
+    console: bool = True
+    on_card: Sequence[CardCallback] = ()
+
+    def parts(self) -> RunParts:
+        """Check everything, then make everything; the session's folder comes last. Nothing of the user's is touched.
+
+        Raises:
+            UsageError: An argument cannot be taken.
+            DataError: The held-out data cannot be read.
+            PolicyError: The policy's file is no policy.
+            NotExecutableError: The policy asks for what cannot be done, or the run is asked to resume.
+            SessionError: The session's folder cannot be made.
+        """
+        settings, policy = self._settings(), policy_of(self.policy)
+        request = FitRequest(
+            model=self.model,
+            optimizer=self.optimizer,
+            loss_fn=_unknown_loss if self.loss_fn is None else self.loss_fn,
+            train_loader=Unread() if self.train is None else self.train,
+            val_loader=self.val,
+            scheduler=self.scheduler,
+            slices=self.slices,
+        )
+        request.check(settings, own_step=True)
+        self._check(settings)
+        device = device_of("auto", list(self.model.parameters())[:1])
+        seed = secrets.randbits(32) if self.seed is None else self.seed
+        loader = RecordedLoader(request.train_loader)
+        if self.train is None:
+            loader.reason = NO_TRAIN
+        trunk = Trunk(
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            step_fn=_unknown_step if self.loss_fn is None else pair_step(self.loss_fn, device),
+            loss_fn=request.loss_fn,
+            device=device,
+            loader=None,
+        )
+        with forked_rng():
+            held_out = None if self.val is None else HeldOut(self.val, device, seed)
+            slices = {} if held_out is None or not self.slices else resolve_slices(self.slices, held_out)
+        evaluator = None if held_out is None else _evaluator(trunk, held_out)
+        return RunParts(
+            settings=settings,
+            request=request,
+            own_step=_unseen_step if self.loss_fn is None else None,
+            policy=policy,
+            mode=settings.mode,
+            why_mode=None,
+            seed=seed,
+            plan=Plan(max_epochs=None, max_steps=self.total_steps, steps_per_epoch=None, validate_every=0),
+            trunk=trunk,
+            loader=loader,
+            cursor=DataCursor(loader),
+            probe=self._probe(trunk, loader, watched=settings.mode != "off"),
+            held_out=held_out,
+            evaluator=evaluator,
+            slices=slices,
+            validation=None if evaluator is None else Validation(self.model, evaluator, slices),
+            test=None,
+            console=Console(False, speak=self.console, description=self.run_name),
+            session_path=new_session_folder(self.session_dir, self.project, self.run_name),
+            on_card=tuple(self.on_card),
+            hand_written=HAND_WRITTEN,
+            batch=None if self.batch_size is None else float(self.batch_size),
+        )
+
+    def _settings(self) -> Settings:
+        given: Any = self.optimizer
+        if isinstance(given, list | tuple):
+            raise UsageError(
+                f"watch follows one optimizer, and {len(given)} came; watch the one that trains what you care about"
+            )
+        if not isinstance(self.mode, bool):
+            one_of("mode", self.mode, get_args(Mode), also="True (the same as 'act') or False")
+        return Settings(
+            project=self.project,
+            run_name=self.run_name,
+            max_steps=self.total_steps,
+            automode=self.mode,
+            policy=self.policy,
+            session_dir=self.session_dir,
+            seed=self.seed,
+            scheduler_interval="manual",
+            progress=False,
+            console=self.console,
+            checkpoint_every=None,
+        )
+
+    def _check(self, settings: Settings) -> None:
+        if named := os.environ.get(ENVIRONMENT):
+            raise NotExecutableError(
+                f"{ENVIRONMENT} asks to resume {named}, and a loop of your own cannot be resumed by automode: its place in the "
+                "data is in your code; unset the variable and start the script afresh"
+            )
+        if self.val is not None and self.loss_fn is None:
+            raise UsageError(
+                "val is a loader, and how the model is judged on its batches is not known; give loss_fn too, which is called as "
+                "loss_fn(outputs, targets)"
+            )
+        if self.batch_size is not None and (
+            not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1
+        ):
+            raise UsageError(f"batch_size must be a whole number above 0, got {self.batch_size!r}")
+        if settings.mode not in ("propose", "act"):
+            return
+        if self.total_steps is None:
+            raise UsageError(
+                f"mode={settings.mode!r} plans with the run's compute, so that its length has to be known; give "
+                "total_steps=epochs * len(loader)"
+            )
+        if self.batch_size is None and self.train is None:
+            raise UsageError(
+                f"mode={settings.mode!r} prices what it does in samples, so that the size of a step has to be known; give "
+                "batch_size=, or the training loader as train="
+            )
+
+    def _probe(self, trunk: Trunk, loader: RecordedLoader, *, watched: bool) -> Probe:
+        if not watched or self.loss_fn is None:
+            return Probe(trunk.parameters)
+        ids = GivenIds(loader if self.train is not None else None)
+        ledger = SampleLedger(loader.length, fingerprint=loader.fingerprint)
+        return Probe(trunk.parameters, per_sample_twin(self.loss_fn), ids, ledger)
+
+
+class Unread:
+    """Stands where a training loader would: automode does not read the batches of a loop that is not its own."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise DataError("watch was not given the training loader; give it as train=")
+
+
+def _evaluator(trunk: Trunk, held_out: HeldOut) -> Evaluator:
+    return Evaluator(
+        step_fn=trunk.step_fn,
+        batches=held_out.batches,
+        per_sample=per_sample_twin(trunk.loss_fn),
+        autocast=trunk.autocast,
+    )
+
+
+def _unknown_loss(*_: Any, **__: Any) -> NoReturn:
+    raise NotExecutableError("how the loop makes a loss of a batch is not known; give watch its loss_fn")
+
+
+def _unknown_step(model: nn.Module, batch: Any) -> NoReturn:
+    _unknown_loss()
+
+
+def _unseen_step(batch: Any, state: dict[str, Any]) -> NoReturn:
+    """Stands for the training step of a loop that shows its losses alone; it is never called."""
+    raise AssertionError

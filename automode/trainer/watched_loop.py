@@ -1,0 +1,347 @@
+"""Our half of a loop that a person keeps writing: rows out of its steps, and whatever is due between two of them.
+
+A row is one ``with watch.step()`` block, or one ``observe``. It is complete when the block ends, or when the optimizer has
+stepped and the loss is known, whichever order they come in; only then, between two steps, may anything be done to the run.
+Everything that can wait is done at boundaries that follow from the number of rows alone, as in :mod:`automode.trainer.loop`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from automode.errors import UsageError
+from automode.trainer.assembly import open_driver
+from automode.trainer.given_ids import root_ids_of
+from automode.trainer.gradient_norms import grad_norms, total_norm
+from automode.trainer.loop import TICK_SECONDS
+from automode.trainer.random_state import forked_rng
+from automode.trainer.run_parts import RunParts
+from automode.trainer.step_hooks import Norm, StepHooks
+from automode.trainer.steps import OVERFLOWED, checked_names
+from automode.trainer.trunk import trainable
+from automode.trainer.user_warning import warn_user
+
+_ENDED_BY_ERROR = "an exception has ended the session {path} at step {step}, so nothing is watched any more; the loop goes on as it is written"
+
+
+class WatchedLoop:
+    """Follows a loop through its optimizer's hooks and what it is told.
+
+    Args:
+        parts: The run.
+        scaler: The loop's gradient scaler, or None.
+
+    Attributes:
+        parts: As given.
+        driver: Decides and acts.
+        ended: Why the session ended; None while it goes on.
+    """
+
+    def __init__(self, parts: RunParts, scaler: Any) -> None:
+        self.parts = parts
+        self.driver = open_driver(parts)
+        self.ended: str | None = None
+        self._trunk, self._probe = parts.trunk, parts.probe
+        self._scaler = scaler
+        self._hooks = StepHooks(self._trunk, self.driver, take=self._norm, stepped=self._stepped)
+        self._hooks.loss = self._loss_so_far
+        self._parameters = trainable(self._trunk.model)
+        self._total = parts.plan.total
+        self._process = os.getpid()
+        self._clock = time.perf_counter
+        self._due = self._clock() + TICK_SECONDS
+        self._failed = self._told = False
+        self._skipping = False
+        self._stride = self.driver.stride
+        self._rows = 0
+        self._ids: Any = None
+        self._in_block = False
+        self._rates: tuple[float, ...] | None = None
+        self._steps = 0
+        self._losses: list[Any] = []
+        self._seen: list[tuple[Any, Any, Any]] = []
+        self._metrics: dict[str, Any] = {}
+        self._names: tuple[str, ...] = ()
+
+    # What the loop asks.
+
+    @property
+    def step(self) -> int:
+        """Rows that reached the weights, or did not miss them: steps in the sense of ``total_steps``."""
+        return self._trunk.step
+
+    @property
+    def why_stop(self) -> str | None:
+        """Why the loop should end now; None while it should go on."""
+        driver = self.driver
+        if driver.stop_requested is not None:
+            return driver.stop_requested
+        if self._total is not None and driver.limit < self._total and self._trunk.step >= driver.limit:
+            return "budget"
+        return None
+
+    @property
+    def skipped(self) -> str:
+        """Why the optimizer's step in the block that runs, or ran last, was dropped; empty where it was not."""
+        return self._hooks.skipped
+
+    # What the loop tells.
+
+    def begin(self) -> None:
+        """Know that a block begins."""
+        if self._is_over():
+            return
+        if self._in_block:
+            raise UsageError(
+                "a step begins inside of another one; end one `with watch.step()` before the next"
+            )
+        if self._losses:
+            self._complete()  # of an `observe` before
+        self._in_block = True
+
+    def end(self) -> None:
+        """Know that the block is over."""
+        if self.ended is not None:
+            return
+        self._in_block = False
+        if self._losses:
+            self._complete()
+        elif self._hooks.steps > self._steps:
+            self._steps = self._hooks.steps
+            raise UsageError(
+                "the optimizer stepped in this block, and its loss was not told; call s.loss(loss) before the block ends"
+            )
+
+    def tell(
+        self,
+        loss: Tensor | float,
+        outputs: Any = None,
+        targets: Any = None,
+        ids: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take a loss, in a block or without one."""
+        if self._is_over():
+            return
+        if not self._in_block and self._losses:
+            self._complete()  # the optimizer did not step on the loss before: it accumulates
+        if type(loss) is not Tensor:
+            loss = _number(loss)
+        elif loss.numel() != 1:
+            raise UsageError(
+                f"the loss is a tensor of shape {tuple(loss.shape)}, but must have one element; reduce it with .mean() or .sum()"
+            )
+        self._losses.append(loss)
+        if outputs is not None:
+            self._seen.append((outputs, targets, self._ids if ids is None else root_ids_of(ids)))
+        if metrics:
+            if tuple(metrics) != self._names:
+                self._names = checked_names(tuple(metrics))
+            self._metrics |= metrics
+        if self._in_block:
+            return
+        if self._hooks.steps > self._steps:
+            self._complete()
+        elif self._scaler is None:
+            self._hooks.norm = self._probe.gradients()
+
+    def batches(self) -> Iterator[Any]:
+        """Give the batches of the training loader, and remember which samples each holds."""
+        loader = self.parts.loader
+        for batch in loader:
+            self._ids = loader.ids_of_batch()
+            yield batch
+        self._ids = None
+
+    def validate(self) -> Mapping[str, float]:
+        """Look at the held-out data once; the metrics by name."""
+        validation = self.parts.validation
+        if validation is None:
+            raise UsageError("there is nothing to validate on; give watch a val=")
+        if self._in_block:
+            raise UsageError("validate between two steps, and not inside of `with watch.step()`")
+        with self._undisturbed():
+            found = validation.run()
+        if self.ended is None:
+            self._hand_over()
+            self.driver.validated(self._trunk.step, found.scores)
+        return {**found.metrics, **{f"slice {name}": value for name, value in found.slices.items()}}
+
+    # The end.
+
+    def close(self, why: str) -> None:
+        """End the session in order: what waits for the end is done, finishing merges among it. Twice does no harm."""
+        if self.ended is not None or os.getpid() != self._process:
+            return
+        try:
+            if self._losses:
+                self._in_block = False
+                self._complete()
+            self._boundary()
+        except BaseException as error:
+            self.abort(error)
+            raise
+        self.ended = why
+        self._hooks.close()
+        try:
+            with self._undisturbed(), forked_rng():
+                self.driver.finish(self._trunk.step, self.driver.stop_requested or why)
+            self.parts.console.event(f"session: {self.parts.session_path}")
+        finally:
+            self.parts.console.close()
+
+    def abort(self, error: BaseException) -> None:
+        """End the session because of an exception, which is left alone but for a note where something else fails too."""
+        if self.ended is not None or os.getpid() != self._process:
+            return
+        self._in_block = False
+        try:
+            if self._losses and self._hooks.steps > self._steps:
+                self._note()
+            self._hand_over()
+        except Exception as second:
+            error.add_note(f"the last rows could not be recorded: {type(second).__name__}: {second}")
+        self.ended = f"{type(error).__name__}: {error}"
+        self._failed = True
+        self._hooks.close()
+        with forked_rng():
+            self.driver.abort(self._trunk.step, error)
+        self.parts.console.close()
+
+    def _is_over(self) -> bool:
+        """Tell whether the session has ended; one that was closed is not told anything any more."""
+        if self.ended is None:
+            return False
+        if not self._failed:
+            raise UsageError(
+                f"this watch was closed at step {self._trunk.step}; make another one to watch on"
+            )
+        if not self._told:
+            self._told = True
+            warn_user(
+                _ENDED_BY_ERROR.format(path=self.parts.session_path, step=self._trunk.step), RuntimeWarning
+            )
+        return True
+
+    # A row.
+
+    def _norm(self) -> Norm:
+        """Take the norm for the optimizer's step, unless the loss came with one already."""
+        taken = self._hooks.norm
+        return self._probe.gradients() if taken is None or self._hooks.steps > self._steps else taken
+
+    def _loss_so_far(self) -> float | None:
+        if not self._losses:
+            return None
+        loss = self._loss()
+        return loss.item() if isinstance(loss, Tensor) else loss
+
+    def _stepped(self) -> None:
+        """The optimizer has stepped: by now the scheduler has not."""
+        self._rates = tuple([float(group["lr"]) for group in self._trunk.optimizer.param_groups])
+        if self._losses and not self._in_block:
+            self._complete()
+
+    def _loss(self) -> Tensor | float:
+        losses = self._losses
+        if len(losses) == 1:
+            return losses[0]  # type: ignore[no-any-return]
+        return torch.stack([torch.as_tensor(loss).detach().double().reshape(()) for loss in losses]).mean()
+
+    def _complete(self) -> None:
+        """Note the row, and let happen what is due after it."""
+        full, why = self._note()
+        turn = self._rows % self._stride == 0
+        driver = self.driver
+        if why and driver.guard:
+            self._skipping = True
+            self._hand_over()
+            driver.skipped(self._trunk.step, why)
+            turn = True
+        if turn or driver.busy:
+            self._boundary()
+        elif full or self._clock() >= self._due:
+            self._hand_over()
+            if driver.tick(self._trunk.step):
+                self._boundary()
+
+    def _note(self) -> tuple[bool, str]:
+        """Write the row down. Returns whether rows are to be handed over, and why the step was left out."""
+        hooks, trunk, probe = self._hooks, self._trunk, self._probe
+        stepped, why, norm = hooks.steps > self._steps, hooks.skipped, hooks.norm
+        if norm is None:
+            norm, why = self._accumulated()
+        rates = self._rates or tuple([float(group["lr"]) for group in trunk.optimizer.param_groups])
+        applied = not why
+        loss, losses, seen, metrics = self._loss(), self._losses, self._seen, self._metrics
+        self._losses, self._seen, self._metrics = [], [], {}
+        outputs = targets = ids = None
+        if len(seen) == 1 == len(losses):
+            outputs, targets, ids = seen[0]
+        elif len(seen) == len(losses):
+            for part, visit in zip(losses, seen, strict=True):
+                probe.visit(*visit, part)
+        full = probe.record(
+            trunk.step + applied, loss, norm, rates, applied, outputs, targets, ids, metrics or None
+        )
+        self._rates, self._steps = None, hooks.steps
+        self._rows += 1
+        hooks.begin()
+        if applied:
+            trunk.step += 1
+            if self._skipping:
+                self._skipping = False
+                self.driver.stepped()
+        if stepped and applied and trunk.averages is not None:
+            trunk.averages.update(self._parameters, trunk.step)
+        return full, why
+
+    def _accumulated(self) -> tuple[Norm, str]:
+        """Take the norm where the optimizer did not step: gradients accumulate, or the scaler found that they overflowed."""
+        if self._scaler is None:
+            return self._probe.gradients(), ""
+        norm = float(total_norm(grad_norms(self._trunk.parameters)))
+        scale = float(self._scaler.get_scale())
+        return norm / scale, "" if math.isfinite(norm) else OVERFLOWED
+
+    # Between two steps.
+
+    def _hand_over(self) -> None:
+        for block in self._probe.drain():
+            self.driver.block(block)
+        self._due = self._clock() + TICK_SECONDS
+
+    def _boundary(self) -> None:
+        with self._undisturbed():
+            self._hand_over()
+            self.driver.boundary(self._trunk.step)
+
+    def _undisturbed(self) -> AbstractContextManager[Any]:
+        """Whatever context the loop's step stands in must not reach what is done between two steps."""
+        stack = contextlib.ExitStack()
+        device = self._trunk.device.type
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        return stack
+
+
+def _number(loss: Any) -> Tensor | float:
+    if isinstance(loss, Tensor):
+        return loss
+    try:
+        return float(loss)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"the loss is a {type(loss).__name__}, but must be a number or a tensor with one element"
+        ) from None

@@ -1,0 +1,335 @@
+"""``automode.watch``: a loop that a person keeps writing gains a session, plan cards and replay."""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from automode.errors import UsageError
+from automode.planner.events import Mode
+from automode.planner.policy import Policy
+from automode.session import CardRow, Session
+from automode.trainer.card_callbacks import CardCallback
+from automode.trainer.sample_ledger import SampleLedger
+from automode.trainer.settings import Automode
+from automode.trainer.watch_parts import WatchRequest
+from automode.trainer.watched_loop import WatchedLoop
+
+_watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[WatchedLoop]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class NotClosed(SystemExit):
+    """Stands in the log where a loop ended and nobody said so; never raised."""
+
+
+class WatchedStep:
+    """One step of a watched loop, as a context manager; :meth:`Watch.step` gives it.
+
+    An exception that leaves the block ends the session, which says so, and goes on its way.
+    """
+
+    __slots__ = ("_loop",)
+
+    def __init__(self, loop: WatchedLoop) -> None:
+        self._loop = loop
+
+    def __enter__(self) -> Self:
+        self._loop.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._loop.end()
+        else:
+            self._loop.abort(error)
+
+    def loss(
+        self,
+        loss: Tensor | float,
+        outputs: Any = None,
+        targets: Any = None,
+        ids: Any = None,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Tell the step's loss; of a step that adds up several batches, the loss of each.
+
+        Args:
+            loss: What the optimizer minimises: a number, or a tensor with one element. Of one batch of several, its own loss
+                before it is divided by their number; the row holds their mean.
+            outputs: What the loss was given, samples along the first dimension; with ``targets``, sample ids and the
+                ``loss_fn`` of :func:`watch` they give per-sample losses.
+            targets: Targets of the same samples.
+            ids: Positions of the samples in the dataset under every ``Subset``; :meth:`Watch.batches` gives them by itself.
+            metrics: More numbers of this step by name, each a column of the session's frame.
+
+        Raises:
+            UsageError: The loss is no scalar, or a metric has a name that automode writes itself.
+            DataError: A metric is not a number.
+        """
+        self._loop.tell(loss, outputs, targets, ids, metrics)
+
+    @property
+    def skipped(self) -> str:
+        """Why the optimizer's step in this block was dropped (its gradients are None then); empty where it was not."""
+        return self._loop.skipped
+
+    @property
+    def stop(self) -> bool:
+        """Whether the loop should end after this step."""
+        return self._loop.why_stop is not None
+
+
+class Watch:
+    """A loop being watched; :func:`watch` makes it. As a context manager it is closed at the block's end."""
+
+    def __init__(self, loop: WatchedLoop) -> None:
+        self._loop = loop
+        self._step = WatchedStep(loop)
+        # At the interpreter's exit too, and without a reference to this object.
+        self._finalizer = weakref.finalize(self, _left_open, loop)
+
+    def step(self) -> WatchedStep:
+        """Stand around one step: forward, loss, backward, ``optimizer.step()``."""
+        return self._step
+
+    def observe(
+        self,
+        loss: Tensor | float,
+        outputs: Any = None,
+        targets: Any = None,
+        ids: Any = None,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Tell a step's loss where there is no ``with watch.step()``: after ``backward()``, before or after ``optimizer.step()``.
+
+        Args:
+            loss: As for :meth:`WatchedStep.loss`, and so are the others.
+            outputs: Likewise.
+            targets: Likewise.
+            ids: Likewise.
+            metrics: Likewise.
+
+        Raises:
+            UsageError: As :meth:`WatchedStep.loss`.
+            DataError: Likewise.
+        """
+        self._loop.tell(loss, outputs, targets, ids, metrics)
+
+    def batches(self) -> Iterator[Any]:
+        """Go through the training loader once, as ``for batch in loader`` does, and know which samples each batch holds.
+
+        Raises:
+            UsageError: :func:`watch` was given no ``train``.
+        """
+        if self._loop.parts.probe.keeps_ledger or self._loop.parts.loader.recorded:
+            return self._loop.batches()
+        raise UsageError("there are no batches to go through: give watch the training loader as train=")
+
+    def validate(self) -> Mapping[str, float]:
+        """Judge the model on ``val``, between two steps: nothing of it and no random state is changed.
+
+        Rules that look at held-out data (slices, generalization) hear of it.
+
+        Returns:
+            Metrics by name: ``loss``, ``utility``, ``accuracy`` where there are classes, ``slice NAME``.
+
+        Raises:
+            UsageError: :func:`watch` was given no ``val``, or a step is going on.
+        """
+        return self._loop.validate()
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the loop should end: a person or a safeguard asked for it, or automode has spent the rest of its compute."""
+        return self._loop.why_stop is not None
+
+    @property
+    def why_stop(self) -> str | None:
+        """The reason of :attr:`should_stop`; None while the loop should go on."""
+        return self._loop.why_stop
+
+    @property
+    def mode(self) -> Mode:
+        """The mode in force."""
+        return self._loop.driver.mode
+
+    @property
+    def steps(self) -> int:
+        """Steps so far."""
+        return self._loop.step
+
+    @property
+    def path(self) -> Path:
+        """The session's folder."""
+        return self._loop.parts.session_path
+
+    @property
+    def session(self) -> Session:
+        """The session, open for reading; a new one each time."""
+        return Session.open(self.path)
+
+    @property
+    def cards(self) -> list[CardRow]:
+        """The latest row of every plan card, in the order in which the cards appeared."""
+        with self.session as session:
+            return session.cards()
+
+    @property
+    def samples(self) -> SampleLedger | None:
+        """How each training sample has fared so far; None where :attr:`why_no_samples` says why."""
+        ledger = self._loop.parts.probe.ledger  # brought up to date, which may find a reason
+        return ledger if self.why_no_samples is None else None
+
+    @property
+    def why_no_samples(self) -> str | None:
+        """Why there are no per-sample losses; None while there are, or may yet be."""
+        probe = self._loop.parts.probe
+        return probe.reason if probe.keeps_ledger else "per-sample losses need the loss_fn of watch"
+
+    @property
+    def compute(self) -> Mapping[str, int]:
+        """Sample passes by account; see :attr:`automode.trainer.result.FitResult.compute`."""
+        return self._loop.driver.compute
+
+    def close(self) -> None:
+        """End the session in order; in act mode a finishing merge is made, judged and, where it is better, put into the model.
+
+        Twice does no harm.
+
+        Raises:
+            SessionError: The end of the log could not be written; the model is complete all the same.
+        """
+        self._finalizer.detach()
+        self._loop.close("the loop ended")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._finalizer.detach()
+            self._loop.abort(error)
+
+    def __repr__(self) -> str:
+        state = "watching" if self._loop.ended is None else f"ended ({self._loop.ended})"
+        return f"Watch({self.steps} steps, {self.mode}, {state}, session {str(self.path)!r})"
+
+
+def watch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    mode: Automode = "observe",
+    loss_fn: Callable[..., Tensor] | None = None,
+    train: Iterable[Any] | None = None,
+    val: Any = None,
+    scheduler: Any = None,
+    scaler: torch.amp.GradScaler | None = None,
+    slices: Mapping[str, Any] | None = None,
+    total_steps: int | None = None,
+    batch_size: int | None = None,
+    policy: Policy | str | os.PathLike[str] | None = None,
+    project: str = "default",
+    run_name: str = "run",
+    session_dir: str | os.PathLike[str] = "automode-runs",
+    seed: int | None = None,
+    console: bool = True,
+    on_card: Sequence[CardCallback] = (),
+) -> Watch:
+    """Watch a loop that you write yourself.
+
+    Nothing of the loop is taken over. In mode ``observe`` losses, weights and random states equal those of the loop without it
+    bit by bit. What automode can do from here is in ``docs/watch.md``; what it cannot is refused with the reason.
+
+    Args:
+        model: What is trained.
+        optimizer: Of the model's parameters; its ``step`` is followed through hooks.
+        mode: ``observe``, ``propose``, ``act`` (``True``) or ``off`` (``False``), as :class:`automode.Trainer` has them.
+        loss_fn: ``loss_fn(outputs, targets)``, for per-sample losses and for judging on ``val``.
+        train: The training loader, for sample ids (:meth:`Watch.batches`) and scans. It is not iterated for anything else.
+        val: Held-out batches ``(inputs, targets)``, judged with ``loss_fn``.
+        scheduler: The learning-rate scheduler, which the loop steps; a rate that automode changes is changed in it too.
+        scaler: The gradient scaler, so that steps which it leaves out are known as such.
+        slices: Named subsets of ``val``, as for :meth:`automode.Trainer.fit`.
+        total_steps: Steps of the whole run; ``propose`` and ``act`` plan with it.
+        batch_size: Mean samples a step, where ``train`` does not tell; ``propose`` and ``act`` price with it.
+        policy: What automode may do: a :class:`automode.Policy`, the name of a preset, or the path of a YAML file.
+        project: Folder of the session.
+        run_name: Begins the session's folder name.
+        session_dir: Where sessions live.
+        seed: Of the session's own choices; the loop's generators are left alone. None: drawn, and recorded.
+        console: Print cards, events and where the session is.
+        on_card: Functions that are called with every card, as :meth:`automode.Trainer.on_card` has them.
+
+    Returns:
+        The watch: :meth:`Watch.step` or :meth:`Watch.observe` at each step, :meth:`Watch.close` at the end.
+
+    Raises:
+        UsageError: An argument cannot be taken, or the optimizer is watched already.
+        DataError: The held-out data cannot be read.
+        PolicyError: The policy's file is no policy.
+        NotExecutableError: The policy asks for what cannot be done, or the run is asked to resume.
+        SessionError: The session cannot be made.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        known = _watched.get(optimizer)
+        other = None if known is None else known()
+        if other is not None and other.ended is None:
+            raise UsageError(
+                f"this optimizer is watched already, by the session {other.parts.session_path}; close that watch first"
+            )
+    if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+        raise UsageError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    request = WatchRequest(
+        model=model,
+        optimizer=optimizer,
+        mode=mode,
+        loss_fn=loss_fn,
+        train=train,
+        val=val,
+        scheduler=scheduler,
+        slices=slices,
+        total_steps=total_steps,
+        batch_size=batch_size,
+        policy=policy,
+        project=project,
+        run_name=run_name,
+        session_dir=session_dir,
+        seed=seed,
+        console=console,
+        on_card=on_card,
+    )
+    loop = WatchedLoop(request.parts(), scaler)
+    _watched[optimizer] = weakref.ref(loop)
+    return Watch(loop)
+
+
+def _left_open(loop: WatchedLoop) -> None:
+    """End the session of a watch that nobody closed, and say what is known of why."""
+    # An interpreter that ends because of an exception keeps it here; one that is typed into keeps old ones too.
+    error = (
+        None if hasattr(sys, "ps1") else getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    )
+    if not isinstance(error, BaseException):
+        error = NotClosed(
+            "the watch was never closed: call close(), or use `with automode.watch(...) as watch`"
+        )
+    loop.abort(error)
