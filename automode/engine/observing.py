@@ -11,9 +11,10 @@ from automode.engine.emission import Emission
 from automode.engine.state import State
 from automode.errors import ReplayDifferenceError
 from automode.planner.approval import Lifetime, sweep
+from automode.planner.cards import PlanCard
 from automode.planner.diagnostics import summary
 from automode.planner.events import ReadingChanged, Rows, RuleEvaluated, Scan
-from automode.planner.pacing import Held, admit, in_order
+from automode.planner.pacing import Held, admit, held_back, in_order
 from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.signals.readings import Reading
 
@@ -95,11 +96,13 @@ def _consider(
     state: State, proposal: Proposal, view: View, out: Emission, outranked_by: str | None
 ) -> str | None:
     """Let pacing make a card of a proposal, or hold it. Returns the card's id."""
-    card = admit(
+    open_cards = list(state.cards.values())
+    held = held_back(proposal, view, state.pacing, open_cards, outranked_by)
+    card: PlanCard | Held = held or admit(
         replace(proposal, diagnostics={**proposal.diagnostics, **summary(state.diagnosed)}),
         view=view,
         state=state.pacing,
-        open_cards=list(state.cards.values()),
+        open_cards=open_cards,
         funds=lifecycle.funds_of(state, waits=_waits(state)),
         session=state.session,
         ordinal=state.ordinal,

@@ -140,17 +140,18 @@ class LevelWatch:
         if min(self.recent) <= 0.0:
             self.signed, self.since = True, None
             return
-        logs = sorted(log(x) if isfinite(x) else inf for x in self.recent)
-        self.level = level = (logs[WIDTH // 2 - 1] + logs[WIDTH // 2]) / 2
-        quarter = WIDTH // 4
+        whole = isfinite(sum(self.recent))  # the usual case, in a third of the time
+        ordered = sorted(self.recent if whole else (x if isfinite(x) else inf for x in self.recent))
+        self.level = level = (_log(ordered[WIDTH // 2 - 1]) + _log(ordered[WIDTH // 2])) / 2
+        upper = _log(ordered[-(WIDTH // 4) - 1])
         # Of the upper half alone: losses near 0 have a long tail downwards.
-        spread = (logs[-quarter - 1] - level) / 0.6745 if isfinite(logs[-quarter - 1]) else inf
+        spread = (upper - level) / 0.6745 if isfinite(upper) else inf
         if self._spread is not None and self.since is None and isfinite(spread):
             self._spread += MEMORY * (spread - self._spread)
         if level < self.lowest:
             self.lowest = level
             self._spread = spread if self._spread is None else self._spread
-        least = self._least(level, logs[0], spread)
+        least = self._least(level, _log(ordered[0]), spread)
         room = max(log(self.above), least) if isfinite(least) else log(self.above)
         rise = level - self.lowest
         if rise <= room / 4:
@@ -184,3 +185,7 @@ class LevelWatch:
         assert self.top is not None
         top = log(self.top)
         return self.lowest <= top + log(LEARNT) and level >= self.lowest + LOST * (top - self.lowest)
+
+
+def _log(x: float) -> float:
+    return log(x) if x < inf else inf

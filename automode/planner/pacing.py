@@ -38,6 +38,7 @@ __all__ = [
     "WorstCase",
     "admit",
     "after_verdict",
+    "held_back",
     "in_order",
     "quote",
     "worst_case",
@@ -124,11 +125,7 @@ def admit(
         base: What the card is made against.
         outranked_by: Id of a card that was made at this very moment for a more urgent reason.
     """
-    held = (
-        _limits(proposal, view, state, open_cards)
-        or _cooldown(proposal, view, state)
-        or _conflict(proposal, open_cards, outranked_by)
-    )
+    held = held_back(proposal, view, state, open_cards, outranked_by)
     if held is not None:
         return held
     policy, run = view.policy, view.run
@@ -171,6 +168,21 @@ def admit(
         risk=proposal.risk,
         base=base,
         diagnostics=dict(proposal.diagnostics),
+    )
+
+
+def held_back(
+    proposal: Proposal,
+    view: View,
+    state: PacingState,
+    open_cards: Sequence[CardRecord],
+    outranked_by: str | None = None,
+) -> Held | None:
+    """Say why a proposal must wait whatever it costs, the first thing that :func:`admit` looks at; None: it need not."""
+    return (
+        _limits(proposal, view, state, open_cards)
+        or _cooldown(proposal, view, state)
+        or _conflict(proposal, open_cards, outranked_by)
     )
 
 

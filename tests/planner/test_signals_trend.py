@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 from math import inf, nan
 from typing import Any
 
@@ -118,6 +119,28 @@ def test_the_bounds_are_the_order_statistics_of_all_slopes(values: list[float]) 
         assert slopes.lower(z) == every[low]
         assert slopes.upper(z) == every[n - 1 - low]
     assert slopes.median == pytest.approx(float(np.median(every)))
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=30, max_size=120), st.integers(3, 24), st.randoms())
+def test_where_the_last_window_had_them_changes_the_time_and_not_the_order_statistics(
+    series: list[float], width: int, rnd: random.Random
+) -> None:
+    used = PairSlopes(24, LEVELS)
+    at = 0
+    while at + width <= len(series):
+        w = rnd.choice(
+            (width, 3, 24)
+        )  # another window now and then: the ranks of now are not those of before
+        y = np.array(series[at : at + w])
+        if y.size < 3:
+            break
+        used.compute(y)
+        fresh = PairSlopes(24, LEVELS)
+        fresh.compute(y)
+        assert used.median == fresh.median
+        for z in LEVELS:
+            assert (used.lower(z), used.upper(z)) == (fresh.lower(z), fresh.upper(z))
+        at += rnd.choice((1, 1, 1, 7))
 
 
 def test_kendalls_z_at_slope_zero_is_mann_kendalls() -> None:

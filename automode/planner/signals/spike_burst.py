@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from automode.errors import UsageError
 from automode.planner.signals.wire import SignalState
 
@@ -35,8 +37,7 @@ class SpikeBurst:
     @property
     def recent(self) -> int:
         """Spikes among the last `window` observations."""
-        first = self._seen - self.window
-        return sum(1 for at in self._at if at > first)
+        return len(self._at) - bisect_right(self._at, self._seen - self.window)
 
     def update(self, fired: bool) -> bool:
         """Take one observation: whether it was a spike.
