@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from automode.planner.recipes import Variant
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -75,6 +75,36 @@ class SegmentFailed:
     error: str
     retryable: bool
     passes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """How some trials are trained, where that is worth saying.
+
+    Attributes:
+        card: Id of their card.
+        trials: Their numbers.
+        resource: The rung that they are on their way to, in resource steps.
+        what: What is done with them, in a few words that stay the same from note to note.
+        why: The reason.
+    """
+
+    card: str
+    trials: tuple[int, ...]
+    resource: int
+    what: str
+    why: str
+
+    @property
+    def text(self) -> str:
+        """What and why."""
+        return f"{self.what}: {self.why}"
+
+
+def note(jobs: Sequence[SegmentJob], what: str, why: str) -> Note:
+    """Say something of jobs, at least one, of one card on their way to one rung."""
+    trials = tuple(job.trial for job in jobs)
+    return Note(card=jobs[0].card, trials=trials, resource=jobs[0].to_resource, what=what, why=why)
 
 
 class Segment(Protocol):
@@ -212,6 +242,10 @@ class Backend(Protocol):
 
     def pump(self, trunk_steps: int) -> list[SegmentDone | SegmentFailed]:
         """Let work happen for so many trunk steps' worth of time slices; return what has ended."""
+        ...
+
+    def notes(self) -> list[Note]:
+        """Say since the last call how trials are trained, where that is not as a person would expect of this backend."""
         ...
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from automode.backends.base import Segment, SegmentDone, SegmentFailed, SegmentJob, SegmentRunner
+from automode.backends.base import Note, Segment, SegmentDone, SegmentFailed, SegmentJob, SegmentRunner
 
 NOT_RETRYABLE = (MemoryError, NotImplementedError, TypeError, ValueError)
 """Errors that the same work would raise again."""
@@ -78,6 +78,10 @@ class InlineBackend:
             ]
         self._clear()
         return [done]
+
+    def notes(self) -> list[Note]:
+        """None: every trial trains as every other."""
+        return []
 
     def close(self) -> None:
         """Give up everything."""

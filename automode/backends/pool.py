@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from automode.backends.base import SegmentDone, SegmentFailed, SegmentJob
+from automode.backends.base import Note, SegmentDone, SegmentFailed, SegmentJob
 from automode.backends.remote import BriefOf, Dropped, failure, lost, no_brief, refused
 from automode.errors import NotExecutableError
 
@@ -175,6 +175,10 @@ class WorkerPool(ABC, Generic[W]):
         """Wait until a worker has said something, or so many seconds have passed; ``pump`` then tells what has ended."""
         if not self._ended and self._workers:
             self._listen(seconds)
+
+    def notes(self) -> list[Note]:
+        """None: every trial has a worker of its own."""
+        return []
 
     def close(self) -> None:
         """Give up everything; no worker is left when this returns."""

@@ -17,40 +17,26 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from automode.backends.base import (
+    Note,
     Segment,
     SegmentDone,
     SegmentFailed,
     SegmentJob,
     SegmentRunner,
     StackableSegment,
+    note,
 )
 from automode.backends.inline import NOT_RETRYABLE, InlineBackend
 from automode.backends.stackability import likeness, why_alone, why_network_alone, why_variant_alone
 from automode.backends.stacked_gradients import Graphs
-from automode.backends.stacked_group import StackedGroup
+from automode.backends.stacked_group import ALONE, StackedGroup
 
 SLOTS = 16
 KEPT_NOTES = 256
 
 Key = tuple[str, int, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Note:
-    """How some trials are trained, where that is worth saying.
-
-    Attributes:
-        card: Id of their card.
-        trials: Their numbers.
-        text: What happened.
-    """
-
-    card: str
-    trials: tuple[int, ...]
-    text: str
 
 
 class StackedBackend:
@@ -170,7 +156,7 @@ class StackedBackend:
         never = self._never[1] if self._never is not None and self._never[0] == job.base else None
         why = why_variant_alone(job) or never
         if why is not None:
-            self._tell_jobs([job], f"trained one after another: {why}")
+            self._tell_jobs([job], ALONE, why)
             self._inline.submit(job)
             return None
         try:
@@ -188,7 +174,7 @@ class StackedBackend:
         ):  # no other trial from there will fare better: do not open them before their turn
             self._never = (job.base, never)
         if why is not None:
-            self._tell_jobs([job], f"trained one after another: {why}")
+            self._tell_jobs([job], ALONE, why)
             self._handed.opened[job.key] = segment
             self._inline.submit(job)
             return None
@@ -196,7 +182,7 @@ class StackedBackend:
         return segment
 
     def _alone(self, segments: Sequence[StackableSegment], why: str) -> None:
-        self._tell(segments, f"trained one after another: {why}")
+        self._tell(segments, ALONE, why)
         for segment in segments:
             self._hand_over(segment)
 
@@ -225,12 +211,12 @@ class StackedBackend:
             passes=passes,
         )
 
-    def _tell(self, segments: Sequence[StackableSegment], text: str) -> None:
-        self._tell_jobs([segment.job for segment in segments], text)
+    def _tell(self, segments: Sequence[StackableSegment], what: str, why: str) -> None:
+        self._tell_jobs([segment.job for segment in segments], what, why)
 
-    def _tell_jobs(self, jobs: Sequence[SegmentJob], text: str) -> None:
+    def _tell_jobs(self, jobs: Sequence[SegmentJob], what: str, why: str) -> None:
         if jobs:
-            self._notes.append(Note(card=jobs[0].card, trials=tuple(job.trial for job in jobs), text=text))
+            self._notes.append(note(jobs, what, why))
 
 
 class _Handed:

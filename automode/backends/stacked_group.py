@@ -21,8 +21,10 @@ SLICE_STEPS = 8
 SLICE_SECONDS = 0.02
 """Small steps are taken up to 8 at a time, as many as fit into 20 ms: forking the random states for a slice costs .2 ms."""
 
-Tell = Callable[[Sequence[StackableSegment], str], None]
-"""Hears which segments something happened to, and what."""
+ALONE = "trained one after another"
+
+Tell = Callable[[Sequence[StackableSegment], str, str], None]
+"""Hears which segments something happened to, what, and why."""
 
 
 @dataclass(slots=True)
@@ -147,7 +149,7 @@ class StackedGroup:
             self._rows = {id(segment): row for row, segment in enumerate(members)}
             self._timings = []
             if self._built.why_no_graph:
-                self._tell(members, f"stacked without a recorded graph: {self._built.why_no_graph}")
+                self._tell(members, "stacked without a recorded graph", self._built.why_no_graph)
 
     # Together.
 
@@ -258,7 +260,7 @@ class StackedGroup:
             return
         with self._leader.isolated():
             said = compiled(graph, built.stack.gradients.inputs(self._drawn(built)))
-        self._tell(self._members, said)
+        self._tell(self._members, "stacked", said)
 
     # Leaving.
 
@@ -283,6 +285,6 @@ class StackedGroup:
         """Send the members on alone; what they hold is their own already, or is given back here."""
         if self._built is not None:
             self._release_all(self._built.stack)
-        self._tell(self._members, f"trained one after another: {why}")
+        self._tell(self._members, ALONE, why)
         progress.alone += self._members
         self._members.clear()

@@ -21,6 +21,7 @@ from automode.planner.yaml_text import shown
 from automode.planner.yaml_writer import flow
 from automode.session import Record, Session
 from automode.session.records import ROLES
+from automode.session.session_view import notes_on
 
 CARDS_WAIT = 2
 """Exit code of ``automode cards`` and ``automode plan`` when a card waits for a person."""
@@ -73,6 +74,7 @@ def show(session: Path, card: str, rev: int | None) -> None:
         row = find_card(opened, card)
         revisions = {r.rev: r for r in opened.revisions(row.card_id)}
         moves = [*_moves(opened, row.card_id)]
+        notes = notes_on(opened).get(row.card_id, [])
     if rev is not None and rev not in revisions:
         known = ", ".join(map(str, sorted(revisions)))
         raise UsageError(f"card {row.card_id} has no revision {rev}; it has {known}")
@@ -80,6 +82,10 @@ def show(session: Path, card: str, rev: int | None) -> None:
     click.echo(wanted.body.rstrip("\n"))
     click.echo(f"\nState: {row.state} (revision {row.rev})")
     for line in moves:
+        click.echo(f"  {line}")
+    if notes:
+        click.echo("\nHow its trials were trained:")
+    for line in notes:
         click.echo(f"  {line}")
 
 
@@ -160,10 +166,10 @@ def _gist(body: dict[str, Any]) -> str:
 @click.command()
 @session_argument
 def trials(session: Path) -> None:
-    """Show each card's ladder: what the trials reported, who was promoted, and why."""
+    """Show each card's ladder: what the trials reported, who was promoted and why, and who trained otherwise."""
     with Session.open(session) as opened:
         reasons = {row.card_id: card_reason(row.body) for row in opened.cards()}
-        ladders = _ladders(opened)
+        ladders, notes = _ladders(opened), notes_on(opened)
     if not ladders:
         click.echo("no trials")
         return
@@ -171,6 +177,8 @@ def trials(session: Path) -> None:
     for i, (card, rows) in enumerate(ladders.items()):
         click.echo(f"{'' if i == 0 else chr(10)}card {card} ({reasons.get(card, '?')})")
         click.echo(table(head, rows, right=(0, 2, 3, 6)))
+        for line in notes.get(card, []):
+            click.echo(f"  {line}")
 
 
 def card_reason(text: str) -> str:

@@ -324,6 +324,7 @@ def run_ended(state: State, body: RunEnded, out: Emission) -> None:
     """Whatever is still running when the log closes (a run that failed) ends without a verdict."""
     for execution in list(state.executions.values()):
         _cut_short(state, execution.card, f"the run ended before it was done: {body.why}", out)
+    state.ended = True
 
 
 def _cut_short(state: State, card: str, why: str, out: Emission) -> None:

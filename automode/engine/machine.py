@@ -46,6 +46,7 @@ from automode.planner.events import (
     Snapshotted,
     TrialFailed,
     TrialReported,
+    TrialsNoted,
     TrunkEnded,
     Validated,
 )
@@ -123,6 +124,8 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
             running.reported(state, body, out)
         case TrialFailed():
             running.trial_failed(state, body, out)
+        case TrialsNoted():
+            running.noted(state, body)
         case GateFitted() | Merged():
             running.combined(state, body, event.command_id, out)
         case Evaluated():
@@ -151,7 +154,6 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
             lifecycle.trunk_ended(state, body, out)
         case RunEnded():
             lifecycle.run_ended(state, body, out)
-            state.ended = True
         case _:
             assert_never(body)
 

@@ -28,6 +28,7 @@ from automode.planner.events import (
     TrialDecided,
     TrialFailed,
     TrialReported,
+    TrialsNoted,
 )
 from automode.planner.pricing import worst_case
 from automode.scheduler import ASHA
@@ -124,6 +125,13 @@ def trial_failed(state: State, body: TrialFailed, out: Emission) -> None:
     )
     seq = _decided(state, execution, outcome, out)
     _go_on(state, execution, out, cause=seq)
+
+
+def noted(state: State, body: TrialsNoted) -> None:
+    """Keep with the card what is said of its trials; a card that another policy never made has no use for it."""
+    record = state.cards.get(body.card)
+    if record is not None:
+        record.notes.append(body)
 
 
 def _go_on(state: State, execution: Execution, out: Emission, *, cause: int) -> None:

@@ -27,6 +27,7 @@ from automode.planner.events import (
     TrialDecided,
     TrialFailed,
     TrialReported,
+    TrialsNoted,
     VerdictGiven,
 )
 
@@ -107,6 +108,8 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
             return f"trial {body.trial} reached {body.resource} with utility {body.value:.4f} ({body.choice})"
         case TrialFailed():
             return f"trial {body.trial} failed: {body.error}"
+        case TrialsNoted():
+            return body.sentence
         case GateFitted():
             return f"gate over {', '.join(body.experts)}: utility {body.value:.4f}, loads {', '.join(f'{x:.2f}' for x in body.loads)}"
         case Merged():

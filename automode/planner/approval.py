@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self
 
 from automode.errors import ConflictError
 from automode.planner.cards import TRANSITIONS, WAITING, CardState, PlanCard, difference
-from automode.planner.events import CardMoved, Mode
+from automode.planner.events import CardMoved, Mode, TrialsNoted
 from automode.planner.policy import Policy
 from automode.planner.recipes import SelectQuantile
 
@@ -73,6 +73,7 @@ class CardRecord:
         expires_at_step: Trunk step from which it is expired, while it waits.
         expires_at_time: Seconds of the log's clock from which it is expired, while it waits.
         history: Every move, oldest first.
+        notes: What backends said of its trials, oldest first.
     """
 
     card: PlanCard
@@ -83,6 +84,7 @@ class CardRecord:
     expires_at_step: int | None = None
     expires_at_time: float | None = None
     history: list[Move] = field(default_factory=list)
+    notes: list[TrialsNoted] = field(default_factory=list)
 
     def to_state(self) -> dict[str, Any]:
         """Return plain JSON data for :meth:`from_state`."""
@@ -95,6 +97,7 @@ class CardRecord:
             "expires_at_step": self.expires_at_step,
             "expires_at_time": self.expires_at_time,
             "history": [_dump_move(m) for m in self.history],
+            "notes": [note.model_dump(mode="json") for note in self.notes],
         }
 
     @classmethod
@@ -110,6 +113,7 @@ class CardRecord:
             expires_at_step=state["expires_at_step"],
             expires_at_time=state["expires_at_time"],
             history=[_load_move(m) for m in state["history"]],
+            notes=[TrialsNoted.model_validate(note) for note in state.get("notes", ())],
         )
 
 

@@ -77,14 +77,13 @@ from automode.planner.inputs import (
     SessionStarted,
     Snapshotted,
     Task,
-    TrialFailed,
-    TrialReported,
     TrunkEnded,
     Validated,
     Verb,
     Weights,
 )
 from automode.planner.interventions import ClipSet, Diagnosed, RateSet, Rewound, UpdateSize
+from automode.planner.trial_inputs import TrialFailed, TrialReported, TrialsNoted
 
 __all__ = [
     "COMMAND",
@@ -151,6 +150,7 @@ __all__ = [
     "TrialDecided",
     "TrialFailed",
     "TrialReported",
+    "TrialsNoted",
     "TrunkEnded",
     "UpdateSize",
     "Validated",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from automode.planner.interventions import ClipSet, Diagnosed, RateSet, Rewound
 from automode.planner.recipes import Digest, Part, Variant
+from automode.planner.trial_inputs import TrialFailed, TrialReported, TrialsNoted
 
 Mode = Literal["off", "observe", "propose", "act"]
 Verb = Literal["approve", "refuse", "edit", "revise", "cancel", "submit", "mode", "rollback"]
@@ -190,35 +191,6 @@ class Resolved(Part):
     passes: float = Field(default=0.0, ge=0)
 
 
-class TrialReported(Part):
-    """A trial reached a rung: its candidate's value on val-A, and its checkpoint."""
-
-    kind: Literal["trial_reported"] = "trial_reported"
-    card: str
-    trial: int
-    rung_attempt: int = Field(ge=1)
-    resource: int
-    value: float = Field(description="mean utility, higher is better; NaN: never promoted")
-    choice: str = "raw"
-    checkpoint: Digest | None = None
-    passes: float = Field(ge=0)
-    stopped_early: bool = False
-    seconds: float = 0.0
-
-
-class TrialFailed(Part):
-    """A segment ended without a report."""
-
-    kind: Literal["trial_failed"] = "trial_failed"
-    card: str
-    trial: int
-    rung_attempt: int = Field(ge=1)
-    resource: int | None = Field(default=None, description="the rung that it was on its way to")
-    error: str
-    retryable: bool = True
-    passes: float = Field(default=0.0, ge=0)
-
-
 class GateFitted(Part):
     """Answer to FitGate: the router over the experts, judged on val-A by cross-fitting."""
 
@@ -373,6 +345,7 @@ Input = Annotated[
     | Resolved
     | TrialReported
     | TrialFailed
+    | TrialsNoted
     | GateFitted
     | Merged
     | Evaluated

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from automode.planner.displays import Panel, Row
+from automode.planner.events import TrialsNoted
+from automode.planner.yaml_text import shown
 
 if TYPE_CHECKING:
     from automode.session.session import Session
 
 MOST_CARDS = 32
 """Cards that are shown, the latest."""
+
+MOST_NOTES = 4
+"""Notes on the trials of a card that are shown, the latest."""
 
 
 def session_panel(session: Session) -> Panel:
@@ -47,15 +52,21 @@ def card_rows(session: Session) -> list[Row]:
         if isinstance(record.body.get("card"), dict)
     }
     verdicts = {record.body["card"]: record.body["why"] for record in session.events(kind="verdict_given")}
-    cards = session.cards()
-    rows = [
-        (
-            f"card {row.card_id}",
-            f"{reasons.get(row.card_id, 'card')}, revision {row.rev}: {row.state}"
-            + (f" ({verdicts[row.card_id]})" if row.card_id in verdicts else ""),
-        )
-        for row in cards[-MOST_CARDS:]
-    ]
+    cards, notes, rows = session.cards(), notes_on(session), []
+    for row in cards[-MOST_CARDS:]:
+        verdict = f" ({verdicts[row.card_id]})" if row.card_id in verdicts else ""
+        told = f"{reasons.get(row.card_id, 'card')}, revision {row.rev}: {row.state}{verdict}"
+        rows.append((f"card {row.card_id}", told))
+        rows += [(f"card {row.card_id}", note) for note in notes.get(row.card_id, [])[-MOST_NOTES:]]
     if len(cards) > MOST_CARDS:
         rows.insert(0, ("cards", f"{len(cards)}, of which the last {MOST_CARDS} are shown"))
     return rows or [("cards", "none")]
+
+
+def notes_on(session: Session) -> dict[str, list[str]]:
+    """What backends said of each card's trials, a line a note: who trained alone, and why."""
+    notes: dict[str, list[str]] = {}
+    for record in session.events(kind="trials_noted"):
+        note = TrialsNoted.model_validate(record.body)
+        notes.setdefault(note.card, []).append(shown(note.sentence, limit=400))
+    return notes

@@ -188,6 +188,27 @@ class BackendConformance:
         finally:
             backend.close()
 
+    def test_what_it_says_of_trials_is_about_jobs_that_it_had_and_is_said_once(self) -> None:
+        """A note names the card, the trials and the rung that they were on their way to, what is done with them, and why."""
+        backend = self.backend(ScriptedRunner(scripts={1: Script(fails="advance")}))
+        try:
+            assert backend.notes() == []
+            jobs = [scripted_job(trial, end=4 + 2 * (trial % 2)) for trial in range(4)]
+            for job in jobs:
+                backend.submit(job)
+            drained(backend, seconds=self.seconds)
+            had = {(job.card, job.trial, job.to_resource) for job in jobs}
+            for note in backend.notes():
+                assert note.trials
+                assert {(note.card, trial, note.resource) for trial in note.trials} <= had
+                assert note.what
+                assert note.why
+                assert note.text == f"{note.what}: {note.why}"
+            assert backend.notes() == []
+        finally:
+            backend.close()
+        assert backend.notes() == []
+
     def test_cancelling_what_is_not_there_does_nothing(self) -> None:
         """Another card, trial or attempt is another job."""
         backend = self.backend(ScriptedRunner(scripts=UNHURRIED))

@@ -185,10 +185,8 @@ class Driver:
         for command in self._agenda.due(step):
             if command.body.card in self.state.executions:
                 self._perform(command, step)
-        for answer, command_id in self._trials.pump(max(1, since), step):
+        for answer, command_id in self._trials.pump(max(1, since), step, self.state.cards):
             self._feed(answer, command_id, effective_at=step)
-        for card, text in self._trials.notes():
-            self._narrator.note(card, text, step)
         self._pumped_at = step
         self._settle(step)
         for decided in self._callbacks.decided(self.state):
@@ -263,7 +261,7 @@ class Driver:
         self.limit, self._skipped, self._pumped_at = kept["limit"], kept["skipped"], kept["pumped_at"]
         later = [(rows, Decided.model_validate_json(text)) for rows, text in kept["requests"]]
         self._requests.again(self._callbacks.again([*later, *earlier.requests]))
-        self._trials.know(earlier.answers, partial(is_usable, verify=verify, exact=body.exact))
+        self._trials.know(earlier, partial(is_usable, verify=verify, exact=body.exact))
         for answer, _ in self._executor.take_up(commands, self.state, body.step, kept["executor"], earlier):
             self._feed(answer)
 

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from automode.engine.resuming import looks_of
 from automode.errors import SessionCorruptError, SessionError
-from automode.planner.events import Decided, Evaluate, Resolved, StartTrial, TrialFailed, TrialReported
+from automode.planner.events import (
+    Decided,
+    Evaluate,
+    Resolved,
+    StartTrial,
+    TrialFailed,
+    TrialReported,
+    TrialsNoted,
+)
 from automode.session import Record, Session
 from automode.session.replaying import to_envelope
 
@@ -33,6 +41,7 @@ class Earlier:
         attempt: The latest of them.
         looks: What each look at val-B was at, superseded ones included.
         answers: What segments came to behind the checkpoint, by :func:`key_of` their command.
+        notes: What was said of trials behind the checkpoint, and at which step of the trunk, in order.
         requests: What people asked behind the checkpoint: rows since, and the request, in order.
         rests: Steps without a scan that a scan behind the checkpoint asked for, by its kind and step.
         resolved: How each card's selection was resolved, up to the checkpoint.
@@ -41,6 +50,7 @@ class Earlier:
     attempt: int
     looks: tuple[str, ...]
     answers: Mapping[str, Answer]
+    notes: tuple[tuple[int, TrialsNoted], ...]
     requests: tuple[tuple[int, Decided], ...]
     rests: Mapping[tuple[str, int], int]
     resolved: Mapping[str, Resolved]
@@ -92,6 +102,7 @@ def read_earlier(session: Session, at_seq: int) -> Earlier:
         for record in session.events("start_trial", include_superseded=True)
     }
     answers: dict[str, Answer] = {}
+    notes: list[tuple[int, TrialsNoted]] = []
     requests: dict[str, tuple[int, Decided]] = {}
     rests: dict[tuple[str, int], int] = {}
     for rows, record in _since(session, at_seq):
@@ -101,6 +112,8 @@ def read_earlier(session: Session, at_seq: int) -> Earlier:
             answers[key_of(commands[record.command_id])] = Answer(
                 body=body, step=record.effective_at or 0, seq=record.seq
             )
+        elif record.kind == "trials_noted":
+            notes.append((record.effective_at or 0, TrialsNoted.model_validate(record.body)))
         elif record.kind == "decided":
             decided = Decided.model_validate(record.body)
             requests.setdefault(decided.request, (rows, decided))
@@ -110,6 +123,7 @@ def read_earlier(session: Session, at_seq: int) -> Earlier:
         attempt=attempt,
         looks=looks,
         answers=answers,
+        notes=tuple(notes),
         requests=tuple(sorted(requests.values(), key=lambda item: item[0])),
         rests=rests,
         resolved=resolved,

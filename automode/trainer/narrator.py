@@ -32,6 +32,7 @@ from automode.planner.events import (
     SessionStarted,
     TrialFailed,
     TrialReported,
+    TrialsNoted,
     VerdictGiven,
 )
 from automode.session.durable_files import replace_synced
@@ -83,11 +84,6 @@ class Narrator:
         )
         return name
 
-    def note(self, card: str, text: str, step: int) -> None:
-        """Tell what a backend has to say about a card's trials."""
-        self._screen.event(f"[step {step}] card {card}: {text}")
-        self._log.info("backend_note", card=card, step=step, text=text)
-
     def tell(self, envelope: Envelope, state: State) -> None:
         """Tell an event, where a person would want to know of it."""
         body = envelope.body
@@ -124,6 +120,8 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
             )
         case TrialFailed():
             return f"card {body.card}: trial {body.trial} failed: {body.error}"
+        case TrialsNoted():
+            return f"card {body.card}: {body.sentence}"
         case GateFitted():
             return f"card {body.card}: gate fitted, utility {body.value:.4f}, loads {_numbers(body.loads)}"
         case Merged():

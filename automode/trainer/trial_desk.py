@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentJob
-from automode.backends.stacked import StackedBackend
 from automode.errors import NotExecutableError
-from automode.planner.events import Acknowledged, StartTrial, StopTrial, TrialFailed, TrialReported
-from automode.trainer.earlier import Answer, key_of
+from automode.planner.approval import CardRecord
+from automode.planner.events import (
+    Acknowledged,
+    StartTrial,
+    StopTrial,
+    TrialFailed,
+    TrialReported,
+    TrialsNoted,
+)
+from automode.trainer.earlier import Answer, Earlier, key_of
 
 Key = tuple[str, int, int]
 
@@ -46,6 +53,8 @@ class TrialDesk:
         self._pumped: dict[Key, int] = {}
         self._lower: dict[str, set[str]] = {}
         self._answers: Mapping[str, Answer] = {}
+        self._said: Sequence[tuple[int, TrialsNoted]] = ()
+        self._spared: set[tuple[str, int, int]] = set()
         self._usable: Callable[[Answer], bool] = lambda answer: False
         self._cut: list[_Cut] = []
         self._known: list[_Known] = []
@@ -63,9 +72,9 @@ class TrialDesk:
         """Say how much work every segment under way has had: card, trial, attempt, trunk steps' worth."""
         return [[*key, pumped] for key, pumped in self._pumped.items()]
 
-    def know(self, answers: Mapping[str, Answer], usable: Callable[[Answer], bool]) -> None:
+    def know(self, earlier: Earlier, usable: Callable[[Answer], bool]) -> None:
         """Take what earlier attempts' segments came to, and whether what one left behind can be used."""
-        self._answers, self._usable = answers, usable
+        self._answers, self._said, self._usable = earlier.answers, earlier.notes, usable
 
     def keep(self, card: str, checkpoints: Iterable[str]) -> None:
         """Know checkpoints below the top rung that earlier attempts have left."""
@@ -102,6 +111,7 @@ class TrialDesk:
         self._pumped[_key(body)] = 0
         if answer is not None and self._usable(answer):
             self._known.append(_Known(body, command_id, answer))
+            self._spared.add((body.card, body.trial, body.to_resource))
             return
         job = SegmentJob(
             card=body.card,
@@ -131,12 +141,18 @@ class TrialDesk:
         spent = self._backend.cancel(*key) if self._backend is not None else 0.0
         return Acknowledged(command=body.kind, card=body.card, passes=spent)
 
-    def pump(self, trunk_steps: int, step: int) -> list[tuple[TrialReported | TrialFailed, str | None]]:
-        """Let the backend work for so many trunk steps; returns what ended, each with the command that it answers.
+    def pump(
+        self, trunk_steps: int, step: int, cards: Mapping[str, CardRecord]
+    ) -> list[tuple[TrialsNoted | TrialReported | TrialFailed, str | None]]:
+        """Let the backend work for so many trunk steps.
 
         Args:
             trunk_steps: Trunk steps' worth of time slices.
             step: The trunk's step, at which what is known already may be due.
+            cards: Every card of the session.
+
+        Returns:
+            What the backend says of trials, and then what ended, each with the command that it answers.
         """
         if self._backend is None:
             return []
@@ -147,7 +163,8 @@ class TrialDesk:
             self._pumped.pop(result.job.key, None)
             if isinstance(result, SegmentDone) and result.job.to_resource < result.job.top_resource:
                 self.keep(result.job.card, [result.checkpoint])
-        return [*found, *((_reported(r), self._commands.pop(r.job.key, None)) for r in ended)]
+        answers = [(_reported(r), self._commands.pop(r.job.key, None)) for r in ended]
+        return [*((note, None) for note in self._notes(cards, step)), *found, *answers]
 
     def _due(self, step: int) -> list[tuple[TrialReported | TrialFailed, str | None]]:
         """Give the ends that earlier attempts have seen by this step."""
@@ -167,13 +184,26 @@ class TrialDesk:
         for key in self._pumped:
             self._pumped[key] += trunk_steps
 
-    def notes(self) -> list[tuple[str, str]]:
-        """What the backend has to say since the last call, as (card, text): who trains alone, and why."""
-        if not isinstance(self._backend, StackedBackend):
-            return []
+    def _notes(self, cards: Mapping[str, CardRecord], step: int) -> list[TrialsNoted]:
+        """What is to be said of trials and no card knows yet: each rung, and a run that is taken up, says things again."""
+        found: list[TrialsNoted] = []
+        said = [note for at, note in self._said if at <= step and note.card in cards]
+        for note in [*(self._of_spared(note) for note in said), *self._fresh_notes()]:
+            known = [*cards[note.card].notes, *(other for other in found if other.card == note.card)]
+            new = tuple(t for t in note.trials if not any(other.says(t, note) for other in known))
+            if new:
+                found.append(note.model_copy(update={"trials": new}))
+        return found
+
+    def _of_spared(self, note: TrialsNoted) -> TrialsNoted:
+        """Of what an earlier attempt has said, what is about segments that are not trained again."""
+        spared = tuple(t for t in note.trials if (note.card, t, note.resource) in self._spared)
+        return note.model_copy(update={"trials": spared})
+
+    def _fresh_notes(self) -> list[TrialsNoted]:
         return [
-            (note.card, f"trials {', '.join(str(trial) for trial in note.trials)}: {note.text}")
-            for note in self._backend.notes()
+            TrialsNoted(card=n.card, trials=n.trials, resource=n.resource, what=n.what, why=n.why)
+            for n in (self._backend.notes() if self._backend is not None else ())
         ]
 
     def dropped(self, card: str, checkpoints: set[str]) -> set[str]:

@@ -12,7 +12,7 @@ import pytest
 from automode.cli.sessions import newest
 from automode.planner.card_text import from_yaml, to_yaml
 from automode.planner.cards import PlanCard
-from automode.planner.events import ReadingChanged, TrialDecided
+from automode.planner.events import ReadingChanged, TrialDecided, TrialsNoted
 from automode.planner.recipes import Variant
 from automode.session import SessionStore
 
@@ -186,6 +186,20 @@ def test_a_trial_has_its_variants_name_from_its_first_decision_on(
     told.trial(card.id, 0, Variant(name="plain"), 20, 0.5, decision="paused", rank=2, why="second of two")
     lines = cli("trials", told.path).output.splitlines()
     assert [line.split()[1:6:4] for line in lines[2:]] == [["plain", "started"], ["plain", "paused"]]
+
+
+def test_what_was_said_of_trials_stands_under_the_card_and_under_its_ladder(
+    cli: Any, told: Any, card: PlanCard
+) -> None:
+    told.propose(card)
+    told.trial(card.id, 0, Variant(name="plain"), 20, 0.5, decision="paused", rank=2, why="second of two")
+    assert "How its trials were trained" not in cli("show", told.path, card.id).output
+    fields = {"resource": 20, "what": "trained one after another"}
+    told.tell(TrialsNoted(card=card.id, trials=(0, 2), why="no \x1b[2Jother", **fields), role="input")
+    told.tell(TrialsNoted(card="d0000001", trials=(1,), why="another card", **fields), role="input")
+    said = "  trials 0, 2 to 20: trained one after another: no \\u{1b}[2Jother"
+    assert cli("show", told.path, card.id).output.splitlines()[-2:] == ["How its trials were trained:", said]
+    assert cli("trials", told.path).output.splitlines()[-1] == said
 
 
 # -------------------------------------------------------------------------------------------------------------- replay

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from automode.engine import fold, story
 from automode.errors import ReplayDifferenceError
-from automode.planner.events import Envelope, Group, Rows
+from automode.planner.approval import CardRecord
+from automode.planner.events import Envelope, Group, Rows, TrialsNoted
 from automode.planner.policy import Policy
 
 
@@ -273,3 +274,39 @@ def test_any_split_into_blocks_gives_the_same_facts(sizes):
         world.rows(values, split)
         logs.append([(e.seq, e.frame_cursor, e.body) for e in world.log if isinstance(e, Envelope)])
     assert logs[0] == logs[1]
+
+
+def test_what_is_said_of_trials_is_kept_with_their_card_and_changes_no_decision(make_world, plateau_rows):
+    def played(says):
+        world = make_world(policy=plateau_policy())
+        answer = world._answer
+
+        def also_says(command):
+            if says and command.body.kind == "start_trial":
+                body = command.body
+                for card in (body.card, "0badcafe"):  # what no card stands for is nobody's
+                    world.feed(
+                        TrialsNoted(
+                            card=card, trials=(body.trial,), resource=body.to_resource, what="alone", why="it"
+                        )
+                    )
+            return answer(command)
+
+        world._answer = also_says
+        world.start()
+        world.rows(plateau_rows[:4500])
+        return world
+
+    world, silent = played(True), played(False)
+    (card,) = world.state.cards
+    record = world.state.cards[card]
+    started = [e.body for e in world.log if isinstance(e, Envelope) and e.body.kind == "start_trial"]
+    assert [(n.trials[0], n.resource) for n in record.notes] == [(b.trial, b.to_resource) for b in started]
+    assert CardRecord.from_state(record.to_state()) == record
+    told = story(card, [e for e in world.log if isinstance(e, Envelope)])
+    assert f"trial 0 to {record.notes[0].resource}: alone: it" in told
+    outcome = fold(world.log)
+    assert (outcome.differences, outcome.state.cards[card].notes) == (0, record.notes)
+    assert world.states_of(card) == silent.states_of(card)
+    assert world.facts("verdict_given") == silent.facts("verdict_given")
+    assert world.facts("trial_decided") == silent.facts("trial_decided")

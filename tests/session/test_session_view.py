@@ -53,3 +53,21 @@ def test_a_session_without_cards_says_so(tmp_path: Path) -> None:
     SessionStore.create(tmp_path / "run", header={}).close()
     with Session.open(tmp_path / "run") as session:
         assert ">none<" in session._repr_html_()
+
+
+def test_a_session_shows_how_trials_were_trained_and_only_the_latest_of_many_notes(
+    tmp_path: Path, record: Any
+) -> None:
+    def said(seq: int) -> Any:
+        fields = {"kind": "trials_noted", "card": "c", "trials": [seq], "resource": 8}
+        body = fields | {"what": "trained alone", "why": f"<b>{seq}</b>"}
+        return record(seq, kind="trials_noted", role="input", body=body)
+
+    with SessionStore.create(tmp_path / "run", header={"project": "p", "run_name": "r"}) as store:
+        row = CardRow(card_id="c", rev=1, state="running", body="text", seq=1)
+        store.write([said(seq) for seq in range(1, 7)], cards=[row], durable=False)
+    with Session.open(tmp_path / "run") as session:
+        text = session._repr_html_()
+    assert "trial 6 to 8: trained alone: &lt;b&gt;6&lt;/b&gt;" in text
+    assert "trial 3 to 8" in text
+    assert "trial 2 to 8" not in text

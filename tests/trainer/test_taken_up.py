@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from automode import Session, replay
+from automode.backends.base import Note, SegmentJob, note
 from automode.backends.inline import InlineBackend
 from automode.engine import State, initial
 from automode.errors import SessionCorruptError, SessionError
@@ -407,6 +408,39 @@ def check_cut(cut: int, steps: set[int], whole: list[Any], tmp_path: Path) -> No
 @pytest.mark.parametrize("cut", [22, 30])
 def test_a_cut_changes_no_decision(cut: int, whole: list[Any], tmp_path: Path) -> None:
     check_cut(cut, {18, cut}, whole, tmp_path)
+
+
+class Noting(InlineBackend):
+    """Says of every segment, and of every attempt at it, that it trains alone."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(runner)
+        self.new: list[Note] = []
+
+    def submit(self, job: SegmentJob) -> None:
+        super().submit(job)
+        self.new.append(note([job], "trained alone", f"attempt {job.attempt} to {job.to_resource}"))
+
+    def notes(self) -> list[Note]:
+        said, self.new = self.new, []
+        return said
+
+
+def test_what_is_said_of_trials_is_in_the_log_once_however_a_run_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "InlineBackend", Noting)
+    play = Play(tmp_path / "whole", begun(tmp_path / "whole"))
+    play.end()
+    whole = decisions(tmp_path / "whole")
+    noted = [body for kind, _, _, body in whole if kind == "trials_noted"]
+    assert "trial_failed" in [kind for kind, *_ in whole]
+    assert sorted((body["trials"][0], body["resource"]) for body in noted)[:3] == [(0, 3), (1, 3), (1, 9)]
+    assert len({(tuple(body["trials"]), body["resource"]) for body in noted}) == len(noted)
+    kept = [note for record in play.driver.state.cards.values() for note in record.notes]
+    assert [(note.resource, note.why) for note in kept] == [(b["resource"], b["why"]) for b in noted]
+    for cut in (27, 32):
+        check_cut(cut, {18, cut}, whole, tmp_path)
 
 
 @pytest.mark.nightly

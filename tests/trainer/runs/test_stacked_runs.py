@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from automode import replay
 from automode.backends import stacking_rule
 from automode.backends.stacked_group import StackedGroup
+from automode.cli.main import main
+from automode.session import Session
 
 CARD = """
 schema: 1
@@ -69,3 +73,54 @@ def test_a_card_goes_the_same_way_with_its_trials_trained_together(
         assert value == pytest.approx(theirs[key], abs=1e-4)
     (verdict,), (other,) = stacked.bodies("verdict_given"), inline.bodies("verdict_given")
     assert (verdict["verdict"], verdict["candidate"]) == (other["verdict"], other["candidate"])
+
+
+UNLIKE = """
+schema: 1
+action: fork
+reason: manual
+because: The rate was a guess.
+selection: {kind: all}
+training_recipe:
+  replay: 0.1
+  variants:
+    - {name: plain}
+    - {name: fast, lr_mul: 10}
+    - {name: flat, optimizer: sam}
+budget_steps: 12
+asha: {reduction_factor: 3, max_steps: 36}
+"""
+
+
+def printed(*arguments: object) -> str:
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_who_trained_alone_and_why_stands_with_the_card_everywhere(
+    play_run: Any, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        stacking_rule, "why_too_short", lambda members, *_, **__: None if members > 1 else "alone"
+    )
+    monkeypatch.setattr(stacking_rule, "why_slower", lambda *_: None)
+    run = play_run(
+        script=script(rate=0.003, norm=False, dropout=0.0),
+        policy={"budget": "on_top"},
+        actions={8: lambda person: person.submit(UNLIKE), 9: lambda person: person.approve()},
+        backend="stacked",
+        steps=200,
+    )
+    noted = run.bodies("trials_noted")
+    (sharp,) = [body for body in noted if "sharpness-aware" in body["why"]]
+    assert (sharp["trials"], sharp["resource"], sharp["what"]) == ([2], 12, "trained one after another")
+    said = f"trial 2 to 12: trained one after another: {sharp['why']}"
+    card = sharp["card"]
+    for command in (("show", run.path, card), ("trials", run.path), ("story", run.path, card)):
+        assert printed(*command).count(said) == 1, command
+    with Session.open(run.path) as session:
+        assert said in session._repr_html_().replace("&#x27;", "'")
+    assert [note.why for note in run.driver.state.cards[card].notes] == [body["why"] for body in noted]
+    assert replay(run.path).differences == 0
+    assert said in (run.path / "log.jsonl").read_text(encoding="utf-8")
