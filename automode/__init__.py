@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from automode.session import Session
     from automode.session.replaying import replay, story
     from automode.trainer import Trainer, quickstart, watch
+    from automode.trainer.callbacks import Callback
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AutomodeError",
+    "Callback",
     "CardError",
     "ConflictError",
     "DataError",
@@ -59,6 +61,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Callback": "automode.trainer.callbacks",
     "PlanCard": "automode.planner.cards",
     "Policy": "automode.planner.policy",
     "Session": "automode.session",

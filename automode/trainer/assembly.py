@@ -141,6 +141,7 @@ def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
 def _driver(parts: RunParts, held: Held, mode: Mode, store: SessionStore, state: State) -> tuple[Driver, int]:
     """Make the driver, and say how many segments its backend runs at once."""
     policy, total = parts.policy, parts.plan.total
+    parts.keep_row = lambda stream, names, values: store.add_row(stream, state.attempt, names, values)
     log = SessionLog(parts.session_path, console=parts.console.event, level="warning")
     checkpoints = CheckpointStore(store.path / "checkpoints")
     performer, refresh = performer_of(parts, held, store.path, checkpoints)
@@ -176,7 +177,7 @@ def _run(parts: RunParts, held: Held, *, slots: int) -> Run:
     total = plan.total or 0
     return Run(
         total_steps=total,
-        batch=_batch_size(parts),
+        batch=batch_size_of(parts),
         train_samples=int(ids.size) or None,
         val_a=held_out.n_a if held_out is not None else 0,
         val_b=held_out.n_b if held_out is not None else 0,
@@ -202,7 +203,7 @@ def _run(parts: RunParts, held: Held, *, slots: int) -> Run:
         else (),
         averages=trunk.averages is not None,
         own_step=parts.own_step is not None and parts.hand_written is None,
-        refresh=min(int(ids.size), REFRESH_BATCHES * max(2, round(_batch_size(parts))))
+        refresh=min(int(ids.size), REFRESH_BATCHES * max(2, round(batch_size_of(parts))))
         if norm_layers(trunk.model)
         else 0,
         router=_router_size(trunk.model),
@@ -231,8 +232,8 @@ def _functions(parts: RunParts) -> dict[str, SliceFn]:
     return {name: part for name, part in (parts.request.slices or {}).items() if callable(part)}
 
 
-def _batch_size(parts: RunParts) -> float:
-    """Mean samples a step."""
+def batch_size_of(parts: RunParts, unknown: float = 1.0) -> float:
+    """Mean samples a step; ``unknown`` where the loader does not say."""
     if parts.batch is not None:
         return parts.batch
     loader, steps = parts.request.train_loader, parts.plan.steps_per_epoch
@@ -242,7 +243,7 @@ def _batch_size(parts: RunParts) -> float:
         return n / steps if n and steps and not getattr(loader, "drop_last", False) else float(size)
     if isinstance(loader, list | tuple) and loader and isinstance(loader[0], list | tuple):
         return float(np.mean([len(batch[0]) for batch in loader]))
-    return 1.0
+    return unknown
 
 
 def performer_of(
@@ -253,7 +254,7 @@ def performer_of(
     artifacts = ArtifactStore(folder / "artifacts")
     source, train_ids = source_of(parts)
     training = FixedPass(
-        source, train_ids, batch_size=max(2, round(_batch_size(parts))), batches=REFRESH_BATCHES, seed=seed
+        source, train_ids, batch_size=max(2, round(batch_size_of(parts))), batches=REFRESH_BATCHES, seed=seed
     )
     performer = Performer(
         trunk=trunk,
@@ -299,7 +300,7 @@ def performer_of(
         source=source,
         judge=performer.evidence,
         checkpoints=checkpoints,
-        batch_size=max(1, int(_batch_size(parts))),  # not above the mean that steps are priced by
+        batch_size=max(1, int(batch_size_of(parts))),  # not above the mean that steps are priced by
         steps_per_epoch=every,
         per_sample=held.per_sample if held.exact else None,
         cards={},

@@ -240,7 +240,7 @@ class CheckpointKeeper:
         weights, rest = run_state.take(self._parts, loop)
         lost = rest["loop"]["train"].get("lost", [])
         kept_by = [f"state[{name!r}] of the training step cannot be stored" for name in lost]
-        doubts = [*loop.cursor.doubts(loop.epoch), *kept_by, *doubts]
+        doubts = [*loop.cursor.doubts(loop.epoch), *kept_by, *loop.companions.lost(), *doubts]
         rest["driver"] = self._observer.state_for_checkpoint()
         rest["doubts"] = doubts
         rest["best"] = self.best_metric

@@ -11,17 +11,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from automode.errors import DataError
 from automode.merges.trajectory import TrajectoryAverages
+from automode.trainer.companions import Companions
 from automode.trainer.data_cursor import DataCursor
 from automode.trainer.history import History, Mean
 from automode.trainer.observation_block import Block
 from automode.trainer.observer import Observer
+from automode.trainer.plan import Plan
 from automode.trainer.probe import Probe
 from automode.trainer.progress import Console
 from automode.trainer.schedule import Schedule
@@ -59,32 +60,6 @@ class Train(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How long to train; one of ``max_epochs`` and ``max_steps`` is None.
-
-    Attributes:
-        max_epochs: Passes over the loader.
-        max_steps: Steps.
-        steps_per_epoch: Batches of an epoch; None where the loader has no length.
-        validate_every: Epochs between validations; 0: none.
-    """
-
-    max_epochs: int | None
-    max_steps: int | None
-    steps_per_epoch: int | None
-    validate_every: int
-
-    @property
-    def total(self) -> int | None:
-        """Steps of the whole run as asked for; None where that is not known before it ends."""
-        if self.max_steps is not None:
-            return self.max_steps
-        if self.max_epochs is None or self.steps_per_epoch is None:
-            return None
-        return self.max_epochs * self.steps_per_epoch
-
-
 class Loop:
     """Trains, tells the observer, and ends by itself.
 
@@ -98,6 +73,7 @@ class Loop:
         schedule: The learning-rate schedule.
         validation: Evaluates on the validation set, or None.
         console: The progress bar.
+        companions: Callbacks, and the table of epochs.
 
     Attributes:
         epoch: The running epoch, from 0; at the end, how many were trained on to their end.
@@ -122,6 +98,7 @@ class Loop:
         schedule: Schedule,
         validation: Validation | None,
         console: Console,
+        companions: Companions,
     ) -> None:
         self.epoch = 0
         self.batches = 0
@@ -138,6 +115,7 @@ class Loop:
         self._schedule = schedule
         self._validation = validation
         self._console = console
+        self.companions = companions
         self._clock = time.perf_counter
         self._due = 0.0
         self._validated_at = -1
@@ -164,7 +142,7 @@ class Loop:
         while cut or (not self.over and self.epoch != self._plan.max_epochs):
             short = cut and self.over and self.cursor.read != self._plan.steps_per_epoch
             cut = False
-            complete = False if short else (yield from self._steps_of_epoch())
+            complete = False if short else (yield from self.companions.heard(self._steps_of_epoch()))
             if complete and not self.cursor.read:
                 raise _no_batches(self.epoch)
             self._end_epoch(complete)
@@ -189,6 +167,7 @@ class Loop:
             "schedule": self._schedule.state(),
             "train": self._train.state(),
             "cursor": self.cursor.state(),
+            "companions": self.companions.state(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -200,10 +179,14 @@ class Loop:
         self._warned, self._skipping = bool(state["warned"]), bool(state["skipping"])
         self._schedule.load(state["schedule"])
         self._train.load(state["train"])
+        if "companions" in state:
+            for what in self.companions.load(state["companions"]):
+                warn_user(f"resume: {what}")
 
     def close(self) -> None:
         """Leave the user's objects as they were."""
         self._train.close()
+        self.companions.close()
 
     def flush(self) -> None:
         """Hand what is still in the probe to the observer."""
@@ -216,6 +199,7 @@ class Loop:
         ids_of_batch = cursor.loader.ids_of_batch
         average, epoch, last = self._average, self.epoch, self._plan.steps_per_epoch
         stride = observer.stride
+        self.companions.epoch_begins(anew=not cursor.read)
         optimizer = trunk.optimizer
         for batch in cursor.batches():
             if trunk.step >= observer.limit or observer.stop_requested is not None:
@@ -289,6 +273,8 @@ class Loop:
     def _hand_over(self) -> None:
         for block in self._probe.drain():
             self._note(block)
+            if self.companions.block is not None:
+                self.companions.block(block)
             self._observer.block(block)
         self._due = self._clock() + TICK_SECONDS
 
@@ -330,24 +316,28 @@ class Loop:
         if complete:
             self._schedule.after_epoch(self.batches, self._observer.charged_steps)
         every = self._plan.validate_every
+        train_loss, history = self._losses.take(), self.history
+        self.companions.epoch_trained(train_loss)
         found = self._validate() if complete and every and (self.epoch + 1) % every == 0 else None
-        history = self.history
         history.epoch.append(self.epoch)
         history.step.append(self._trunk.step)
-        history.train_loss.append(self._losses.take())
+        history.train_loss.append(train_loss)
         history.learning_rate.append(self._trunk.rates()[0])
         history.val_loss.append(math.nan if found is None else found.loss)
         history.val_metric.append(math.nan if found is None else found.metric)
         history.slices.append({} if found is None else found.slices)
+        self.companions.epoch_over(history.learning_rate[-1])
 
     def _validate(self) -> ValidationResult | None:
         if self._validation is None:
             return None
+        self.companions.validation_begins()
         found = self._validation.run()
         self._validated_at = self._trunk.step
         self._console.validation(found.loss)
         self._observer.validated(self._trunk.step, found.scores)
         self._schedule.validated(found.loss)
+        self.companions.validated(found)
         return found
 
     def _validate_last(self) -> None:

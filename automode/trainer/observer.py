@@ -10,7 +10,13 @@ from automode.trainer.observation_block import Block
 
 
 class Observer(Protocol):
-    """What the loop tells, and what it asks."""
+    """What the loop tells, and what it asks.
+
+    Attributes:
+        stop_requested: Why the run shall stop at once, or None; callbacks may set it.
+    """
+
+    stop_requested: str | None
 
     @property
     def limit(self) -> int:
@@ -35,11 +41,6 @@ class Observer(Protocol):
     @property
     def charged_steps(self) -> float:
         """Steps' worth of compute that automode has spent."""
-        ...
-
-    @property
-    def stop_requested(self) -> str | None:
-        """Why the run shall stop at once, or None."""
         ...
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from automode.trainer.evaluation import Evaluator, Ids
 from automode.trainer.fit_request import FitRequest, length_of
 from automode.trainer.heldout import HeldOut
 from automode.trainer.ids import RecordedLoader
-from automode.trainer.loop import Plan
 from automode.trainer.per_sample import per_sample_twin
+from automode.trainer.plan import Plan
 from automode.trainer.probe import Probe
 from automode.trainer.progress import Console
 from automode.trainer.random_state import forked_rng
@@ -61,6 +61,7 @@ class RunParts:
         on_card: The user's own functions that hear of every card.
         hand_written: Why the loop around the training step is not ours; None where it is.
         batch: Mean samples a step, where the training loader does not tell.
+        keep_row: Records a row of one of the session's streams beside the trunk's; None while no session is open.
     """
 
     settings: Settings
@@ -85,6 +86,7 @@ class RunParts:
     on_card: Sequence[CardCallback] = ()
     hand_written: str | None = None
     batch: float | None = None
+    keep_row: Callable[[str, tuple[str, ...], Sequence[float]], object] | None = None
 
 
 def prepare(

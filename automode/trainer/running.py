@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from automode.planner.policy import Policy
 from automode.session import Session
-from automode.trainer.assembly import open_driver, resume_driver
+from automode.trainer.assembly import batch_size_of, open_driver, resume_driver
+from automode.trainer.callback_view import RunView
+from automode.trainer.callbacks import Callbacks
 from automode.trainer.card_callbacks import CardCallback
 from automode.trainer.checkpointing import keeper_of, run_keeping
+from automode.trainer.companions import Companions
 from automode.trainer.driver import Driver
+from automode.trainer.epoch_table import EpochTable
 from automode.trainer.executing import leave, ordered
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.loop import Loop
@@ -49,14 +54,15 @@ def fit(
     parts.on_card = on_card
     try:
         if found is None:
-            observer = _open_driver(parts)
-            loop = begin(parts, observer)
+            observer, loop = _begin_afresh(parts)
         else:
             observer, loop = _take_up(parts, found)
         _train(parts, observer, loop, found)
         test = None
         if settings.do_test_after and parts.test is not None:
+            loop.companions.tests()
             test = parts.test.run().metrics
+            loop.companions.tested(test)
             parts.console.event("test: " + ", ".join(f"{name} {value:.4g}" for name, value in test.items()))
         parts.console.event(f"session: {parts.session_path}")
     finally:
@@ -71,6 +77,16 @@ def fit(
         steps=parts.trunk.step,
         compute=observer.compute,
     )
+
+
+def _begin_afresh(parts: RunParts) -> tuple[Driver, Loop]:
+    """Open a session and make the loop."""
+    driver = _open_driver(parts)
+    try:
+        return driver, begin(parts, driver)
+    except BaseException as error:
+        driver.abort(parts.trunk.step, error)
+        raise
 
 
 def _take_up(parts: RunParts, found: Found) -> tuple[Driver, Loop]:
@@ -106,17 +122,25 @@ def begin(parts: RunParts, observer: Observer) -> Loop:
             f"[step {trunk.step}] the learning-rate schedule moved on by {ticks} for the compute that automode spent"
         ),
     )
-    return Loop(
+    view = RunView(parts, observer, [])
+    table = EpochTable(parts, batch_size=batch_size_of(parts, unknown=math.nan))
+    companions = Companions(Callbacks(settings.callbacks), view, table, parts)
+    loop = Loop(
         parts.plan,
         trunk=trunk,
         cursor=parts.cursor,
-        train=step_of(parts, observer),
+        train=companions.listening(step_of(parts, observer)),
         probe=parts.probe,
         observer=observer,
         schedule=schedule,
         validation=parts.validation,
         console=parts.console,
+        companions=companions,
     )
+    view.know(loop)
+    table.batches = lambda: loop.batches
+    companions.begin()
+    return loop
 
 
 def _train(parts: RunParts, observer: Observer, loop: Loop, found: Found | None = None) -> None:
@@ -127,13 +151,16 @@ def _train(parts: RunParts, observer: Observer, loop: Loop, found: Found | None 
         keeper.know(found.stored, found.rest["best"])
     try:
         parts.console.start(parts.plan.total, done=trunk.step)
+        loop.companions.start()
         if keeper is None:
             loop.run()
         else:
             run_keeping(loop, keeper)
+        loop.companions.end()
         with forked_rng():
             observer.finish(trunk.step, loop.reason)
     except BaseException as error:
+        loop.companions.failed(error)
         if keeper is not None:
             keeper.rescue(error)
         try:

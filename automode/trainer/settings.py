@@ -21,6 +21,7 @@ from automode.planner.events import Mode
 from automode.planner.policy import Policy
 from automode.presets import preset_names, preset_text
 from automode.trainer.cadence import cadence_of
+from automode.trainer.callbacks import check_callbacks
 from automode.trainer.progress import Progress
 from automode.trainer.schedule import Interval
 from automode.trainer.trunk import Precision
@@ -61,6 +62,8 @@ class Settings:
     checkpoint_every: str | None = "10 min"
     keep_checkpoints: int = 2
     resume: str | os.PathLike[str] | None = None
+    callbacks: Sequence[Any] = ()
+    log_every_n_steps: int = 50
 
     def __post_init__(self) -> None:
         for name in ("project", "run_name"):
@@ -87,7 +90,9 @@ class Settings:
             _flag(name, getattr(self, name))
         if self.clip_norm is not None and not (_number(self.clip_norm) and 0 < self.clip_norm < math.inf):
             raise UsageError(f"clip_norm must be a number above 0 or None, got {self.clip_norm!r}")
-        _whole("accumulate_grad_batches", self.accumulate_grad_batches, least=1)
+        for name in ("accumulate_grad_batches", "log_every_n_steps"):
+            _whole(name, getattr(self, name), least=1)
+        object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
         self._check_resuming()
         if self.seed is not None:
             _whole("seed", self.seed, least=0, most=MAX_SEED)

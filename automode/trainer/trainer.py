@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -67,6 +67,8 @@ class Trainer:
         resume: Go on from the newest checkpoint of the session in this folder; ``"auto"``: of the newest unfinished session of
             this project and run name, or begin a fresh run where there is none. The environment variable ``AUTOMODE_RESUME``
             (set by ``automode resume``) names a session likewise.
+        callbacks: Objects with Lightning's hook names (:class:`automode.Callback`), Lightning's own among them where they need
+            none of its machinery; called in the training thread, between steps.
 
     Raises:
         UsageError: An argument has a value that it cannot take.
@@ -98,6 +100,7 @@ class Trainer:
         checkpoint_every: str | None = "10 min",
         keep_checkpoints: int = 2,
         resume: str | os.PathLike[str] | None = None,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         self.settings = Settings(
             project=project,
@@ -122,6 +125,7 @@ class Trainer:
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
             resume=resume,
+            callbacks=callbacks,
         )
         self.policy = policy_of(policy)
         self._own_step: TrainingStep | None = None

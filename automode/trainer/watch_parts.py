@@ -23,8 +23,8 @@ from automode.trainer.fit_request import FitRequest
 from automode.trainer.given_ids import GivenIds
 from automode.trainer.heldout import HeldOut
 from automode.trainer.ids import RecordedLoader
-from automode.trainer.loop import Plan
 from automode.trainer.per_sample import per_sample_twin
+from automode.trainer.plan import Plan
 from automode.trainer.probe import Probe
 from automode.trainer.progress import Console
 from automode.trainer.random_state import forked_rng

@@ -14,6 +14,7 @@ import automode
 from automode import errors
 
 PUBLIC = {
+    "Callback",
     "PlanCard",
     "Policy",
     "Session",
