@@ -50,7 +50,12 @@ TOLD = frozenset(
 PARTS = {"Variant": "variant", "TrainingRecipe": "training_recipe", "Acceptance": "acceptance"}
 """Models whose fields stand in the capability table one by one."""
 
-KINDS = {"Select": "selection", "Merge": "merge_recipe", "Gate": "gate_recipe"}
+KINDS = {
+    "Select": "selection",
+    "Merge": "merge_recipe",
+    "Gate": "gate_recipe",
+    "Relabel": "training_recipe.relabel",
+}
 """Beginnings of the names of models that stand there by their kind."""
 
 STATES = {

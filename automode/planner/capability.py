@@ -77,12 +77,15 @@ TABLE: Final[tuple[Ability, ...]] = (
         False,
         "an annealed trial beats any control that is not annealed alike, and no such control runs yet: use constant",
     ),
+    Ability("variant.labels", "keep"),
+    Ability("variant.labels", "relabel"),
     Ability("training_recipe.replay", "*"),
     Ability("training_recipe.variants", "*"),
     Ability("training_recipe.search", "*"),
     Ability("training_recipe.early_stopping", "*"),
     Ability("training_recipe.exclude", "*"),
-    Ability("training_recipe.relabel", "*", False, "no executor replaces labels yet: exclude the samples"),
+    Ability("training_recipe.relabel", "predicted"),
+    Ability("training_recipe.relabel", "given"),
     Ability("gate_recipe", "switch_softmax"),
     Ability("merge_recipe", "swa"),
     Ability("merge_recipe", "uniform"),
@@ -133,8 +136,22 @@ def refusals(planned: Planned, run: Run, *, min_held_out: int = 2) -> list[str]:
         if run.task not in ROUTED:
             found.append(f"gate_recipe: a router mixes classes or values, and this run's task is {run.task}")
     if planned.merge_recipe is not None:
-        found += _merge(planned.merge_recipe, planned.action)
+        found += _merge(planned.merge_recipe, planned.action, planned.training_recipe)
     return found
+
+
+def relabel_refusals(run: Run) -> list[str]:
+    """Say why no sample of this run can be given another label; empty where it can."""
+    if run.task != "classification":
+        return [
+            (
+                "training_recipe.relabel: labels are replaced where they are whole numbers, one class a sample, and this run's task is "
+                f"{run.task}"
+            )
+        ]
+    if not run.has_ids:
+        return [f"training_recipe.relabel: needs sample ids: {run.why_no_ids or 'this loader gives none'}"]
+    return []
 
 
 def policy_refusals(policy: Policy) -> list[str]:
@@ -201,7 +218,8 @@ def _selection(part: str, selection: Selection, run: Run) -> Iterator[str]:
 
 def _training(recipe: TrainingRecipe, selection: Selection, run: Run) -> Iterator[str]:
     if recipe.relabel is not None:
-        yield from _unable("training_recipe.relabel", recipe.relabel)
+        yield from _unable("training_recipe.relabel", recipe.relabel.kind)
+        yield from relabel_refusals(run)
     if recipe.exclude is not None:
         if isinstance(recipe.exclude, SelectAll):
             yield "training_recipe.exclude: all samples excluded leave nothing to train on"
@@ -214,7 +232,7 @@ def _training(recipe: TrainingRecipe, selection: Selection, run: Run) -> Iterato
 
 def _variant(variant: Variant, selection: Selection, run: Run) -> Iterator[str]:
     where = f"variant {variant.name!r}"
-    for name in ("optimizer", "precision", "schedule"):
+    for name in ("optimizer", "precision", "schedule", "labels"):
         yield from (f"{where}: {why}" for why in _unable(f"variant.{name}", getattr(variant, name)))
     yield from (f"{where}: {why}" for why in _unable("variant.batch_mul", f"{variant.batch_mul:g}"))
     if variant.precision == "bf16" and not run.bf16:
@@ -234,8 +252,13 @@ def _search(search: SearchSpace, selection: Selection, run: Run) -> Iterator[str
         yield from (why.replace("variant 'corner'", where, 1) for why in _variant(corner, selection, run))
 
 
-def _merge(merge: MergeRecipe, action: str) -> Iterator[str]:
+def _merge(merge: MergeRecipe, action: str, recipe: TrainingRecipe | None) -> Iterator[str]:
     yield from _unable("merge_recipe", merge.kind)
+    if recipe is not None and len(recipe.label_sources) > 1:
+        yield (
+            "merge_recipe: some variants take new labels and some do not, so that the trunk would not know which to go on with: "
+            "give all variants the same `labels`, or leave the merge out"
+        )
     if action == "fork" and merge.kind == "swa":
         yield "merge_recipe: swa averages the trunk's own trajectory: use it with action merge, or merge by interpolate"
     if action == "merge" and merge.kind != "swa":

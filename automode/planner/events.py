@@ -58,7 +58,6 @@ from automode.planner.inputs import (
     Acknowledged,
     Adopted,
     Checkpointed,
-    Clustered,
     CommandFailed,
     Decided,
     Evaluated,
@@ -73,7 +72,6 @@ from automode.planner.inputs import (
     Run,
     RunEnded,
     Safeguarded,
-    Scanned,
     SessionStarted,
     Snapshotted,
     Task,
@@ -83,6 +81,7 @@ from automode.planner.inputs import (
     Weights,
 )
 from automode.planner.interventions import ClipSet, Diagnosed, RateSet, Rewound, UpdateSize
+from automode.planner.scans import Clustered, Scanned
 from automode.planner.trial_inputs import TrialFailed, TrialReported, TrialsNoted
 
 __all__ = [

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from automode.planner.interventions import ClipSet, Diagnosed, RateSet, Rewound
 from automode.planner.recipes import Digest, Part, Variant
+from automode.planner.scans import Clustered, Scanned
 from automode.planner.trial_inputs import TrialFailed, TrialReported, TrialsNoted
 
 Mode = Literal["off", "observe", "propose", "act"]
@@ -104,49 +105,6 @@ class Validated(Part):
     )
 
 
-class Scanned(Part):
-    """The sample ledger was read."""
-
-    kind: Literal["scanned"] = "scanned"
-    step: int
-    n: int = Field(description="samples seen so far")
-    visits: float = Field(description="mean visits a sample")
-    quantiles: dict[str, tuple[float, ...]] = Field(
-        default_factory=dict, description="101-point quantiles by metric"
-    )
-    tail_mean: float | None = Field(default=None, description="mean EMA loss of the tail without suspects")
-    tail_n: int = 0
-    suspects: int = 0
-    left_out: int = Field(default=0, ge=0, description="suspects that the trunk no longer trains on")
-    noise: float | None = Field(
-        default=None, description="estimated share of wrong labels; null: cannot tell"
-    )
-    artifact: Digest | None = None
-    passes: float = Field(default=0.0, ge=0)
-    rest: int = Field(
-        default=0,
-        ge=0,
-        description="steps without a scan that the wall-clock share of the policy asks for now",
-    )
-
-
-class Clustered(Part):
-    """The probe samples were clustered by their features."""
-
-    kind: Literal["clustered"] = "clustered"
-    step: int
-    feature: Literal["embedding", "loss", "margin"]
-    k: int
-    sizes: tuple[int, ...]
-    losses: tuple[float, ...] = Field(description="mean loss of each cluster, suspects left out")
-    errors: tuple[float, ...] = Field(description="standard error of each mean")
-    tops: tuple[str, ...] = Field(default=(), description="in words, what each cluster mostly holds")
-    noise: tuple[float, ...] = Field(default=(), description="share of suspects in each cluster")
-    ari: float | None = Field(default=None, description="agreement with the scan before, on the same samples")
-    artifact: Digest | None = None
-    passes: float = Field(default=0.0, ge=0)
-
-
 class Decided(Part):
     """A person (or an approver) answered: the content of one inbox request."""
 
@@ -187,6 +145,11 @@ class Resolved(Part):
     excluded: Digest | None = Field(
         default=None, description="ids that no batch holds; null: none, or the card says which they are"
     )
+    relabelled: Digest | None = Field(
+        default=None,
+        description="new labels: sample id, class, and 1 where it is among the selected; null: none",
+    )
+    new_labels: int = Field(default=0, ge=0, description="how many samples have one")
     variants: tuple[Variant, ...] = Field(description="the trials' variants, a search space drawn out")
     passes: float = Field(default=0.0, ge=0)
 
@@ -247,6 +210,11 @@ class Adopted(Part):
     into: Literal["trunk", "export"] = Field(description="a mixture of experts is exported beside the trunk")
     left_out: int = Field(
         default=0, ge=0, description="training samples that the trunk now leaves out, in all"
+    )
+    relabelled: int = Field(
+        default=0,
+        ge=0,
+        description="training samples that the trunk now trains on with another label, in all",
     )
 
 

@@ -19,7 +19,7 @@ from automode.planner.recipes import Digest, Fraction, Part, Positive
 if TYPE_CHECKING:
     from automode.planner.displays import Panel
 
-PLANNER_VERSION: Final = 2
+PLANNER_VERSION: Final = 3
 """Part of the policy digest: raised whenever the same inputs may lead to another decision."""
 
 ALL_REASONS: Final[tuple[Reason, ...]] = (
@@ -155,7 +155,7 @@ class ProbePolicy(Part):
 
 
 class NoisePolicy(Part):
-    """When wrong labels are left out of the training data."""
+    """When wrong labels are left out of the training data, or replaced."""
 
     from_: Fraction = Field(
         default=0.25, alias="from", description="no scan before this share of the run is believed"
@@ -169,6 +169,10 @@ class NoisePolicy(Part):
     most_found: Positive = Field(
         default=1.25,
         description="and at most this multiple: pruning too much costs twice what too little does",
+    )
+    confidence: Fraction = Field(
+        default=0.8,
+        description="least share of a suspect's neighbours that must have its new label; without one it stays left out",
     )
 
 

@@ -28,6 +28,8 @@ from automode.planner.recipes import (
     MergeRecipe,
     MergeSwa,
     MergeUniform,
+    RelabelGiven,
+    RelabelPredicted,
     SelectAll,
     Selection,
     SelectKMeans,
@@ -185,12 +187,24 @@ def worst_case_passes(card: PlanCard, run: Run) -> float:
 
 
 def _resolve(recipe: TrainingRecipe, selection: Selection | None, run: Run) -> float:
-    """Cluster membership by embedding needs one forward pass of every training sample; the rest is in the ledger."""
+    """Cluster membership by embedding needs one forward pass of every training sample; the rest is in the ledger.
+
+    New labels need one of the samples in question and of those that are asked, after norm statistics for averaged weights.
+    """
     needing = sum(
         isinstance(part, SelectKMeans) and part.feature == "embedding"
         for part in (selection or SelectAll(), recipe.exclude)
     )
-    return float(needing * (run.train_samples or 0))
+    reading = float(needing * (run.train_samples or 0))
+    match recipe.relabel:
+        case None:
+            return reading
+        case RelabelPredicted():
+            return reading + (run.train_samples or 0) + run.refresh
+        case RelabelGiven():
+            return reading + 1.0  # one sample shows how many classes there are
+        case _:
+            assert_never(recipe.relabel)
 
 
 def _judged(states: int, run: Run) -> float:

@@ -35,6 +35,9 @@ __all__ = [
     "Name",
     "Part",
     "Positive",
+    "Relabel",
+    "RelabelGiven",
+    "RelabelPredicted",
     "SearchSpace",
     "SelectAll",
     "SelectIndices",
@@ -132,6 +135,45 @@ class SelectIndices(Part):
 Selection = Annotated[SelectAll | SelectQuantile | SelectKMeans | SelectIndices, Field(discriminator="kind")]
 
 
+class RelabelPredicted(Part):
+    """New labels for the excluded samples, where the network and the labels of the nearest other samples say the same class.
+
+    Both are asked once, as the card begins: the trunk's average of the weights where it keeps one, and the samples that are nearest
+    by its features, excluded ones not counted. Where too few of those have the label that the network says, the sample stays excluded.
+    """
+
+    kind: Literal["predicted"] = "predicted"
+    confidence: Fraction = Field(
+        default=0.8, description="least share of the neighbours with the label that the network says"
+    )
+    neighbours: int = Field(default=10, ge=1, le=1000, description="nearest samples that are asked")
+
+
+class RelabelGiven(Part):
+    """New labels that a person gives, after a review of the suspects."""
+
+    kind: Literal["given"] = "given"
+    ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        min_length=1, max_length=INLINE_IDS, description="positions in the dataset under every Subset"
+    )
+    labels: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        min_length=1, max_length=INLINE_IDS, description="the class of each, from 0"
+    )
+
+    @model_validator(mode="after")
+    def _paired(self) -> RelabelGiven:
+        if len(self.ids) != len(self.labels):
+            raise ValueError(
+                f"{len(self.ids)} `ids` and {len(self.labels)} `labels`: give one label for each"
+            )
+        if len(set(self.ids)) != len(self.ids):
+            raise ValueError("`ids` names one sample twice")
+        return self
+
+
+Relabel = Annotated[RelabelPredicted | RelabelGiven, Field(discriminator="kind")]
+
+
 class TrainingRecipe(Part):
     """How the specialists train: the variants, what is replayed, when a trial stops early."""
 
@@ -149,7 +191,10 @@ class TrainingRecipe(Part):
         default=None,
         description="samples that no batch may hold: not the trials', and not the trunk's once one is adopted",
     )
-    relabel: Digest | None = Field(default=None, description="artifact of new labels by sample id")
+    relabel: Relabel | None = Field(
+        default=None,
+        description="where new labels come from, for the variants that take them; the user's data stay as they are",
+    )
 
     @model_validator(mode="after")
     def _some_variants(self) -> TrainingRecipe:
@@ -164,7 +209,24 @@ class TrainingRecipe(Part):
         taken = sorted(n for n in names if self.search is not None and _reserved(n))
         if taken:
             raise ValueError(f"variant names {taken} are those of drawn variants: give others")
+        if isinstance(self.relabel, RelabelPredicted) and self.exclude is None:
+            raise ValueError("`relabel` predicts labels of the samples of `exclude`, which is missing")
+        if (self.relabel is not None) != ("relabel" in self.label_sources):
+            raise ValueError(
+                "no variant takes the labels of `relabel`: give one `labels: relabel`"
+                if self.relabel is not None
+                else "a variant takes new labels, and `relabel` does not say where they come from"
+            )
         return self
+
+    @property
+    def label_sources(self) -> frozenset[str]:
+        """What the variants train on: ``keep``, ``relabel``, or both."""
+        found: set[str] = {variant.labels for variant in self.variants}
+        if self.search is not None:
+            drawn = self.search.parameters.get("labels")
+            found |= {"keep"} if drawn is None else {str(value) for value in drawn.ends()}
+        return frozenset(found)
 
     @property
     def candidates(self) -> int:

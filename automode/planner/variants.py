@@ -54,6 +54,10 @@ class Variant(Part):
         default="keep",
         description="keep the trunk's schedule, hold the rate, or go linearly to zero by the top rung",
     )
+    labels: Literal["keep", "relabel"] = Field(
+        default="keep",
+        description="the labels that the data have, or the new ones of `relabel`, with which excluded samples come back",
+    )
 
 
 class DrawLogUniform(Part):

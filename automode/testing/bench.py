@@ -17,13 +17,14 @@ from automode.merges.trajectory import TrajectoryAverages
 from automode.planner.recipes import TrainingRecipe, Variant
 from automode.session.checkpoints import CheckpointStore
 from automode.session.rng_state import pack_rng
+from automode.trainer.card_data import CardData
 from automode.trainer.evaluation import Evaluator
 from automode.trainer.evidence import Evidence
 from automode.trainer.heldout import HeldOut
 from automode.trainer.per_sample import per_sample_twin
 from automode.trainer.random_state import RandomState, forked_rng
 from automode.trainer.sample_source import FixedPass, SampleSource
-from automode.trainer.specialists import CardData, SpecialistRunner
+from automode.trainer.specialists import SpecialistRunner
 from automode.trainer.states import States
 from automode.trainer.steps import pair_step
 from automode.trainer.trunk import Precision, Trunk, trainable

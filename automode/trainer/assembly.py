@@ -37,6 +37,7 @@ from automode.trainer.heldout import HeldOut
 from automode.trainer.narrator import Narrator
 from automode.trainer.performer import Performer
 from automode.trainer.random_state import forked_rng
+from automode.trainer.relabelling import Relabeller
 from automode.trainer.resume_point import ResumePoint
 from automode.trainer.run_parts import RunParts
 from automode.trainer.safeguarding import GoodStates
@@ -291,6 +292,7 @@ def performer_of(
         source=source,
         seed=seed,
         gone=lambda: trunk.excluded,
+        relabeller=Relabeller(trunk=trunk, states=performer.states, source=source, seed=seed),
     )
     if performer.evidence is None:
         return performer, training

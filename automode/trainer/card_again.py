@@ -13,11 +13,13 @@ from automode.errors import SessionError, UsageError
 from automode.planner.events import Resolved, Snapshotted, StartTrial, Weights
 from automode.session.artifacts import ArtifactStore
 from automode.session.checkpoints import CheckpointStore
+from automode.trainer.card_data import CardData
 from automode.trainer.execution_report import Compared, Execution
+from automode.trainer.new_labels import NewLabels
 from automode.trainer.performer import Performer, entropy_of
 from automode.trainer.recorded_card import RecordedCard
+from automode.trainer.relabelling import unpacked
 from automode.trainer.sample_source import Ids
-from automode.trainer.specialists import CardData
 
 TOLERANCE: Final = 1e-3
 """Least tolerance where bits cannot be promised; one held-out sample judged otherwise is tolerated too."""
@@ -105,31 +107,43 @@ class CardAgain:
             )
         performer.trunk.clip_norm = rest.get("clip_norm")
         if "excluded" in rest:
-            performer.trunk.leave_out(rest["excluded"].numpy())
+            labels = (
+                NewLabels.unpacked(rest["relabelled"].numpy()) if "relabelled" in rest else NewLabels.none()
+            )
+            performer.trunk.curate(rest["excluded"].numpy(), labels)
         self._judge_as(rest)
-        selected, others = self._data(resolved)
+        selected, others, excluded = self._data(resolved)
+        labels, chosen = NewLabels.none(), np.empty(0, dtype=np.int64)
+        if resolved.relabelled is not None:
+            labels, chosen = unpacked(self._artifacts.get_array(resolved.relabelled))
         performer.runner.cards[card.id] = CardData(
             recipe=card.training_recipe,
             selected=selected,
             others=others,
             entropy=entropy_of(performer.seed, card),
             step=step,
+            left_out=excluded,
+            trunk_labels=performer.trunk.relabelled,
+            new_labels=labels,
+            chosen=chosen,
         )
 
     def _judge_as(self, rest: Mapping[str, Any]) -> None:
         if rest.get("judge") is not None and self._performer.evidence is not None:
             self._performer.evidence.settle_as(rest["judge"])
 
-    def _data(self, resolved: Resolved) -> tuple[Ids, Ids]:
-        """The samples that the trials were for, and the rest, as they were chosen then."""
+    def _data(self, resolved: Resolved) -> tuple[Ids, Ids, Ids]:
+        """The samples that the trials were for, the rest, and what was left out, as they were chosen then."""
         card, selector = self._recorded.card, self._performer.selector
         assert selector is not None
         assert card.training_recipe is not None
         allowed = np.setdiff1d(selector.train_ids, selector.gone())
+        excluded: Ids = np.empty(0, dtype=np.int64)
         if resolved.excluded is not None:
-            allowed = np.setdiff1d(allowed, self._artifacts.get_ids(resolved.excluded))
+            excluded = self._artifacts.get_ids(resolved.excluded)
         elif card.training_recipe.exclude is not None:
-            allowed = np.setdiff1d(allowed, selector.ids_of(card.training_recipe.exclude))
+            excluded = np.intersect1d(selector.train_ids, selector.ids_of(card.training_recipe.exclude))
+        allowed = np.setdiff1d(allowed, excluded)
         chosen = (
             self._artifacts.get_ids(resolved.artifact)
             if resolved.artifact is not None
@@ -142,7 +156,7 @@ class CardAgain:
                 f"the card trained on {resolved.n} of {resolved.pool} samples, and this script's data give {found[0]} of {found[1]}: "
                 "a card is run again on its own data only"
             )
-        return selected, np.setdiff1d(allowed, selected)
+        return selected, np.setdiff1d(allowed, selected), excluded
 
     def _segment(self, asked: StartTrial, report: Any) -> None:
         job = SegmentJob(

@@ -1,7 +1,7 @@
-"""Samples that the trunk no longer trains on, since a card that left them out was adopted.
+"""Samples that the trunk no longer trains on, or trains on with other labels, since a card was adopted that did so.
 
 The loader, its sampler and its random numbers stay the user's: a batch is drawn as ever, and the rows of what is left out
-are taken from it before the step. Compute is charged as if they were still there.
+are taken from it before the step; labels are replaced in a copy of its targets. Compute is charged as if nothing were left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from automode.trainer.ids import RecordedLoader
+from automode.trainer.new_labels import NewLabels
 from automode.trainer.sample_source import Ids
 from automode.trainer.user_warning import warn_user
 
@@ -22,17 +23,20 @@ LEAST_ROWS = 2
 
 
 class Curation:
-    """Takes left-out samples from batches.
+    """Takes left-out samples from batches, and gives others new labels.
 
     Args:
         loader: Maps positions in the loader's dataset to sample ids.
         excluded: Ids of the samples to leave out.
+        relabelled: Labels that take the place of the data's own.
 
     Attributes:
-        excluded: The same, ascending and each once.
+        excluded: As given, ascending and each once.
+        relabelled: As given.
     """
 
-    def __init__(self, loader: RecordedLoader, excluded: Ids) -> None:
+    def __init__(self, loader: RecordedLoader, excluded: Ids, relabelled: NewLabels | None = None) -> None:
+        self.relabelled = NewLabels.none() if relabelled is None else relabelled
         self.excluded = np.unique(np.asarray(excluded, dtype=np.int64))
         self._loader = loader
         self._warned = False
@@ -40,7 +44,7 @@ class Curation:
         self._out[self.excluded] = True
 
     def __call__(self, batch: Any, positions: Sequence[Any] | None) -> tuple[Any, Sequence[Any] | None]:
-        """Return batch and positions without the rows that are left out.
+        """Return batch and positions without the rows that are left out, with new labels where there are any.
 
         Args:
             batch: Tensors, arrays and lists with one row a sample along the first dimension, in containers of any depth;
@@ -56,16 +60,19 @@ class Curation:
         keep[known] = ~self._out[ids[known]]
         rows = np.flatnonzero(keep)
         if rows.size == ids.size or rows.size < LEAST_ROWS:
-            return batch, positions
-        return _rows(batch, rows, ids.size), [positions[row] for row in rows.tolist()]
+            return self.relabelled.put(batch, ids), positions
+        kept = self.relabelled.put(_rows(batch, rows, ids.size), ids[rows])
+        return kept, [positions[row] for row in rows.tolist()]
 
     def _warn(self) -> None:
         if self._warned:
             return
         self._warned = True
+        lost = [f"{self.excluded.size} samples that an adopted card left out are trained on again"]
+        if self.relabelled.size:
+            lost.append(f"{self.relabelled.size} that it relabelled have the labels of the data again")
         warn_user(
-            f"{self.excluded.size} samples that an adopted card left out are trained on again: batches have lost their sample "
-            f"ids ({self._loader.reason})",
+            f"{' and '.join(lost)}: batches have lost their sample ids ({self._loader.reason})",
             RuntimeWarning,
         )
 

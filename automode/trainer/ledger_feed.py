@@ -49,6 +49,7 @@ class LedgerFeed:
         visits: Steps kept since the last flush.
         max_visits: Steps after which a flush is due.
         overwritten: Samples' visits lost because their outputs or targets were written to.
+        muted: Ids of samples that are trained on with another label than the data's; what they lose is not entered.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class LedgerFeed:
         self.visits: list[_Visit] = []
         self.max_visits = 1
         self.overwritten = 0
+        self.muted = np.empty(0, dtype=np.int64)
         self._per_sample, self._id_source, self._max_bytes = per_sample, id_source, max_bytes
         self._reason: str | None = None
         self._fast = False
@@ -212,12 +214,13 @@ class LedgerFeed:
         ids = self._id_source.root_ids([visit[2] for visit in run])
         if ids is None:
             return True
+        told = slice(None) if not self.muted.size else np.flatnonzero(~np.isin(ids, self.muted))
         if self._has_margins:
             gaps = margins(outputs, targets, probabilities=self._per_sample.probabilities)
             values, gap = _to_host([terms.values, gaps])
-            self.ledger.update(ids, values, gap, gap > 0)
+            self.ledger.update(ids[told], values[told], gap[told], gap[told] > 0)
         else:
-            self.ledger.update(ids, _to_host([terms.values])[0], None, None)
+            self.ledger.update(ids[told], _to_host([terms.values])[0][told], None, None)
         return True
 
 

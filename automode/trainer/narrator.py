@@ -109,6 +109,11 @@ class Narrator:
                 self._screen.climbed(body.card)
 
 
+def _curated(body: Adopted) -> str:
+    left_out = f"; {body.left_out} samples are left out of its batches" if body.left_out else ""
+    return left_out + (f"; {body.relabelled} samples have new labels there" if body.relabelled else "")
+
+
 def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
     match body:
         case CardMoved():
@@ -138,8 +143,7 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
         case Adopted(into="export"):
             return f"card {body.card}: exported beside the trunk, checkpoint {body.checkpoint[:19]}"
         case Adopted():
-            left_out = f"; {body.left_out} samples are left out of its batches" if body.left_out else ""
-            return f"card {body.card}: adopted into the trunk{left_out}"
+            return f"card {body.card}: adopted into the trunk{_curated(body)}"
         case Safeguarded():
             return f"safeguard: {body.what} ({body.why})"
         case Rewind():

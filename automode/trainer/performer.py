@@ -45,16 +45,18 @@ from automode.planner.events import (
 )
 from automode.planner.recipes import Variant
 from automode.session.rng_state import pack_rng
+from automode.trainer.card_data import CardData
 from automode.trainer.combining import Combiner
 from automode.trainer.diagnosing import Diagnoser
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.evidence import Evidence
+from automode.trainer.new_labels import NewLabels
 from automode.trainer.optimizers import restore_rates, scale_rates, scale_schedule
 from automode.trainer.safeguarding import GoodStates
 from automode.trainer.sample_source import Ids
 from automode.trainer.scanning import Scanner
 from automode.trainer.selecting import Selector
-from automode.trainer.specialists import CardData, Checkpoints, SpecialistRunner
+from automode.trainer.specialists import Checkpoints, SpecialistRunner
 from automode.trainer.states import States
 from automode.trainer.trunk import Trunk, trainable
 
@@ -212,6 +214,9 @@ class Performer:
             entropy=entropy_of(self.seed, card),
             step=step,
             left_out=chosen.left_out,
+            trunk_labels=self.trunk.relabelled,
+            new_labels=chosen.new_labels,
+            chosen=chosen.chosen,
         )
         return Resolved(
             card=card.id,
@@ -219,6 +224,8 @@ class Performer:
             pool=int(chosen.selected.size + chosen.others.size),
             artifact=chosen.artifact,
             excluded=chosen.excluded,
+            relabelled=chosen.relabelled,
+            new_labels=chosen.new_labels.size,
             variants=chosen.variants,
             passes=chosen.passes,
         )
@@ -278,7 +285,7 @@ class Performer:
                 self._take_over(variant, rest, factor)
             elif self.trunk.averages is not None:
                 self.trunk.averages.restart()
-            self.trunk.leave_out(self._excluded(card))
+            self.trunk.curate(*self._curation(card, variant))
             after = self._save("adopted", step)
             self.good.restart()
         except BaseException:
@@ -295,16 +302,18 @@ class Performer:
             step=step,
             into="trunk",
             left_out=int(self.trunk.excluded.size),
+            relabelled=self.trunk.relabelled.size,
         )
 
-    def _excluded(self, card: PlanCard) -> Ids:
-        """What the card's trials left out, and the trunk is to leave out from now on."""
+    def _curation(self, card: PlanCard, variant: Variant | None) -> tuple[Ids, NewLabels]:
+        """What the trials left out and relabelled, and the trunk is to leave out and relabel from now on."""
         data = None if self.runner is None else self.runner.cards.get(card.id)
-        if data is not None:
-            return data.left_out
         recipe = card.training_recipe
-        if recipe is None or recipe.exclude is None:
-            return np.empty(0, dtype=np.int64)
+        if data is not None:
+            source = variant.labels if variant is not None else next(iter(data.recipe.label_sources))
+            return data.stays_out(source), data.labels(source)
+        if recipe is None or (recipe.exclude is None and recipe.relabel is None):
+            return np.empty(0, dtype=np.int64), NewLabels.none()
         raise NotExecutableError(
             f"what card {card.id} leaves out is not known any more, so that it cannot be adopted as it was judged"
         )

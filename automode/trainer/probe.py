@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -89,6 +91,17 @@ class Probe:
             return None
         self._feed.flush()
         return self._feed.ledger
+
+    def mute(self, ids: npt.NDArray[np.int64]) -> None:
+        """Enter no more of what these samples lose: the ledger speaks of the labels that the data have, and they have others.
+
+        Args:
+            ids: Root ids; they take the place of those of the last call.
+        """
+        if self._feed is None or np.array_equal(ids, self._feed.muted):
+            return
+        self._feed.flush()
+        self._feed.muted = ids
 
     def record(
         self,

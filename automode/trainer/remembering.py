@@ -16,11 +16,13 @@ from torch import Tensor
 from automode.errors import NotExecutableError
 from automode.planner.cards import PlanCard
 from automode.planner.events import Resolved
+from automode.trainer.card_data import CardData
 from automode.trainer.clusters import Clusters
+from automode.trainer.new_labels import NewLabels
 from automode.trainer.noise import NoiseEvidence
 from automode.trainer.performer import Performer, entropy_of
+from automode.trainer.relabelling import packed, unpacked
 from automode.trainer.scanning import Scanner
-from automode.trainer.specialists import CardData
 
 _SELECTED, _OTHERS, _LEFT_OUT = 1, 2, 3
 
@@ -39,7 +41,12 @@ def remembered(performer: Performer) -> dict[str, Any]:
             part[np.isin(selector.train_ids, data.selected)] = _SELECTED
             part[np.isin(selector.train_ids, data.others)] = _OTHERS
             part[np.isin(selector.train_ids, data.left_out)] = _LEFT_OUT
-            found["cards"][card] = {"part": torch.from_numpy(part), "step": data.step}
+            found["cards"][card] = {
+                "part": torch.from_numpy(part),
+                "step": data.step,
+                "trunk_labels": _tensor(data.trunk_labels.packed()),
+                "new_labels": _tensor(packed(data.new_labels, data.chosen)),
+            }
         if runner.per_sample is not None:
             found["per_sample"] = runner.per_sample.state()
     if scanner is not None:
@@ -94,6 +101,7 @@ def remind_card(
         part = stored["part"].numpy()
         selected, others = (selector.train_ids[part == which] for which in (_SELECTED, _OTHERS))
         if (selected.size, selected.size + others.size) == (resolved.n, resolved.pool):
+            labels, chosen = unpacked(stored["new_labels"].numpy())
             runner.cards[card.id] = CardData(
                 recipe=card.training_recipe,
                 selected=selected,
@@ -101,10 +109,13 @@ def remind_card(
                 entropy=entropy_of(performer.seed, card),
                 step=int(stored["step"]),
                 left_out=selector.train_ids[part == _LEFT_OUT],
+                trunk_labels=NewLabels.unpacked(stored["trunk_labels"].numpy()),
+                new_labels=labels,
+                chosen=chosen,
             )
             return
     again = performer.resolve(card, performer.trunk.step)
-    for name in ("n", "pool", "artifact", "variants"):
+    for name in ("n", "pool", "artifact", "relabelled", "variants"):
         then, now = getattr(resolved, name), getattr(again, name)
         if then != now:
             performer.forget(card.id)

@@ -131,6 +131,7 @@ def prepare(
         seed = secrets.randbits(32) if settings.seed is None else settings.seed
     with forked_rng():
         probe = _probe(trunk, loader, watched=mode != "off")
+        trunk.relabelling = probe.mute
         held_out = None if request.val_loader is None else HeldOut(request.val_loader, device, seed)
         test_set = None if request.test_loader is None else HeldOut(request.test_loader, device, seed)
         slices = _check_held_out(settings, request, held_out, test_set)

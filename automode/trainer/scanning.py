@@ -87,7 +87,7 @@ class Scanner:
     def _read(self, ids: Ids) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64] | None, float]:
         batches = (self.source.batch(ids[i : i + READ_BATCH]) for i in range(0, ids.size, READ_BATCH))
         features, _, targets = embeddings(self.trunk.model, self.trunk.step_fn, batches, seed=self.seed)
-        return features, _labels(targets) if self.task == "classification" else None, float(ids.size)
+        return features, labels_of(targets) if self.task == "classification" else None, float(ids.size)
 
     def _weigh_noise(
         self, probe: Ids, features: npt.NDArray[np.float64], labels: npt.NDArray[np.int64] | None
@@ -97,7 +97,7 @@ class Scanner:
             _, outputs, targets = embeddings(
                 self.trunk.model, self.trunk.step_fn, self.val_a(), seed=self.seed
             )
-            held = _labels(targets)
+            held = labels_of(targets)
             probabilities = probabilities_of(outputs)
             if probabilities is not None and held is not None:
                 rate = confident_rate(probabilities, held)
@@ -111,10 +111,12 @@ class Scanner:
     def _scanned(self, command: Scan, step: int, noise: NoiseEvidence, passes: float) -> Scanned:
         ledger = self.ledger()
         seen = ledger.n_seen
+        # Those with a new label are no suspects of a further card, though the ledger, which speaks of given labels, names them.
+        named = np.setdiff1d(noise.suspects, self.trunk.relabelled.ids)
         tail_mean, tail = None, np.empty(0, dtype=np.int64)
         if seen:
             tail = ledger.ids_in_quantile("ema_loss", command.tail_from, 1.0)
-            tail = tail[~np.isin(tail, np.union1d(noise.suspects, self.trunk.excluded))]
+            tail = tail[~np.isin(tail, np.union1d(noise.suspects, self.trunk.curated_ids))]
             if tail.size:
                 tail_mean = float(np.mean(ledger.column("ema_loss", tail)))
         return Scanned(
@@ -125,9 +127,9 @@ class Scanner:
             tail_mean=tail_mean,
             tail_n=int(tail.size),
             suspects=int(noise.suspects.size),
-            left_out=int(np.isin(noise.suspects, self.trunk.excluded).sum()),
+            left_out=int(np.isin(noise.suspects, self.trunk.curated_ids).sum()),
             noise=noise.rate,
-            artifact=self.artifacts.put_ids(np.sort(noise.suspects)) if noise.suspects.size else None,
+            artifact=self.artifacts.put_ids(named) if named.size else None,
             passes=passes,
         )
 
@@ -163,7 +165,8 @@ class Scanner:
         )
 
 
-def _labels(targets: list[Any]) -> npt.NDArray[np.int64] | None:
+def labels_of(targets: list[Any]) -> npt.NDArray[np.int64] | None:
+    """Put the targets of several batches end to end; None where they are no whole numbers, one a sample."""
     if not targets or not all(
         isinstance(t, torch.Tensor) and t.dim() == 1 and not t.is_floating_point() for t in targets
     ):

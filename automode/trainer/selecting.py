@@ -24,7 +24,9 @@ from automode.planner.variants import DRAWN
 from automode.scheduler.candidates import Candidates
 from automode.session.artifacts import ArtifactStore
 from automode.trainer.clusters import Clusters
+from automode.trainer.new_labels import NewLabels
 from automode.trainer.random_state import forked_rng
+from automode.trainer.relabelling import Relabeller, packed
 from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.sample_source import Ids, SampleSource
 from automode.trainer.scanning import READ_BATCH, Scanner
@@ -42,6 +44,9 @@ class Selected:
         variants: The trials' variants.
         artifact: The selected ids, unless the card itself says which they are.
         excluded: The excluded ones, likewise.
+        new_labels: Labels for the variants that take new ones.
+        chosen: Of these samples, the ids that belong to the selection.
+        relabelled: The new labels, where there are any.
         passes: Sample passes that selecting took.
     """
 
@@ -51,6 +56,9 @@ class Selected:
     variants: tuple[Variant, ...]
     artifact: str | None
     excluded: str | None
+    new_labels: NewLabels
+    chosen: Ids
+    relabelled: str | None
     passes: float
 
 
@@ -67,6 +75,7 @@ class Selector:
         source: Training samples by id.
         seed: The session's seed.
         gone: Gives the ids that the trunk itself no longer trains on.
+        relabeller: Finds new labels.
     """
 
     train_ids: Ids
@@ -77,6 +86,7 @@ class Selector:
     source: SampleSource
     seed: int
     gone: Callable[[], Ids]
+    relabeller: Relabeller
 
     def select(self, card: PlanCard) -> Selected:
         """Resolve a card.
@@ -94,7 +104,17 @@ class Selector:
             excluded = np.intersect1d(self.train_ids, excluded)
             passes += more
             artifact = self._kept(recipe.exclude, excluded)
-        allowed = np.setdiff1d(self.train_ids, np.union1d(excluded, self.gone()))
+        gone = self.gone()
+        allowed = np.setdiff1d(self.train_ids, np.union1d(excluded, gone))
+        labels = NewLabels.none()
+        if recipe.relabel is not None:
+            labels, more = self.relabeller.find(recipe.relabel, np.setdiff1d(excluded, gone), allowed)
+            strange = np.setdiff1d(labels.ids, self.train_ids)
+            if strange.size:
+                raise NotExecutableError(f"`relabel` names sample {strange[0]}, which is no training sample")
+            labels = labels.without(gone)
+            passes += more
+        chosen = np.intersect1d(labels.ids, selected)
         selected = np.intersect1d(selected, allowed)
         if selected.size == 0:
             raise NotExecutableError(f"the selection of card {card.id} holds no training sample")
@@ -105,6 +125,9 @@ class Selector:
             variants=self._variants(card, recipe),
             artifact=self._kept(card.selection, selected),
             excluded=artifact,
+            new_labels=labels,
+            chosen=chosen,
+            relabelled=self.artifacts.put_array(packed(labels, chosen)) if labels.size else None,
             passes=passes,
         )
 

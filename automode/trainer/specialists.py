@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,12 +20,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from automode.backends.base import SegmentDone, SegmentJob
 from automode.errors import NotExecutableError
-from automode.planner.recipes import EarlyStopping, TrainingRecipe
+from automode.planner.recipes import EarlyStopping
 from automode.session.rng_state import pack_rng, unpack_rng
+from automode.trainer.card_data import CardData
 from automode.trainer.optimizers import apply_variant, drive, scale_schedule, sharpness_aware_gradients
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.random_state import RandomState, forked_rng, seed_everything
-from automode.trainer.sample_source import BatchPlan, Ids, SampleSource
+from automode.trainer.sample_source import BatchPlan, SampleSource
 from automode.trainer.trunk import Trunk, autocast, candidates_of, copy_of, trainable
 
 TRAIN_PASSES = 3.0
@@ -61,27 +62,6 @@ class Checkpoints(Protocol):
     def delete(self, digests: Iterable[str]) -> list[str]:
         """Delete these; returns what was deleted."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardData:
-    """What a card's trials train on.
-
-    Attributes:
-        recipe: The card's training recipe.
-        selected: Ids to specialise on.
-        others: Ids to replay from.
-        entropy: Seed material of the card; every trial of it sees the same batches.
-        step: The trunk's step at the fork.
-        left_out: Ids that no batch may hold, nor those of the trunk once the card is adopted.
-    """
-
-    recipe: TrainingRecipe
-    selected: Ids
-    others: Ids
-    entropy: tuple[int, ...]
-    step: int
-    left_out: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,9 +109,11 @@ class SpecialistSegment:
             raise NotExecutableError(
                 f"variant `{job.variant.name}` weights losses, and this run has no exact per-sample losses"
             )
+        selected, others = data.pools(job.variant)
+        self._labels = data.labels(job.variant.labels)
         self._plan = BatchPlan(
-            data.selected,
-            data.others,
+            selected,
+            others,
             replay=data.recipe.replay,
             batch_size=runner.batch_size,
             entropy=data.entropy,
@@ -268,8 +250,7 @@ class SpecialistSegment:
         )
 
     def _step(self) -> None:
-        ids = self._plan.ids(self._steps)
-        batch = self._runner.source.batch(ids)
+        batch, rows = self._drawn()
         self._set_rate()
         sam = self._job.variant.optimizer == "sam"
         if sam:
@@ -283,7 +264,7 @@ class SpecialistSegment:
             loss = float(tensor.detach())
         self._steps += 1
         self._resource += self.cost
-        self._passes += ids.size * (SAM_PASSES if sam else TRAIN_PASSES)
+        self._passes += rows * (SAM_PASSES if sam else TRAIN_PASSES)
         if not math.isfinite(loss):
             self._diverged = True
             return
@@ -293,6 +274,11 @@ class SpecialistSegment:
         self._optimizer.step()
         self._follow()
         self._patience.see(loss)
+
+    def _drawn(self) -> tuple[Any, int]:
+        """Return the next batch of the plan, with its labels, and its rows."""
+        ids = self._plan.ids(self._steps)
+        return self._labels.put(self._runner.source.batch(ids), ids), int(ids.size)
 
     def _loss(self, batch: Any) -> Tensor:
         """The (weighted) loss of a batch under the variant's precision."""

@@ -108,8 +108,8 @@ class StackableSpecialist(SpecialistSegment):
 
     @property
     def batch_key(self) -> Hashable:
-        """All trials of a card walk one plan, so that the card and the place in it name a batch."""
-        return (self._job.card, self._steps, self._runner.batch_size)
+        """Trials of a card that train on the same labels walk one plan: card, labels and place name a batch."""
+        return (self._job.card, self._job.variant.labels, self._steps, self._runner.batch_size)
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
@@ -126,7 +126,7 @@ class StackableSpecialist(SpecialistSegment):
 
     def draw(self) -> Any:
         """Return the next batch of the card's plan."""
-        return self._runner.source.batch(self._plan.ids(self._steps))
+        return self._drawn()[0]
 
     def set_rates(self) -> None:
         """Write the coming step's learning rates into the optimizer's groups."""

@@ -20,6 +20,7 @@ from automode.errors import NotExecutableError
 from automode.merges.trajectory import TrajectoryAverages
 from automode.trainer.curation import Curation
 from automode.trainer.ids import RecordedLoader
+from automode.trainer.new_labels import NewLabels
 from automode.trainer.sample_source import Ids
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -43,7 +44,8 @@ class Trunk:
         cap_norm: Largest gradient norm that a safeguard allows for now, or None.
         averages: EMA and tail averages outside the model (act mode), or None.
         loader: The training batches; None where samples have no ids to be left out by.
-        curation: Takes samples from batches that an adopted card left out; None while there are none.
+        curation: Takes samples from batches that an adopted card left out, and gives others new labels; None while there are none.
+        relabelling: Hears of the ids whose labels are replaced, before another batch is trained on; None: nobody wants to.
         step: Optimizer steps taken.
     """
 
@@ -59,6 +61,7 @@ class Trunk:
     averages: TrajectoryAverages | None = None
     loader: RecordedLoader | None = None
     curation: Curation | None = None
+    relabelling: Callable[[Ids], None] | None = None
     step: int = 0
     parameters: list[nn.Parameter] = field(default_factory=list)
 
@@ -82,6 +85,7 @@ class Trunk:
             rest["averages"] = self.averages.state_dict()
         if self.curation is not None:
             rest["excluded"] = torch.from_numpy(self.curation.excluded)
+            rest["relabelled"] = torch.from_numpy(self.curation.relabelled.packed())
         return dict(self.model.state_dict()), rest
 
     def load(self, weights: Mapping[str, Tensor], rest: Mapping[str, Any], *, schedule: bool) -> None:
@@ -97,30 +101,44 @@ class Trunk:
         if self.averages is not None and "averages" in rest:
             self.averages.load_state_dict(rest["averages"])
         self.curation = None
-        self.leave_out(rest["excluded"].numpy() if "excluded" in rest else np.empty(0, dtype=np.int64))
+        excluded = rest["excluded"].numpy() if "excluded" in rest else np.empty(0, dtype=np.int64)
+        labels = NewLabels.unpacked(rest["relabelled"].numpy()) if "relabelled" in rest else NewLabels.none()
+        self.curate(excluded, labels)
 
     @property
     def excluded(self) -> Ids:
         """Ids of the samples that training leaves out, ascending."""
         return np.empty(0, dtype=np.int64) if self.curation is None else self.curation.excluded
 
-    def leave_out(self, ids: Ids) -> None:
-        """Train on without these samples, and without those left out before.
+    @property
+    def relabelled(self) -> NewLabels:
+        """Labels that take the place of the data's own."""
+        return NewLabels.none() if self.curation is None else self.curation.relabelled
+
+    @property
+    def curated_ids(self) -> Ids:
+        """Ids of the samples that are left out or have a new label, ascending."""
+        return np.union1d(self.excluded, self.relabelled.ids)
+
+    def curate(self, excluded: Ids, labels: NewLabels) -> None:
+        """Train on without some samples and with new labels of others, beside what was left out and relabelled before.
 
         Raises:
             NotExecutableError: The training batches have no sample ids.
         """
-        if ids.size == 0:
-            return
-        if self.loader is None or self.loader.reason is not None:
-            raise NotExecutableError(
-                "samples cannot be left out of the run: its batches have no sample ids"
-                + ("" if self.loader is None else f" ({self.loader.reason})")
-            )
-        self.curation = Curation(self.loader, np.union1d(self.excluded, ids))
+        if excluded.size or labels.size:
+            if self.loader is None or self.loader.reason is not None:
+                raise NotExecutableError(
+                    "samples cannot be left out of the run, nor relabelled: its batches have no sample ids"
+                    + ("" if self.loader is None else f" ({self.loader.reason})")
+                )
+            out = np.union1d(self.excluded, excluded)
+            self.curation = Curation(self.loader, out, labels.over(self.relabelled).without(out))
+        if self.relabelling is not None:
+            self.relabelling(self.relabelled.ids)
 
     def curated(self, batch: Any, positions: Sequence[Any] | None) -> tuple[Any, Sequence[Any] | None]:
-        """Return a batch, and its samples' positions, without what training leaves out."""
+        """Return a batch, and its samples' positions, without what training leaves out and with the labels it trains with."""
         return (batch, positions) if self.curation is None else self.curation(batch, positions)
 
     def weights(self) -> dict[str, Tensor]:

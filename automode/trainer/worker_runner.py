@@ -23,13 +23,14 @@ from automode.merges.batches import training_flags_kept
 from automode.merges.trajectory import TrajectoryAverages
 from automode.session.checkpoints import CheckpointStore
 from automode.trainer.arithmetic import Arithmetic
+from automode.trainer.card_data import CardData
 from automode.trainer.evaluation import Evaluator
 from automode.trainer.evidence import Evidence
 from automode.trainer.heldout import HeldOut
 from automode.trainer.per_sample import PerSampleLoss, per_sample_twin
 from automode.trainer.random_state import forked_rng
 from automode.trainer.sample_source import FixedPass, SampleSource
-from automode.trainer.specialists import CardData, SpecialistRunner
+from automode.trainer.specialists import SpecialistRunner
 from automode.trainer.states import States
 from automode.trainer.steps import pair_step
 from automode.trainer.tasks import Task

@@ -18,6 +18,9 @@ from automode.planner.recipes import (
     MergeInterpolate,
     MergeRecipe,
     MergeSwa,
+    Relabel,
+    RelabelGiven,
+    RelabelPredicted,
     SearchSpace,
     SelectAll,
     SelectIndices,
@@ -31,6 +34,12 @@ from automode.planner.rules.base import Proposal
 
 DIGEST = "sha256:" + "0" * 64
 TAIL = SelectQuantile.model_validate({"from": 0.8, "to": 1.0})
+
+RELABELLED = TrainingRecipe(
+    variants=(Variant(name="pruned"), Variant(name="relabelled", labels="relabel")),
+    exclude=SelectIndices(ids=(1, 2)),
+    relabel=RelabelPredicted(),
+)
 
 
 def run_of(**changes: Any) -> Run:
@@ -70,6 +79,8 @@ def test_everything_that_a_card_can_ask_for_stands_in_the_table() -> None:
         assert ("selection", kind) in listed
     for kind in kinds_of(MergeRecipe):
         assert ("merge_recipe", kind) in listed
+    for kind in kinds_of(Relabel):
+        assert ("training_recipe.relabel", kind) in listed
     assert ("gate_recipe", GateRecipe().kind) in listed
     for name, field in Variant.model_fields.items():
         if name == "name":
@@ -93,14 +104,32 @@ def test_a_plain_fork_can_run() -> None:
     assert refusals(fork(), run_of()) == []
 
 
+def test_new_labels_can_be_trained_on_and_merged_where_every_variant_takes_them() -> None:
+    assert refusals(fork(training_recipe=RELABELLED), run_of()) == []
+    alike = RELABELLED.model_copy(update={"variants": RELABELLED.variants[1:]})
+    assert refusals(fork(training_recipe=alike, merge_recipe=MergeInterpolate()), run_of()) == []
+
+
 @pytest.mark.parametrize(
     ("planned", "run", "words"),
     [
         (fork({"batch_mul": 2.0}), run_of(), ["variant 'v'", "batch_mul", "2 cannot run"]),
+        (fork(training_recipe=RELABELLED), run_of(task="regression"), ["relabel", "task is regression"]),
+        (fork(training_recipe=RELABELLED), run_of(task="unknown"), ["relabel", "task is unknown"]),
         (
-            fork(training_recipe=TrainingRecipe(variants=(Variant(name="v"),), relabel=DIGEST)),
+            fork(
+                training_recipe=TrainingRecipe(
+                    variants=(Variant(name="new", labels="relabel"),),
+                    relabel=RelabelGiven(ids=(1,), labels=(0,)),
+                )
+            ),
+            run_of(has_ids=False, why_no_ids="iterable"),
+            ["training_recipe.relabel: needs sample ids: iterable"],
+        ),
+        (
+            fork(training_recipe=RELABELLED, merge_recipe=MergeInterpolate()),
             run_of(),
-            ["training_recipe.relabel", "no executor replaces labels"],
+            ["merge_recipe: some variants take new labels and some do not"],
         ),
         (fork(merge_recipe=MergeDistill()), run_of(), ["merge_recipe: distill cannot run"]),
         (fork(merge_recipe=MergeSwa()), run_of(), ["swa averages the trunk's own trajectory"]),

@@ -40,6 +40,8 @@ from automode.planner.recipes import (
     MergeInterpolate,
     MergeSwa,
     MergeUniform,
+    RelabelGiven,
+    RelabelPredicted,
     SearchSpace,
     SelectAll,
     SelectIndices,
@@ -274,8 +276,18 @@ recipe_rest = {
     "early_stopping": st.none()
     | st.builds(EarlyStopping, patience=st.integers(1, 1000), min_delta=positives),
     "exclude": st.none() | selections,
-    "relabel": st.none() | digests,
 }
+relabels = st.builds(RelabelPredicted, confidence=fractions, neighbours=st.integers(1, 1000)) | st.lists(
+    st.tuples(st.integers(0, 2**63), st.integers(0, 10**6)),
+    min_size=1,
+    max_size=200,
+    unique_by=lambda p: p[0],
+).map(lambda pairs: RelabelGiven(ids=tuple(i for i, _ in pairs), labels=tuple(c for _, c in pairs)))
+relabelled = st.builds(
+    TrainingRecipe,
+    variants=st.just((Variant(name="pruned"), Variant(name="new", labels="relabel"))),
+    **recipe_rest | {"exclude": selections, "relabel": relabels},
+)
 recipes = st.builds(
     TrainingRecipe,
     variants=st.lists(variants, min_size=1, max_size=4, unique_by=lambda v: v.name).map(tuple),
@@ -286,6 +298,7 @@ recipes = st.builds(
     search=searches,
     **recipe_rest,
 )
+recipes |= relabelled
 gates = st.builds(GateRecipe, temperature=positives, load_balance=st.floats(0, 10), top1=st.booleans())
 merges = st.one_of(
     st.sampled_from([MergeSwa(), MergeUniform(), MergeGreedy(), MergeAdapterFuse()]),

@@ -13,12 +13,13 @@ import yaml
 from automode.errors import PolicyError
 from automode.planner.capability import refusals
 from automode.planner.cards import PlanCard
-from automode.planner.inputs import Clustered, Run, Scanned, Validated
+from automode.planner.inputs import Run, Validated
 from automode.planner.pacing import Funds, PacingState, admit, in_order
 from automode.planner.policy import Policy
 from automode.planner.recipes import Base
 from automode.planner.rules import BUILT_IN, PRIORITY, chosen
 from automode.planner.rules.base import Proposal, Silence, View
+from automode.planner.scans import Clustered, Scanned
 from automode.planner.watching import signals_for, watch_validation
 
 CASES = Path(__file__).parent / "cases"

@@ -45,11 +45,11 @@ from automode.session import SessionStore, inbox
 from automode.session.logs import SessionLog
 from automode.session.replaying import recovered
 from automode.testing.scripted import Script, ScriptedRunner
+from automode.trainer.card_data import CardData
 from automode.trainer.driver import Driver
 from automode.trainer.earlier import read_earlier
 from automode.trainer.narrator import Narrator
 from automode.trainer.observation_block import Block
-from automode.trainer.specialists import CardData
 
 TOTAL = 260
 NAMES = ("step", "time", "loss", "grad_norm", "lr_0", "applied", "finite")

@@ -1,28 +1,31 @@
-"""Some labels are wrong: train on without them, or abstain and leave the list to a person."""
+"""Some labels are wrong: train on without them, or with better ones; or abstain and leave the list to a person."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
 
+from automode.planner.capability import relabel_refusals
 from automode.planner.cards import Reason
 from automode.planner.events import Scanned
-from automode.planner.recipes import SelectIndices, TrainingRecipe, Variant
+from automode.planner.recipes import RelabelPredicted, SelectIndices, TrainingRecipe, Variant
 from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.rules.execution import if_executable
 
 VARIANTS = (
     Variant(name="constant", schedule="constant"),
+    Variant(name="relabelled", schedule="constant", labels="relabel"),
     Variant(name="gentle", lr_mul=0.5),
     Variant(name="averaged", schedule="constant", ema=0.99),
 )
+"""The suspects left out, the suspects with new labels, and two more ways of leaving them out."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelNoise:
-    """Propose to leave the suspects out, where noise estimate and suspects agree.
+    """Propose to leave the suspects out or to give them new labels, where noise estimate and suspects agree.
 
-    The scan's artifact lists the suspects. Where their number does not fit the estimate the two detectors disagree, and
+    The scan's artifact lists the suspects; what their new labels are is found out when the card begins. Where their number does not fit the estimate the two detectors disagree, and
     then nobody can tell hard from wrong: the rule abstains, and the list is there for a person to review. Thresholds are
     ``policy.noise`` and ``policy.scan.min_visits``.
     """
@@ -30,7 +33,7 @@ class LabelNoise:
     id: Reason = "label_noise"
 
     def propose(self, view: View) -> Proposal | Silence:
-        """Propose pruned training, or say why not."""
+        """Propose pruned and relabelled training, or say why not."""
         if not view.scanned:
             why = view.run.why_no_ids if not view.run.has_ids else None
             return Silence(code="no_scan", why=f"no scan yet: {why or 'the first one is still to come'}")
@@ -40,18 +43,23 @@ class LabelNoise:
             return quiet
         assert last.noise is not None
         share = last.suspects / last.n
+        able = [v for v in VARIANTS if v.labels == "keep" or not relabel_refusals(view.run)]
+        variants = tuple(able[: view.policy.pacing.variants])
+        relabel = any(v.labels == "relabel" for v in variants)
+        how = "left out of the trials" + (", or given new labels" if relabel else "")
         return if_executable(
             Proposal(
                 reason=self.id,
                 action="fork",
                 because=(
                     f"Estimated label noise {last.noise:.1%} (a card at {view.policy.noise.min_noise:.0%}); {last.suspects} of "
-                    f"{last.n} samples ({share:.1%}) are suspects and are left out of the trials."
+                    f"{last.n} samples ({share:.1%}) are suspects and are {how}."
                 ),
                 training_recipe=TrainingRecipe(
                     replay=0.0,
-                    variants=VARIANTS[: view.policy.pacing.variants],
+                    variants=variants,
                     exclude=SelectIndices(artifact=last.artifact),
+                    relabel=RelabelPredicted(confidence=view.policy.noise.confidence) if relabel else None,
                 ),
                 risk="medium",
                 diagnostics={
@@ -102,7 +110,7 @@ def _unready(last: Scanned, view: View) -> Silence | None:
         return Silence(
             code="left_out",
             why=(
-                f"{last.left_out} of {last.suspects} suspects are left out of training already (a card when "
+                f"{last.left_out} of {last.suspects} suspects are left out of training or relabelled already (a card when "
                 f"{policy.min_noise:.0%} of the samples are new suspects)"
             ),
         )
