@@ -12,6 +12,7 @@ from automode.trainer.callback_view import RunView
 from automode.trainer.callbacks import Callbacks
 from automode.trainer.epoch_table import EpochTable
 from automode.trainer.observation_block import Block
+from automode.trainer.run_metrics import RunMetrics
 from automode.trainer.run_parts import RunParts
 from automode.trainer.steps import Taken
 from automode.trainer.validation import ValidationResult
@@ -48,14 +49,18 @@ class ListenedStep:
     Args:
         inner: The step.
         starts: Called with each batch before it is trained on.
+        shown: Called with the outputs and targets of each step that was not kept from the weights.
 
     Attributes:
         batch: The batch of the latest step.
         taken: What it came to.
     """
 
-    def __init__(self, inner: Listened, starts: Callable[[Any], None]) -> None:
+    def __init__(
+        self, inner: Listened, starts: Callable[[Any], None], shown: Callable[[Any, Any], None]
+    ) -> None:
         self._inner = inner
+        self._shown = shown
         self._starts = starts
         self.batch: Any = None
         self.taken: Taken | None = None
@@ -70,8 +75,10 @@ class ListenedStep:
         """Train on one batch."""
         self._starts(batch)
         self.batch = batch
-        self.taken = self._inner(batch, epoch)
-        return self.taken
+        taken = self.taken = self._inner(batch, epoch)
+        if taken.applied:
+            self._shown(taken.outputs, taken.targets)
+        return taken
 
 
 class Companions:
@@ -82,16 +89,24 @@ class Companions:
         view: What they are given of the run.
         table: What each epoch came to, for the session.
         parts: The run.
+        metrics: The user's.
 
     Attributes:
+        numbers: The user's metrics of the latest epoch, by name.
+        see: Shown outputs and targets of held-out batches; None: nobody looks.
         block: Called with each block of rows; None: nobody listens.
     """
 
-    def __init__(self, callbacks: Callbacks, view: RunView, table: EpochTable, parts: RunParts) -> None:
+    def __init__(
+        self, callbacks: Callbacks, view: RunView, table: EpochTable, parts: RunParts, metrics: RunMetrics
+    ) -> None:
         self._callbacks = callbacks
         self._view = view
         self._table = table
         self._cursor = parts.cursor
+        self._metrics = metrics
+        self.numbers: dict[str, float] = {}
+        self.see: Callable[[Any, Any], None] | None = metrics.held_out if metrics else None
         self._step: ListenedStep | None = None
         self._handles: list[Any] = []
         for hook in callbacks.of("on_before_optimizer_step"):
@@ -134,24 +149,29 @@ class Companions:
         self._call("on_test_start")
         self._call("on_test_epoch_start")
 
-    def tested(self, metrics: Mapping[str, float]) -> None:
-        """The test came to this."""
-        self._view.note({f"test_{name}": value for name, value in metrics.items()})
+    def tested(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The test came to this; returns it with the user's metrics."""
+        found = {**metrics, **(self._metrics.take_held_out("") if self._metrics else {})}
+        self._view.note({f"test_{name}": value for name, value in found.items()})
         self._call("on_test_epoch_end")
         self._call("on_test_end")
+        return found
 
     # The loop.
 
     def listening(self, train: Listened) -> Listened:
         """Give the training step, with an ear on it where somebody wants to hear of every batch."""
-        if not (self._callbacks.of("on_train_batch_start") or self._callbacks.of("on_train_batch_end")):
+        called = self._callbacks.of("on_train_batch_start") or self._callbacks.of("on_train_batch_end")
+        if not (called or self._metrics):
             return train
-        self._step = ListenedStep(train, self._batch_start)
+        self._step = ListenedStep(train, self._batch_start, self._metrics.trained)
         return self._step
 
     def heard(self, steps: Generator[int, None, bool]) -> Generator[int, None, bool]:
         """Give the steps of an epoch; the end of each is heard of where somebody wants to."""
-        return steps if self._step is None else self._ends(steps, self._step)
+        if self._step is None or not self._callbacks.of("on_train_batch_end"):
+            return steps
+        return self._ends(steps, self._step)
 
     def _ends(self, steps: Generator[int, None, bool], heard: ListenedStep) -> Generator[int, None, bool]:
         while True:
@@ -172,8 +192,10 @@ class Companions:
 
     def epoch_trained(self, train_loss: float) -> None:
         """The last batch of an epoch, or of the run, was trained on."""
+        self.numbers = self._metrics.take_trained()
         self._table.trained(train_loss)
-        self._view.note({"train_loss": train_loss})
+        self._table.note(self.numbers)
+        self._view.note({"train_loss": train_loss, **self.numbers})
 
     def validation_begins(self) -> None:
         """The validation set is about to be read."""
@@ -184,6 +206,10 @@ class Companions:
         """Validation came to this."""
         numbers = {"val_loss": found.loss, "val_metric": found.metric}
         numbers |= {f"val_{name}": value for name, value in found.metrics.items()}
+        if self._metrics:
+            own = self._metrics.take_held_out("val_")
+            self.numbers |= own
+            numbers |= own
         self._table.note(numbers)
         self._view.note(numbers)
         self._call("on_validation_epoch_end")
@@ -198,16 +224,22 @@ class Companions:
 
     def state(self) -> dict[str, Any]:
         """What is kept with the run's state, for :meth:`load`."""
-        return {"callbacks": self._callbacks.state(), "table": self._table.state()}
+        return {
+            "callbacks": self._callbacks.state(),
+            "table": self._table.state(),
+            "metrics": self._metrics.state(),
+            "numbers": dict(self.numbers),
+        }
 
     def lost(self) -> list[str]:
         """What could not be kept when :meth:`state` was called last, in words."""
-        return self._callbacks.lost()
+        return [*self._callbacks.lost(), *self._metrics.lost()]
 
     def load(self, state: Mapping[str, Any]) -> list[str]:
         """Put back what :meth:`state` gave; returns what could not be, in words."""
         self._table.load(state["table"])
-        return self._callbacks.load(state["callbacks"])
+        self.numbers = dict(state["numbers"])
+        return [*self._callbacks.load(state["callbacks"]), *self._metrics.load(state["metrics"])]
 
     def _call(self, hook: str, *given: Any) -> None:
         self._callbacks.call(hook, self._view, self._view.model, *given)

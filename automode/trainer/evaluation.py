@@ -26,6 +26,7 @@ from automode.trainer.trunk import StepFn
 Part = Literal["A", "B"]
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+See = Callable[[Any, Any], None]
 HUBER_SIGMAS = 1.0
 
 
@@ -82,8 +83,13 @@ class Evaluator:
     delta: float | None = None
     task: Task | None = field(default=None)
 
-    def scores(self, model: nn.Module, part: Part | None) -> PerSampleScores:
+    def scores(self, model: nn.Module, part: Part | None, see: See | None = None) -> PerSampleScores:
         """Score a network on one half, or on the whole set for ``None``; evaluation mode, no gradients.
+
+        Args:
+            model: The network.
+            part: The half, or None.
+            see: Shown each batch's outputs and targets.
 
         Raises:
             DataError: The part holds no sample.
@@ -94,6 +100,8 @@ class Evaluator:
             for batch, ids in self.batches(part):
                 with self.autocast():
                     loss, outputs, targets = self.step_fn(model, batch)
+                if see is not None:
+                    see(outputs, targets)
                 found.append((ids, *self._batch(loss, outputs, targets, len(ids))))
         if not found:
             raise DataError(

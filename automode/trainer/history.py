@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,7 +14,7 @@ import numpy as np
 class History:
     """What each epoch came to: lists of one entry an epoch, the last epoch possibly cut short.
 
-    ``train_loss`` is the mean over the epoch's applied steps; ``val_loss``, ``val_metric`` are NaN and ``slices`` is
+    ``metrics`` holds the user's own by name, ``train_`` or ``val_`` before it. ``train_loss`` is the mean over the epoch's applied steps; ``val_loss``, ``val_metric`` are NaN and ``slices`` is
     empty for an epoch without validation.
     """
 
@@ -25,10 +25,27 @@ class History:
     val_metric: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     slices: list[dict[str, float]] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def note(self, numbers: Mapping[str, float]) -> None:
+        """Enter the user's metrics of the epoch entered last, or enter them anew; NaN where an epoch has none of a name."""
+        for name in (*self.metrics, *numbers):
+            values = self.metrics.setdefault(name, [])
+            values += [math.nan] * (len(self.epoch) - len(values))
+        for name, value in numbers.items():
+            self.metrics[name][-1] = value
 
     def as_dict(self) -> dict[str, list[Any]]:
-        """Give the lists by name."""
-        return {name: list(getattr(self, name)) for name in self.__slots__}
+        """Give the lists by name, the user's metrics behind the others."""
+        own = {name: list(getattr(self, name)) for name in self.__slots__ if name != "metrics"}
+        return own | {name: list(values) for name, values in self.metrics.items()}
+
+    @classmethod
+    def from_dict(cls, lists: Mapping[str, Sequence[Any]]) -> Self:
+        """Make a history of what :meth:`as_dict` gave."""
+        given = {name: list(values) for name, values in lists.items()}
+        own = {name: given.pop(name) for name in cls.__slots__ if name in given}
+        return cls(**own, metrics=given)
 
 
 class Mean:

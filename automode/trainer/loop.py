@@ -173,7 +173,7 @@ class Loop:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave; the cursor has been taken up already."""
         self.epoch, self.batches = int(state["epoch"]), int(state["batches"])
-        self.history = History(**{name: list(values) for name, values in state["history"].items()})
+        self.history = History.from_dict(state["history"])
         self._losses.load(state["mean"])
         self._validated_at = int(state["validated_at"])
         self._warned, self._skipping = bool(state["warned"]), bool(state["skipping"])
@@ -326,13 +326,14 @@ class Loop:
         history.val_loss.append(math.nan if found is None else found.loss)
         history.val_metric.append(math.nan if found is None else found.metric)
         history.slices.append({} if found is None else found.slices)
+        history.note(self.companions.numbers)
         self.companions.epoch_over(history.learning_rate[-1])
 
     def _validate(self) -> ValidationResult | None:
         if self._validation is None:
             return None
         self.companions.validation_begins()
-        found = self._validation.run()
+        found = self._validation.run(self.companions.see)
         self._validated_at = self._trunk.step
         self._console.validation(found.loss)
         self._observer.validated(self._trunk.step, found.scores)
@@ -349,6 +350,7 @@ class Loop:
             self.history.val_loss[-1] = found.loss
             self.history.val_metric[-1] = found.metric
             self.history.slices[-1] = found.slices
+            self.history.note(self.companions.numbers)
 
 
 class _Averaging:

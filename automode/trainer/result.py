@@ -26,7 +26,8 @@ class FitResult:
         model: The user's model, trained; in act mode with the accepted weights.
         session: The run's session, open for reading.
         history: Lists of one entry an epoch: ``epoch``, ``step``, ``train_loss``, ``val_loss``, ``val_metric`` (NaN
-            without validation), ``learning_rate`` (first parameter group, at the epoch's end), ``slices`` (metric by name).
+            without validation), ``learning_rate`` (first parameter group, at the epoch's end), ``slices`` (metric by name), and
+            each of the user's metrics as ``train_NAME`` and ``val_NAME``.
         test: Metrics on the test set with ``do_test_after``, else None.
         reason: Why the run ended: ``max_epochs``, ``max_steps``, ``budget`` (automode had spent the rest), or in words.
         mode: The mode that the run ended in.

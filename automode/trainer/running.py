@@ -22,6 +22,7 @@ from automode.trainer.observer import Observer
 from automode.trainer.random_state import forked_rng
 from automode.trainer.result import FitResult
 from automode.trainer.resuming import Found, find, longer_by, put_back, put_loop, tell
+from automode.trainer.run_metrics import RunMetrics
 from automode.trainer.run_parts import RunParts, prepare
 from automode.trainer.schedule import Schedule
 from automode.trainer.settings import Settings
@@ -61,8 +62,7 @@ def fit(
         test = None
         if settings.do_test_after and parts.test is not None:
             loop.companions.tests()
-            test = parts.test.run().metrics
-            loop.companions.tested(test)
+            test = loop.companions.tested(parts.test.run(loop.companions.see).metrics)
             parts.console.event("test: " + ", ".join(f"{name} {value:.4g}" for name, value in test.items()))
         parts.console.event(f"session: {parts.session_path}")
     finally:
@@ -122,9 +122,10 @@ def begin(parts: RunParts, observer: Observer) -> Loop:
             f"[step {trunk.step}] the learning-rate schedule moved on by {ticks} for the compute that automode spent"
         ),
     )
+    metrics = RunMetrics(settings.metrics or {}, trunk.device)
     view = RunView(parts, observer, [])
     table = EpochTable(parts, batch_size=batch_size_of(parts, unknown=math.nan))
-    companions = Companions(Callbacks(settings.callbacks), view, table, parts)
+    companions = Companions(Callbacks(settings.callbacks), view, table, parts, metrics)
     loop = Loop(
         parts.plan,
         trunk=trunk,

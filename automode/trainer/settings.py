@@ -23,6 +23,7 @@ from automode.presets import preset_names, preset_text
 from automode.trainer.cadence import cadence_of
 from automode.trainer.callbacks import check_callbacks
 from automode.trainer.progress import Progress
+from automode.trainer.run_metrics import check_metrics
 from automode.trainer.schedule import Interval
 from automode.trainer.trunk import Precision
 
@@ -63,6 +64,7 @@ class Settings:
     keep_checkpoints: int = 2
     resume: str | os.PathLike[str] | None = None
     callbacks: Sequence[Any] = ()
+    metrics: Mapping[str, Any] | None = None
     log_every_n_steps: int = 50
 
     def __post_init__(self) -> None:
@@ -93,6 +95,7 @@ class Settings:
         for name in ("accumulate_grad_batches", "log_every_n_steps"):
             _whole(name, getattr(self, name), least=1)
         object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
+        object.__setattr__(self, "metrics", check_metrics(self.metrics))
         self._check_resuming()
         if self.seed is not None:
             _whole("seed", self.seed, least=0, most=MAX_SEED)

@@ -69,6 +69,8 @@ class Trainer:
             (set by ``automode resume``) names a session likewise.
         callbacks: Objects with Lightning's hook names (:class:`automode.Callback`), Lightning's own among them where they need
             none of its machinery; called in the training thread, between steps.
+        metrics: By name, objects with ``update(outputs, targets)``, ``compute()`` and ``reset()`` (every torchmetrics metric):
+            over each epoch of training (``train_NAME``), each validation (``val_NAME``) and the test.
 
     Raises:
         UsageError: An argument has a value that it cannot take.
@@ -101,6 +103,7 @@ class Trainer:
         keep_checkpoints: int = 2,
         resume: str | os.PathLike[str] | None = None,
         callbacks: Sequence[Any] = (),
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = Settings(
             project=project,
@@ -126,6 +129,7 @@ class Trainer:
             keep_checkpoints=keep_checkpoints,
             resume=resume,
             callbacks=callbacks,
+            metrics=metrics,
         )
         self.policy = policy_of(policy)
         self._own_step: TrainingStep | None = None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from automode.errors import DataError, UsageError
-from automode.trainer.evaluation import Evaluator, Ids, PerSampleScores
+from automode.trainer.evaluation import Evaluator, Ids, PerSampleScores, See
 from automode.trainer.heldout import HeldOut
 from automode.trainer.random_state import forked_rng
 
@@ -53,13 +53,16 @@ class Validation:
         self._evaluator = evaluator
         self._slices = dict(slices)
 
-    def run(self) -> ValidationResult:
+    def run(self, see: See | None = None) -> ValidationResult:
         """Look once.
+
+        Args:
+            see: Shown each batch's outputs and targets.
 
         Raises:
             DataError: The set holds no sample.
         """
-        scores = self._evaluator.scores(self._model, None)
+        scores = self._evaluator.scores(self._model, None, see)
         metrics = _metrics(scores)
         name = "accuracy" if "accuracy" in metrics else "utility"
         values = scores.utility if scores.correct is None else scores.correct
