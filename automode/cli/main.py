@@ -48,10 +48,11 @@ COMMANDS: Mapping[str, CommandSource] = {
         cards="List a session's plan cards (exit code 2 when one waits for you).",
         show="Print a card as YAML, and what became of it.",
         story="Tell why a card was made and what became of it, cause by cause.",
-        trials="Show each card's ladder: what the trials reported, who was promoted, and why.",
+        trials="Show each card's ladder: what the trials reported, who was promoted and why, and who trained otherwise.",
         lineage="Draw the family tree of the weights.",
         log="Print the session's events in order.",
     ),
+    **_from("reviewing", suspects="List the samples that are probably mislabelled, for you to review."),
     **_from("laboratory", replay="Decide everything again and compare (exit code 1 on a difference)."),
     **_from(
         "answering",

@@ -28,7 +28,11 @@ class Scanned(Part):
     noise: float | None = Field(
         default=None, description="estimated share of wrong labels; null: cannot tell"
     )
+    why: str = Field(default="", description="the estimate, or why there is none, in words")
     artifact: Digest | None = None
+    review: Digest | None = Field(
+        default=None, description="the list of suspects for a person, one row each (session.suspects.COLUMNS)"
+    )
     passes: float = Field(default=0.0, ge=0)
     rest: int = Field(
         default=0,

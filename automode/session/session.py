@@ -22,6 +22,7 @@ from automode.session.log_rows import decode_record
 from automode.session.records import TRUNK, CardRow, CheckpointRow, LineageRow, Record, Role, load_json
 from automode.session.replay_feed import ReplayItem, replay_items
 from automode.session.session_view import session_panel
+from automode.session.suspects import Suspects, read_suspects
 
 LOG_NAME = "log.jsonl"
 _PAGE = 512
@@ -185,6 +186,17 @@ class Session:
             CheckpointRow(digest=digest, step=step, kind=kind, seq=seq)
             for digest, step, kind, seq in self._fetch(_CHECKPOINTS, (include_superseded,))
         ]
+
+    def suspects(self, step: int | None = None) -> Suspects:
+        """The samples that a scan found to be probably mislabelled, with what speaks for it.
+
+        Args:
+            step: The trunk's step at the scan; None: the last scan.
+
+        Raises:
+            UsageError: There was no scan, or none at this step.
+        """
+        return read_suspects(self, step)
 
     def iter_replay(self) -> Iterator[ReplayItem]:
         """The log as the live run saw it, superseded parts left out.

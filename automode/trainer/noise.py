@@ -71,6 +71,14 @@ def confident_rate(probabilities: Floats, labels: npt.NDArray[np.int64]) -> floa
     return float((believed != labels[known]).mean())
 
 
+def nearest(around: Floats, features: Floats, k: int) -> Ids:
+    """Return the positions of the k nearest rows of ``around`` (or all, where there are fewer) for each row of ``features``."""
+    with threadpool_limits(limits=1):
+        index = NearestNeighbors(n_neighbors=min(k, around.shape[0])).fit(around)
+        found = index.kneighbors(features, return_distance=False)
+    return np.asarray(found, dtype=np.int64)
+
+
 def neighbour_disagreement(features: Floats, labels: npt.NDArray[np.int64], k: int = NEIGHBOURS) -> Floats:
     """Return, for each sample, the share of its k nearest neighbours (itself left out) that carry another label."""
     k = min(k, features.shape[0] - 1)

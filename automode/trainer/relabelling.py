@@ -8,15 +8,13 @@ from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.neighbors import NearestNeighbors
-from threadpoolctl import threadpool_limits
 from torch import nn
 
 from automode.errors import NotExecutableError
 from automode.planner.recipes import Relabel, RelabelGiven, RelabelPredicted
 from automode.trainer.embedding import embeddings
 from automode.trainer.new_labels import NewLabels
-from automode.trainer.noise import probabilities_of
+from automode.trainer.noise import nearest, probabilities_of
 from automode.trainer.sample_source import Ids, SampleSource
 from automode.trainer.scanning import READ_BATCH, labels_of
 from automode.trainer.states import States
@@ -115,13 +113,13 @@ class Relabeller:
         probabilities = probabilities_of(outputs)
         if probabilities is None or beside is None or given is None:
             raise NotExecutableError(NO_CLASSES)
-        nearest = beside[_nearest(around, features, neighbours)]
+        near = beside[nearest(around, features, neighbours)]
         suggested = probabilities.argmax(axis=1)
         return Answer(
             given=given,
             suggested=suggested.astype(np.int64),
-            votes=(nearest == suggested[:, None]).mean(axis=1),
-            agreement=(nearest == given[:, None]).mean(axis=1),
+            votes=(near == suggested[:, None]).mean(axis=1),
+            agreement=(near == given[:, None]).mean(axis=1),
             passes=passes + float(asked.size + witnesses.size),
         )
 
@@ -162,14 +160,6 @@ class Relabeller:
                 f"{classes - 1}"
             )
         return labels, 1.0
-
-
-def _nearest(around: Floats, features: Floats, neighbours: int) -> Ids:
-    """Positions of the nearest rows of ``around`` for each row of ``features``."""
-    with threadpool_limits(limits=1):
-        index = NearestNeighbors(n_neighbors=min(neighbours, around.shape[0])).fit(around)
-        found = index.kneighbors(features, return_distance=False)
-    return np.asarray(found, dtype=np.int64)
 
 
 def packed(labels: NewLabels, chosen: Ids) -> Ids:

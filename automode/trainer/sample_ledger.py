@@ -7,9 +7,6 @@ Arrays are dense, 33 bytes a sample, indexed by sample id.
 
 from __future__ import annotations
 
-import csv
-import importlib.util
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +15,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from automode.errors import DataError, NotExecutableError, UsageError
+from automode.errors import DataError, UsageError
+from automode.session.table_files import ExportFormat, write_table
 
 Metric = Literal["mean_loss", "last_loss", "ema_loss", "margin"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-ExportFormat = Literal["csv", "json", "parquet"]
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -350,16 +347,6 @@ def export_samples(
         UsageError: Unknown format, the file exists, or an extra column has another length.
         NotExecutableError: Parquet without pyarrow.
     """
-    path = Path(path)
-    chosen = file_format or path.suffix.removeprefix(".").lower()
-    if chosen not in get_args(ExportFormat):
-        raise UsageError(f"the format is {chosen!r}, but must be csv, json or parquet")
-    if chosen == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise NotExecutableError(
-            "writing Parquet needs pyarrow, which is not installed; install it or write csv or json"
-        )
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; name another file or pass overwrite=True")
     table: dict[str, list[Any]] = {"sample_id": ids.tolist()}
     for name in _DTYPES:
         table[name] = [None if value != value else value for value in ledger.column(name, ids).tolist()]
@@ -367,23 +354,4 @@ def export_samples(
         if len(values) != len(ids) or name in table:
             raise UsageError(f"the extra column {name!r} needs {len(ids)} values and a name of its own")
         table[name] = list(values)
-    partial = path.with_name(path.name + ".partial")
-    if chosen == "parquet":
-        _write_parquet(partial, table)
-    else:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            if chosen == "json":
-                json.dump(
-                    [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)], file
-                )
-            else:
-                writer = csv.writer(file)
-                writer.writerow(table)
-                writer.writerows(zip(*table.values(), strict=True))
-    partial.replace(path)
-    return path
-
-
-def _write_parquet(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
-    arrow = importlib.import_module("pyarrow")
-    importlib.import_module("pyarrow.parquet").write_table(arrow.table(dict(table)), path)
+    return write_table(path, table, file_format, overwrite=overwrite)

@@ -21,6 +21,7 @@ from automode.trainer.noise import (
     probabilities_of,
     weigh,
 )
+from automode.trainer.reviewing import review
 from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.sample_source import Ids, SampleSource
 from automode.trainer.trunk import Trunk
@@ -61,10 +62,22 @@ class Scanner:
     def scan(self, command: Scan, step: int) -> list[Scanned | Clustered]:
         """Answer a Scan command."""
         probe = self._probe_of(command.probe)
-        features, labels, passes = self._read(probe)
+        features, _, labels, passes = self._read(probe)
         noise, spent = self._weigh_noise(probe, features, labels)
         self.noise = noise
-        found: list[Scanned | Clustered] = [self._scanned(command, step, noise, passes + spent)]
+        listed: str | None = None
+        if noise.suspects.size and labels is not None:
+            table, more = review(
+                noise.suspects,
+                most=command.probe,
+                ledger=self.ledger(),
+                probe=probe,
+                features=features,
+                labels=labels,
+                read=self._read,
+            )
+            listed, spent = self.artifacts.put_array(table), spent + more
+        found: list[Scanned | Clustered] = [self._scanned(command, step, noise, passes + spent, listed)]
         if command.clusters:
             clustered = self._cluster(step, probe, features, labels, noise)
             if clustered is not None:
@@ -73,7 +86,7 @@ class Scanner:
 
     def embed(self, ids: Ids) -> tuple[npt.NDArray[np.float64], float]:
         """Return (features [n, d], sample passes) of any training samples, as the clusters read them."""
-        features, _, passes = self._read(ids)
+        features, _, _, passes = self._read(ids)
         return features, passes
 
     def _probe_of(self, size: int) -> Ids:
@@ -84,10 +97,11 @@ class Scanner:
             self._probe = np.sort(rng.choice(self.train_ids, size=size, replace=False))
         return self._probe
 
-    def _read(self, ids: Ids) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64] | None, float]:
+    def _read(self, ids: Ids) -> tuple[npt.NDArray[np.float64], list[Any], Ids | None, float]:
         batches = (self.source.batch(ids[i : i + READ_BATCH]) for i in range(0, ids.size, READ_BATCH))
-        features, _, targets = embeddings(self.trunk.model, self.trunk.step_fn, batches, seed=self.seed)
-        return features, labels_of(targets) if self.task == "classification" else None, float(ids.size)
+        features, outputs, targets = embeddings(self.trunk.model, self.trunk.step_fn, batches, seed=self.seed)
+        labels = labels_of(targets) if self.task == "classification" else None
+        return features, outputs, labels, float(ids.size)
 
     def _weigh_noise(
         self, probe: Ids, features: npt.NDArray[np.float64], labels: npt.NDArray[np.int64] | None
@@ -108,7 +122,9 @@ class Scanner:
         disagreement = neighbour_disagreement(features, labels) if labels is not None else None
         return weigh(rate=rate, ids=seen, margins=margins, probe=probe, disagreement=disagreement), passes
 
-    def _scanned(self, command: Scan, step: int, noise: NoiseEvidence, passes: float) -> Scanned:
+    def _scanned(
+        self, command: Scan, step: int, noise: NoiseEvidence, passes: float, listed: str | None
+    ) -> Scanned:
         ledger = self.ledger()
         seen = ledger.n_seen
         # Those with a new label are no suspects of a further card, though the ledger, which speaks of given labels, names them.
@@ -129,6 +145,8 @@ class Scanner:
             suspects=int(noise.suspects.size),
             left_out=int(np.isin(noise.suspects, self.trunk.curated_ids).sum()),
             noise=noise.rate,
+            why=noise.why,
+            review=listed,
             artifact=self.artifacts.put_ids(named) if named.size else None,
             passes=passes,
         )

@@ -99,7 +99,9 @@ def _unready(last: Scanned, view: View) -> Silence | None:
             why=f"{last.visits:.1f} visits a sample so far, and {visits:g} are needed to believe the ledger",
         )
     if last.noise is None:
-        return Silence(code="noise_unknown", why="the label noise cannot be told")
+        told = f": {last.why}" if last.why else ""
+        listed = f" ({last.suspects} suspects are left for a person to review)" if last.suspects else ""
+        return Silence(code="noise_unknown", why=f"the label noise cannot be told{told}{listed}")
     if last.noise < policy.min_noise:
         return Silence(
             code="little_noise",

@@ -255,6 +255,26 @@ def test_labels_that_cannot_be_fail_the_card_and_not_the_run(
     assert run.result.steps == 200
 
 
-def test_a_session_with_new_labels_opens(adopted: Any) -> None:
-    with Session.open(adopted.path) as session:
+def test_a_run_that_abstains_lists_its_suspects_for_review(run_once: Play, tmp_path: Path) -> None:
+    train, _, true = digits()
+    given = train.tensors[1].numpy()
+    policy = {
+        "reasons": ["label_noise"],
+        "scan": {"every": 80, "probe": 256, "share": None},
+        "noise": {"least_found": 1.0},  # suspects are .85 of the estimate, so that these two never fit
+    }
+    run = played(run_once, tmp_path / "abstains", "", actions={}, policy=policy, automode="observe")
+    with Session.open(run.path) as session:
         session.verify()
+        found = session.suspects()
+        assert not session.cards()
+    assert found.rule.startswith("silent (abstain)")
+    ids = np.array(found.columns["sample_id"])
+    assert 60 < ids.size < 300
+    assert found.columns["margin"] == sorted(found.columns["margin"])
+    assert found.columns["given_label"] == given[ids].tolist()
+    wrong = given[ids] != true[ids]
+    assert wrong.mean() > 0.8
+    assert (np.array(found.columns["suggested_label"])[wrong] == true[ids][wrong]).mean() > 0.8
+    near = np.array(found.columns["neighbour_agreement"])
+    assert near.mean() < 0.3 < np.mean(found.columns["suggested_agreement"])
