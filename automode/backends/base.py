@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from automode.planner.recipes import Variant
+from automode.errors import NotExecutableError
+from automode.planner.recipes import Resources, Variant
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -35,6 +36,7 @@ class SegmentJob:
         to_resource: Resource steps at the end of the segment; a resource step is one ordinary training step's cost.
         top_resource: The top rung, which schedules end at.
         per_trunk_step: Resource steps to train for each step of the trunk.
+        resources: What its worker must have; None: what the backend was told.
     """
 
     card: str
@@ -47,6 +49,7 @@ class SegmentJob:
     to_resource: int
     top_resource: int
     per_trunk_step: float
+    resources: Resources | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -105,6 +108,24 @@ def note(jobs: Sequence[SegmentJob], what: str, why: str) -> Note:
     """Say something of jobs, at least one, of one card on their way to one rung."""
     trials = tuple(job.trial for job in jobs)
     return Note(card=jobs[0].card, trials=trials, resource=jobs[0].to_resource, what=what, why=why)
+
+
+def without_resources(job: SegmentJob, why: str | None) -> SegmentJob:
+    """Give the job back.
+
+    Args:
+        job: What came.
+        why: Why its worker cannot be given anything of its own; None: it can.
+
+    Raises:
+        NotExecutableError: The job asks for something all the same.
+    """
+    if job.resources is not None and why is not None:
+        raise NotExecutableError(
+            f"trial {job.trial} of card {job.card} asks for {job.resources.text}, which only a Ray cluster can give, and here {why}: "
+            'train with backend="ray", or leave resources out'
+        )
+    return job
 
 
 class Segment(Protocol):
@@ -232,8 +253,17 @@ class Backend(Protocol):
         """Whether any segment is queued or running."""
         ...
 
+    @property
+    def why_no_resources(self) -> str | None:
+        """Why it cannot give a job's worker the cores and GPUs that the job asks for; None: it can."""
+        ...
+
     def submit(self, job: SegmentJob) -> None:
-        """Take a job and return at once."""
+        """Take a job and return at once.
+
+        Raises:
+            NotExecutableError: The job asks for resources that this backend has no way to give.
+        """
         ...
 
     def cancel(self, card: str, trial: int, attempt: int) -> float:

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from collections import deque
 
-from automode.backends.base import Note, Segment, SegmentDone, SegmentFailed, SegmentJob, SegmentRunner
+from automode.backends.base import (
+    Note,
+    Segment,
+    SegmentDone,
+    SegmentFailed,
+    SegmentJob,
+    SegmentRunner,
+    without_resources,
+)
 
 NOT_RETRYABLE = (MemoryError, NotImplementedError, TypeError, ValueError)
 """Errors that the same work would raise again."""
+
+
+IN_PROCESS = "trials train in the training process, with what that has"
 
 
 class InlineBackend:
@@ -38,9 +49,18 @@ class InlineBackend:
         """Whether any segment is queued or running."""
         return self._job is not None or bool(self._queue)
 
+    @property
+    def why_no_resources(self) -> str | None:
+        """Nothing can be given to one trial alone."""
+        return IN_PROCESS
+
     def submit(self, job: SegmentJob) -> None:
-        """Queue a job behind the running one."""
-        self._queue.append(job)
+        """Queue a job behind the running one.
+
+        Raises:
+            NotExecutableError: It asks for resources of its own.
+        """
+        self._queue.append(without_resources(job, self.why_no_resources))
 
     def cancel(self, card: str, trial: int, attempt: int) -> float:
         """Drop a queued or running job; returns the sample passes that it had spent."""

@@ -15,7 +15,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from automode.backends.base import SegmentJob
-from automode.backends.pool import Discard, Patience, Result, Worker, WorkerPool
+from automode.backends.pool import Discard, Needs, Patience, Result, Worker, WorkerPool
 from automode.backends.remote import BriefOf, Dropped, RunnerFactory, no_brief
 from automode.backends.starting import Start, Started, Starter, ways
 from automode.backends.worker import Ended, Ready, Refused, Task
@@ -87,7 +87,12 @@ class ProcessBackend(WorkerPool[_Process]):
             "loss and dataset at the top level of a module that workers can import"
         )
 
-    def _start(self) -> _Process:
+    @property
+    def why_no_resources(self) -> str | None:
+        """A worker has one thread, as has whatever it must agree with bit by bit."""
+        return "trials train in worker processes of one thread each"
+
+    def _start(self, needs: Needs) -> _Process:
         started = self._starter.start([worker.connection for worker in self._workers])
         now = time.monotonic()
         return _Process(started=started, since=now, heard=now)
@@ -127,7 +132,7 @@ class ProcessBackend(WorkerPool[_Process]):
                     self._is_ready(worker)
                 case Refused(reason=reason):
                     self._retire(worker)
-                    self._not_started(reason)
+                    self._not_started(worker.needs, reason)
                 case Ended(result=result):
                     assert not isinstance(result, Dropped)
                     self._take(worker, result)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from automode.backends.actor import SegmentActor
 from automode.backends.base import SegmentDone, SegmentFailed, SegmentJob
@@ -24,6 +24,15 @@ ASK_SECONDS = 0.02
 
 SPENT_SECONDS = 1.0
 """How often an actor is asked what its segment has spent, so that a lost one's cost is known."""
+
+
+SIZES = 4
+"""Sizes of nodes that a message names, the largest."""
+
+
+class _Needs(NamedTuple):
+    cpus: float
+    gpus: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,12 +50,16 @@ class _Actor(Worker):
 class RayBackend(WorkerPool[_Actor]):
     """Runs segments in ``slots`` actors. Made when it returns: one actor is up and has its runner.
 
+    A job that says what its worker must have gets an actor with exactly that many cores and GPUs. Where no node of the cluster has
+    so many, one is waited for as long as an actor may take to start (``patience.start``; a cluster may grow), and then the job has
+    failed for good, and the next like it at once, until such a node is there.
+
     Args:
         factory: Makes each actor's runner; Ray pickles it.
         slots: Actors at the most; they are started as they are needed.
         brief: Gives what travels with a job.
-        num_cpus: CPU cores of each actor.
-        num_gpus: GPUs of each actor.
+        num_cpus: CPU cores of an actor whose job asks for nothing itself.
+        num_gpus: GPUs of such an actor.
         checkpoints: The session's store; given together with ``uri``.
         uri: A place that all nodes reach, for checkpoints; None: all nodes see the session's folder itself.
         address: Of the cluster; None: the one that this process is connected to, else what ``RAY_ADDRESS`` names, else a
@@ -78,13 +91,13 @@ class RayBackend(WorkerPool[_Actor]):
         self._mirror = CheckpointMirror(checkpoints, uri) if checkpoints is not None and uri else None
         self._ray = _ray()
         self._ask_at = 0.0
-        self._options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_concurrency": 2}
+        self._default = _Needs(num_cpus, num_gpus)
         self._mine = not self._ray.is_initialized()
         try:
             if self._mine:
                 self._ray.init(address=address, include_dashboard=False, log_to_driver=False)
             self._arguments = (self._ray.put(factory), uri)
-            why = self._first()
+            why = self._first(self._default)
         except Exception as error:  # Ray's own errors, and whatever pickling a user's objects raises
             why = f"{type(error).__name__}: {error}"
         if why is not None:
@@ -97,9 +110,35 @@ class RayBackend(WorkerPool[_Actor]):
         if self._mine and self._ray.is_initialized():
             self._ray.shutdown()
 
-    def _start(self) -> _Actor:
-        actor = self._ray.remote(SegmentActor).options(**self._options).remote(*self._arguments)
-        return _Actor(actor=actor, asked=actor.spent.remote(True), since=time.monotonic())
+    @property
+    def why_no_resources(self) -> str | None:
+        """Each job's actor gets what the job asks for."""
+        return None
+
+    def _needs(self, job: SegmentJob) -> _Needs:
+        asked = job.resources
+        return self._default if asked is None else _Needs(asked.cpus, asked.gpus)
+
+    def _start(self, needs: Any) -> _Actor:
+        options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_concurrency": 2}
+        actor = self._ray.remote(SegmentActor).options(**options).remote(*self._arguments)
+        return _Actor(actor=actor, asked=actor.spent.remote(True), since=time.monotonic(), needs=needs)
+
+    def _beyond(self, needs: Any) -> str | None:
+        try:
+            nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        except Exception:  # the cluster does not answer, which says nothing of its nodes
+            return None
+        sizes = {(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes}
+        if any(needs.cpus <= cpus and needs.gpus <= gpus for cpus, gpus in sizes):
+            return None
+        most = "; ".join(
+            f"{cpus:g} CPUs, {gpus:g} GPUs" for cpus, gpus in sorted(sizes, reverse=True)[:SIZES]
+        )
+        asked = f"{needs.cpus:g} CPUs and {needs.gpus:g} GPUs"
+        return (
+            f"no node of the cluster has {asked} ({f'its nodes have {most}' if most else 'it has no node'})"
+        )
 
     def _give(self, worker: _Actor, job: SegmentJob, brief: Any) -> None:
         if self._mirror is not None:

@@ -27,8 +27,9 @@ from automode.backends.base import (
     SegmentRunner,
     StackableSegment,
     note,
+    without_resources,
 )
-from automode.backends.inline import NOT_RETRYABLE, InlineBackend
+from automode.backends.inline import IN_PROCESS, NOT_RETRYABLE, InlineBackend
 from automode.backends.stackability import likeness, why_alone, why_network_alone, why_variant_alone
 from automode.backends.stacked_gradients import Graphs
 from automode.backends.stacked_group import ALONE, StackedGroup
@@ -79,9 +80,18 @@ class StackedBackend:
         self._notes.clear()
         return found
 
+    @property
+    def why_no_resources(self) -> str | None:
+        """Nothing can be given to one trial alone."""
+        return IN_PROCESS
+
     def submit(self, job: SegmentJob) -> None:
-        """Take a job; it starts at a coming pump, with all that were submitted until then."""
-        self._queue.append(job)
+        """Take a job; it starts at a coming pump, with all that were submitted until then.
+
+        Raises:
+            NotExecutableError: It asks for resources of its own.
+        """
+        self._queue.append(without_resources(job, self.why_no_resources))
 
     def cancel(self, card: str, trial: int, attempt: int) -> float:
         """Drop a job wherever it is; returns the sample passes that it had spent. Its group goes on without it."""

@@ -146,6 +146,7 @@ def _issue(state: State, execution: Execution, out: Emission, *, cause: int) -> 
     assert execution.base is not None
     card = state.cards[execution.card].card
     assert card.asha is not None
+    assert card.training_recipe is not None
     room = min(state.run.slots, state.policy.pacing.max_parallel or state.run.slots)
     while execution.asha.in_flight < room:
         issue = execution.asha.decide()
@@ -167,6 +168,7 @@ def _issue(state: State, execution: Execution, out: Emission, *, cause: int) -> 
                 to_resource=job.to_resource,
                 top_resource=card.asha.max_steps,
                 per_trunk_step=execution.per_trunk_step,
+                resources=card.training_recipe.resources,
             ),
             cause=seq,
         )

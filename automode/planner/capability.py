@@ -16,6 +16,7 @@ from automode.planner.inputs import Run, Task
 from automode.planner.policy import Policy
 from automode.planner.recipes import (
     MergeRecipe,
+    Resources,
     SearchSpace,
     SelectAll,
     SelectIndices,
@@ -86,6 +87,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("training_recipe.exclude", "*"),
     Ability("training_recipe.relabel", "predicted"),
     Ability("training_recipe.relabel", "given"),
+    Ability("training_recipe.resources", "*"),
     Ability("gate_recipe", "switch_softmax"),
     Ability("merge_recipe", "swa"),
     Ability("merge_recipe", "uniform"),
@@ -224,10 +226,27 @@ def _training(recipe: TrainingRecipe, selection: Selection, run: Run) -> Iterato
         if isinstance(recipe.exclude, SelectAll):
             yield "training_recipe.exclude: all samples excluded leave nothing to train on"
         yield from _selection("training_recipe.exclude", recipe.exclude, run)
+    if recipe.resources is not None:
+        yield from _resources(recipe.resources, run)
     for variant in recipe.variants:
         yield from _variant(variant, selection, run)
     if recipe.search is not None:
         yield from _search(recipe.search, selection, run)
+
+
+def _resources(asked: Resources, run: Run) -> Iterator[str]:
+    part = "training_recipe.resources"
+    yield from _unable(part, "given")
+    if run.why_no_resources is not None:
+        yield (
+            f"{part}: the card asks for {asked.text} a trial, which only a Ray cluster can give, and here {run.why_no_resources}: "
+            'train with Trainer(backend="ray"), or leave resources out'
+        )
+    elif asked.gpus and run.device == "cpu":
+        yield (
+            f"{part}: the card asks for {asked.text} a trial, and trials train where the trunk does, on the CPU, so that a GPU "
+            "would be held and never used: leave gpus at 0, or train the trunk on a GPU"
+        )
 
 
 def _variant(variant: Variant, selection: Selection, run: Run) -> Iterator[str]:

@@ -82,6 +82,8 @@ def _facts(card: PlanCard) -> Iterator[tuple[str, str]]:
     yield "data", selection_text(card.selection)
     if card.training_recipe is not None:
         yield "variants", _recipe_text(card.training_recipe)
+        if card.training_recipe.resources is not None:
+            yield "each gets", card.training_recipe.resources.text
     if card.gate_recipe is not None:
         yield "gate", f"{card.gate_recipe.kind}, temperature {card.gate_recipe.temperature:g}"
     if card.merge_recipe is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from automode.planner.inputs import Weights
-from automode.planner.recipes import Digest, Part, Selection, Variant
+from automode.planner.recipes import Digest, Part, Resources, Selection, Variant
 
 
 class AskApproval(Part):
@@ -58,6 +58,7 @@ class StartTrial(Part):
     to_resource: int
     top_resource: int
     per_trunk_step: float = Field(description="arm steps to run for each step of the trunk")
+    resources: Resources | None = Field(default=None, description="null: what the backend was told")
 
 
 class StopTrial(Part):

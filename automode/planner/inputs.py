@@ -67,6 +67,11 @@ class Run(Part):
         default=1.0, gt=0, description="size of a router relative to the trunk, at the most"
     )
     slots: int = Field(default=1, ge=1, description="segments that the backend runs at once")
+    why_no_resources: str | None = Field(
+        default="the run was begun by a version that gave trials none",
+        description="why a trial cannot be given cores and GPUs of its own",
+    )
+    device: str = Field(default="cpu", description="kind of device that the trunk trains on, and trials too")
     model_mib: float | None = Field(default=None, description="memory of the weights, MiB")
     bf16: bool = False
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from automode.planner.parts import Digest, Fraction, Name, Part, Positive
+from automode.planner.resources import Resources
 from automode.planner.variants import DRAWN, EarlyStopping, SearchSpace, Variant
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Relabel",
     "RelabelGiven",
     "RelabelPredicted",
+    "Resources",
     "SearchSpace",
     "SelectAll",
     "SelectIndices",
@@ -194,6 +196,9 @@ class TrainingRecipe(Part):
     relabel: Relabel | None = Field(
         default=None,
         description="where new labels come from, for the variants that take them; the user's data stay as they are",
+    )
+    resources: Resources | None = Field(
+        default=None, description="what each trial needs, on a Ray cluster; null: what the backend was told"
     )
 
     @model_validator(mode="after")

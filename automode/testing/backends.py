@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from automode.backends.base import Backend, SegmentDone, SegmentFailed, SegmentRunner
 from automode.errors import NotExecutableError
+from automode.planner.recipes import Resources
 from automode.testing.scripted import PASSES_PER_RESOURCE, Place, Script, ScriptedRunner, scripted_job
 
 Result = SegmentDone | SegmentFailed
@@ -185,6 +187,28 @@ class BackendConformance:
             results = drained(backend, seconds=self.seconds)
             assert sorted(r.job.trial for r in results) == [j.trial for j in jobs[1:-1]]
             assert all(isinstance(r, SegmentDone) for r in results)
+        finally:
+            backend.close()
+
+    def test_what_a_trial_asks_for_is_given_or_refused_and_never_passed_over(self) -> None:
+        """A backend that gives each worker the same refuses a job that asks for something of its own, and says why."""
+        job = replace(scripted_job(), resources=Resources(cpus=0.5))
+        backend = self.backend(ScriptedRunner())
+        try:
+            why, refused = backend.why_no_resources, ""
+            try:
+                backend.submit(job)
+            except NotExecutableError as error:
+                refused = str(error)
+            assert bool(refused) == (why is not None), f"{why=}, and the job was {refused or 'taken'}"
+            if why is not None:
+                assert why in refused
+                assert "0.5 cores and 0 GPUs" in refused
+                assert idle(backend)
+                return
+            (done,) = drained(backend, seconds=self.seconds)
+            assert isinstance(done, SegmentDone)
+            assert done.job == job
         finally:
             backend.close()
 

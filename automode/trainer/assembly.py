@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from automode.backends.base import Backend
 from automode.engine import State, initial
 from automode.engine.running import MAX_EXPERTS
 from automode.errors import MergeError
@@ -72,7 +73,7 @@ def open_driver(parts: RunParts) -> Driver:
         store = SessionStore.create(parts.session_path, header=header_of(parts, mode))
         offered = plugins()
         state = initial(chosen(policy, [plugin.rule for plugin in offered]))
-        driver, slots = _driver(parts, held, mode, store, state)
+        driver, backend = _driver(parts, held, mode, store, state)
         driver.start(
             SessionStarted(
                 session=parts.session_path.name,
@@ -84,7 +85,7 @@ def open_driver(parts: RunParts) -> Driver:
                 policy_digest=policy.digest_with(plugin.distribution for plugin in offered),
                 planner_version=PLANNER_VERSION,
                 plugins=tuple(plugin.distribution for plugin in offered),
-                run=_run(parts, held, slots=slots),
+                run=_run(parts, held, backend),
             )
         )
         return driver
@@ -139,8 +140,10 @@ def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
         return driver
 
 
-def _driver(parts: RunParts, held: Held, mode: Mode, store: SessionStore, state: State) -> tuple[Driver, int]:
-    """Make the driver, and say how many segments its backend runs at once."""
+def _driver(
+    parts: RunParts, held: Held, mode: Mode, store: SessionStore, state: State
+) -> tuple[Driver, Backend | None]:
+    """Make the driver, and the backend that it runs segments by."""
     policy, total = parts.policy, parts.plan.total
     parts.keep_row = lambda stream, names, values: store.add_row(stream, state.attempt, names, values)
     log = SessionLog(parts.session_path, console=parts.console.event, level="warning")
@@ -159,7 +162,7 @@ def _driver(parts: RunParts, held: Held, mode: Mode, store: SessionStore, state:
         within=policy.budget == "within",
         on_card=parts.on_card,
     )
-    return driver, 1 if backend is None else backend.slots
+    return driver, backend
 
 
 def _mode(parts: RunParts, held: Held) -> tuple[Mode, str | None]:
@@ -171,7 +174,7 @@ def _mode(parts: RunParts, held: Held) -> tuple[Mode, str | None]:
     return parts.mode, parts.why_mode
 
 
-def _run(parts: RunParts, held: Held, *, slots: int) -> Run:
+def _run(parts: RunParts, held: Held, backend: Backend | None) -> Run:
     trunk, plan, loader = parts.trunk, parts.plan, parts.loader
     _, ids = source_of(parts)
     held_out = parts.held_out if held.why_no_evidence is None else None
@@ -208,7 +211,9 @@ def _run(parts: RunParts, held: Held, *, slots: int) -> Run:
         if norm_layers(trunk.model)
         else 0,
         router=_router_size(trunk.model),
-        slots=slots,
+        slots=1 if backend is None else backend.slots,
+        why_no_resources="no trials can be trained" if backend is None else backend.why_no_resources,
+        device=trunk.device.type,
         model_mib=_mebibytes(trunk),
         bf16=True,
     )

@@ -59,7 +59,7 @@ class Trainer:
         backend: What trains a card's specialists: ``inline`` (one after another, between the trunk's steps), ``stacked``
             (alike ones at once), ``auto`` (stacked where that pays), ``process`` (worker processes) or ``ray``.
         backend_options: For ``process`` and ``ray``: ``slots`` (trials at once, 2 unless given), ``patience``; ``start`` of
-            ``process``; ``num_cpus`` and ``num_gpus`` of each actor, ``address`` of the cluster and ``uri`` (a place that all
+            ``process``; ``num_cpus`` and ``num_gpus`` of each actor whose card asks for nothing, ``address`` of the cluster and ``uri`` (a place that all
             nodes reach, for checkpoints) of ``ray``.
         checkpoint_every: How often the run's complete state is stored: ``"500 steps"``, ``"10 min"`` or ``"1 epoch"``; also at
             each best validation, when SIGINT or SIGTERM stops the run, when it fails and when it ends. None: never.

@@ -103,13 +103,13 @@ class TrialDesk:
         """Submit a segment; its report comes later.
 
         Raises:
-            NotExecutableError: This run has no backend.
+            NotExecutableError: This run has no backend, or one that cannot give the trial what its card asks for.
         """
         if self._backend is None:
             raise NotExecutableError("this run trains no specialists, so it has no backend for trials")
         answer = self._answers.get(key_of(body)) if self._answers else None
-        self._pumped[_key(body)] = 0
         if answer is not None and self._usable(answer):
+            self._pumped[_key(body)] = 0
             self._known.append(_Known(body, command_id, answer))
             self._spared.add((body.card, body.trial, body.to_resource))
             return
@@ -124,9 +124,11 @@ class TrialDesk:
             to_resource=body.to_resource,
             top_resource=body.top_resource,
             per_trunk_step=body.per_trunk_step,
+            resources=body.resources,
         )
-        self._commands[job.key] = command_id
         self._backend.submit(job)
+        self._commands[job.key] = command_id
+        self._pumped[job.key] = 0
 
     def stop(self, body: StopTrial) -> Acknowledged:
         """Give a segment up; what it had spent is told."""

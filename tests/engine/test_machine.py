@@ -12,6 +12,7 @@ from automode.errors import ReplayDifferenceError
 from automode.planner.approval import CardRecord
 from automode.planner.events import Envelope, Group, Rows, TrialsNoted
 from automode.planner.policy import Policy
+from automode.planner.recipes import Resources
 
 
 def plateau_policy(**pacing):
@@ -310,3 +311,36 @@ def test_what_is_said_of_trials_is_kept_with_their_card_and_changes_no_decision(
     assert world.states_of(card) == silent.states_of(card)
     assert world.facts("verdict_given") == silent.facts("verdict_given")
     assert world.facts("trial_decided") == silent.facts("trial_decided")
+
+
+PLACED = {
+    "schema": 1,
+    "action": "fork",
+    "reason": "manual",
+    "because": "It fits one core.",
+    "training_recipe": {"variants": [{"name": "a"}, {"name": "b"}], "resources": {"cpus": 2, "gpus": 0}},
+    "budget_steps": 10,
+    "asha": {"max_steps": 30},
+}
+
+
+@pytest.mark.parametrize("why", [None, "trials train in the training process"])
+def test_what_a_card_asks_for_goes_with_every_trial_or_the_card_is_refused(make_world, plateau_rows, why):
+    world = make_world(policy=Policy(reasons=()), mode="propose")
+    world.run = world.run.model_copy(update={"why_no_resources": why})
+    world.start()
+    world.rows(plateau_rows[:1000])
+    world.decide("submit", body=PLACED)
+    if why is not None:
+        (refused,) = world.facts("request_refused")
+        assert "training_recipe.resources: the card asks for 2 cores and 0 GPUs" in refused.why
+        assert why in refused.why
+        assert not world.state.cards
+        return
+    (card,) = world.state.cards
+    world.decide("approve", card, rev=1)
+    world.rows(plateau_rows[1000:1200])
+    started = [e.body for e in world.log if isinstance(e, Envelope) and e.body.kind == "start_trial"]
+    assert len(started) >= 3
+    assert {body.resources for body in started} == {Resources(cpus=2.0, gpus=0.0)}
+    assert fold(world.log).differences == 0

@@ -21,6 +21,7 @@ from automode.planner.recipes import (
     Relabel,
     RelabelGiven,
     RelabelPredicted,
+    Resources,
     SearchSpace,
     SelectAll,
     SelectIndices,
@@ -64,6 +65,15 @@ def fork(variant: dict[str, Any] | None = None, **changes: Any) -> Proposal:
     return Proposal(
         **({"reason": "manual", "action": "fork", "because": "1", "training_recipe": recipe} | changes)
     )
+
+
+PLACED = TrainingRecipe(variants=(Variant(name="v"),), resources=Resources(cpus=2.0, gpus=0.5))
+
+
+def test_a_run_whose_backend_places_trials_takes_cards_that_ask_for_what_it_uses() -> None:
+    assert refusals(fork(training_recipe=PLACED), run_of(why_no_resources=None, device="cuda")) == []
+    cores = PLACED.model_copy(update={"resources": Resources(cpus=4.0)})
+    assert refusals(fork(training_recipe=cores), run_of(why_no_resources=None)) == []
 
 
 def kinds_of(union: Any) -> list[str]:
@@ -175,6 +185,21 @@ def test_new_labels_can_be_trained_on_and_merged_where_every_variant_takes_them(
             ),
             run_of(has_ids=False),
             ["training_recipe.exclude: quantile needs sample ids"],
+        ),
+        (
+            fork(training_recipe=PLACED),
+            run_of(why_no_resources="trials train in worker processes of one thread each"),
+            [
+                "training_recipe.resources: the card asks for 2 cores and 0.5 GPUs a trial",
+                "worker processes of one thread each",
+                'Trainer(backend="ray"), or leave resources out',
+            ],
+        ),
+        (fork(training_recipe=PLACED), run_of(), ["begun by a version that gave trials none"]),
+        (
+            fork(training_recipe=PLACED),
+            run_of(why_no_resources=None, device="cpu"),
+            ["on the CPU", "leave gpus at 0"],
         ),
         (fork(gate_recipe=GateRecipe()), run_of(task="sequence"), ["gate_recipe", "task is sequence"]),
         (fork(), run_of(why_no_forks="the model cannot be copied"), ["the model cannot be copied"]),

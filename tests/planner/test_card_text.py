@@ -42,6 +42,7 @@ from automode.planner.recipes import (
     MergeUniform,
     RelabelGiven,
     RelabelPredicted,
+    Resources,
     SearchSpace,
     SelectAll,
     SelectIndices,
@@ -731,3 +732,38 @@ def test_html_escapes_everything_and_fetches_nothing() -> None:
     assert "&lt;script&gt;" in text
     assert "http" not in text
     assert card._repr_html_() == text
+
+
+def placed(resources: str) -> str:
+    """A card whose trials ask for something."""
+    head, recipe, rest = to_yaml(EXAMPLE).partition("training_recipe:\n")
+    return f"{head}{recipe}  resources: {resources}\n{rest}"
+
+
+def test_what_a_trial_needs_is_read_shown_and_written_again() -> None:
+    card = from_yaml(placed("{cpus: 2, gpus: 0.5}"))
+    assert card.training_recipe is not None
+    assert card.training_recipe.resources == Resources(cpus=2.0, gpus=0.5)
+    assert from_yaml(to_yaml(card)) == card
+    assert "resources: {cpus: 2.0, gpus: 0.5}" in to_yaml(card)
+    assert "each gets 2 cores and 0.5 GPUs" in card_summary(card)
+    assert len(card_summary(card).splitlines()) <= 12
+    assert "resources" not in to_yaml(EXAMPLE)
+    assert from_yaml(placed("{gpus: 1}")).training_recipe.resources == Resources(cpus=1.0, gpus=1.0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        ("{cpus: 1, gpu: 1}", "did you mean `gpus`"),
+        ("{cpus: -1}", "a number from 0 to 4096"),
+        ("{gpus: 1.5}", "only whole GPUs can be had"),
+        ("{cpus: 0.00001}", "finer than a ten-thousandth"),
+        ("{cpus: .nan}", "resources.cpus"),
+        ("2", "resources"),
+    ],
+)
+def test_needs_that_no_worker_could_have_are_refused_with_the_field(resources: str, words: str) -> None:
+    with pytest.raises(CardError, match="resources") as caught:
+        from_yaml(placed(resources))
+    assert words in str(caught.value)

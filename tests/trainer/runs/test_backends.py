@@ -85,3 +85,18 @@ def test_a_run_that_observes_starts_no_workers(play_run: Any, monkeypatch: pytes
     monkeypatch.setattr("automode.trainer.assembly.backend_of", noted)
     play_run(automode="observe", backend="process", steps=20)
     assert [type(backend) for backend in made] == [InlineBackend]
+
+
+@pytest.mark.parametrize("backend", ["inline", "stacked"])
+def test_a_card_that_asks_for_resources_is_refused_where_trials_train_in_this_process(
+    play_run: Any, script: Any, backend: str
+) -> None:
+    asking = CARD.replace("  replay: 0.1\n", "  replay: 0.1\n  resources: {cpus: 2, gpus: 0}\n")
+    run = play_run(
+        script=script(), backend=backend, steps=20, actions={8: lambda person: person.submit(asking)}
+    )
+    (refused,) = run.bodies("request_refused")
+    assert "the card asks for 2 cores and 0 GPUs a trial, which only a Ray cluster can give" in refused["why"]
+    assert "trials train in the training process, with what that has" in refused["why"]
+    assert 'train with Trainer(backend="ray"), or leave resources out' in refused["why"]
+    assert run.bodies("card_proposed") == []
