@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from automode.trainer.logger_choice import EVERY
 from automode.trainer.run_parts import RunParts
 
 
@@ -134,7 +135,7 @@ class RunView:
     @property
     def log_every_n_steps(self) -> int:
         """Steps from one that loggers get to the next."""
-        return self._parts.settings.log_every_n_steps
+        return self._parts.settings.log_every_n_steps or EVERY
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from automode.trainer.callback_view import RunView
 from automode.trainer.callbacks import Callbacks
 from automode.trainer.epoch_table import EpochTable
+from automode.trainer.loggers import Loggers, parameters_of
 from automode.trainer.observation_block import Block
 from automode.trainer.run_metrics import RunMetrics
 from automode.trainer.run_parts import RunParts
@@ -90,6 +91,7 @@ class Companions:
         table: What each epoch came to, for the session.
         parts: The run.
         metrics: The user's.
+        loggers: Where scalars go besides the session.
 
     Attributes:
         numbers: The user's metrics of the latest epoch, by name.
@@ -98,20 +100,30 @@ class Companions:
     """
 
     def __init__(
-        self, callbacks: Callbacks, view: RunView, table: EpochTable, parts: RunParts, metrics: RunMetrics
+        self,
+        callbacks: Callbacks,
+        view: RunView,
+        table: EpochTable,
+        parts: RunParts,
+        metrics: RunMetrics,
+        loggers: Loggers,
     ) -> None:
         self._callbacks = callbacks
         self._view = view
         self._table = table
         self._cursor = parts.cursor
         self._metrics = metrics
+        self._loggers = loggers
+        self._parts = parts
+        if loggers:
+            table.wrote = loggers.epoch
         self.numbers: dict[str, float] = {}
         self.see: Callable[[Any, Any], None] | None = metrics.held_out if metrics else None
         self._step: ListenedStep | None = None
         self._handles: list[Any] = []
         for hook in callbacks.of("on_before_optimizer_step"):
             self._handles.append(parts.trunk.optimizer.register_step_pre_hook(_before_step(hook, view)))
-        self.block: Callable[[Block], None] | None = self._block if callbacks.all else None
+        self.block: Callable[[Block], None] | None = self._block if callbacks.all or loggers else None
 
     # The run.
 
@@ -121,6 +133,8 @@ class Companions:
 
     def start(self) -> None:
         """Everything is in its place, what was stored is put back, and the first step is next."""
+        step, row = self._parts.trunk.step, self._parts.probe.rows
+        self._loggers.begin(parameters_of(self._parts), step=step, row=row)
         self._call("on_fit_start")
         self._call("on_train_start")
 
@@ -135,6 +149,7 @@ class Companions:
         try:
             self._table.write()
             self._call("on_exception", error)
+            self._loggers.end("failed" if isinstance(error, Exception) else "interrupted")
         except Exception as second:
             error.add_note(f"what goes along with the run failed as well: {type(second).__name__}: {second}")
 
@@ -144,6 +159,10 @@ class Companions:
             handle.remove()
         self._call("teardown", "fit")
 
+    def finished(self) -> None:
+        """The run is over, its test included."""
+        self._loggers.end("success")
+
     def tests(self) -> None:
         """The test set is about to be read."""
         self._call("on_test_start")
@@ -152,7 +171,9 @@ class Companions:
     def tested(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The test came to this; returns it with the user's metrics."""
         found = {**metrics, **(self._metrics.take_held_out("") if self._metrics else {})}
-        self._view.note({f"test_{name}": value for name, value in found.items()})
+        numbers = {f"test_{name}": value for name, value in found.items()}
+        self._view.note(numbers)
+        self._loggers.epoch({"step": float(self._parts.trunk.step), **numbers})
         self._call("on_test_epoch_end")
         self._call("on_test_end")
         return found
@@ -248,6 +269,7 @@ class Companions:
         self._call("on_train_batch_start", batch, self._cursor.read)
 
     def _block(self, block: Block) -> None:
+        self._loggers.block(block)
         self._view.note({"loss": float(block.rows[-1, block.names.index("loss")])})
 
 

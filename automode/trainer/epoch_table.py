@@ -31,6 +31,10 @@ class EpochTable:
         parts: The run.
         batch_size: Mean samples of a batch; NaN where that is not known.
         clock: Seconds.
+
+    Attributes:
+        batches: Tells how many batches have been trained on.
+        wrote: Called with each row that is written.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class EpochTable:
         self._numbers: dict[str, float] = {}
         self._waiting: dict[str, float] | None = None
         self.batches: Callable[[], int] = lambda: 0
+        self.wrote: Callable[[Mapping[str, float]], None] | None = None
 
     def begins(self) -> None:
         """An epoch begins, or the rest of one."""
@@ -82,9 +87,13 @@ class EpochTable:
     def write(self) -> None:
         """Write the row that waits, if there is one."""
         row, self._waiting = self._waiting, None
-        if row is not None and self._keep_row is not None:
-            row |= self._numbers
+        if row is None:
+            return
+        row |= self._numbers
+        if self._keep_row is not None:
             self._keep_row(STREAM, tuple(row), list(row.values()))
+        if self.wrote is not None:
+            self.wrote(row)
 
     def state(self) -> dict[str, Any]:
         """The number of the epoch, and the row that waits, for :meth:`load`."""

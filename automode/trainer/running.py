@@ -17,6 +17,7 @@ from automode.trainer.driver import Driver
 from automode.trainer.epoch_table import EpochTable
 from automode.trainer.executing import leave, ordered
 from automode.trainer.fit_request import FitRequest
+from automode.trainer.loggers import Loggers
 from automode.trainer.loop import Loop
 from automode.trainer.observer import Observer
 from automode.trainer.random_state import forked_rng
@@ -59,11 +60,7 @@ def fit(
         else:
             observer, loop = _take_up(parts, found)
         _train(parts, observer, loop, found)
-        test = None
-        if settings.do_test_after and parts.test is not None:
-            loop.companions.tests()
-            test = loop.companions.tested(parts.test.run(loop.companions.see).metrics)
-            parts.console.event("test: " + ", ".join(f"{name} {value:.4g}" for name, value in test.items()))
+        test = _test(parts, loop)
         parts.console.event(f"session: {parts.session_path}")
     finally:
         parts.console.close()
@@ -77,6 +74,19 @@ def fit(
         steps=parts.trunk.step,
         compute=observer.compute,
     )
+
+
+def _test(parts: RunParts, loop: Loop) -> dict[str, float] | None:
+    """Read the test set where that was asked for; the last that a run's companions hear of."""
+    companions, found = loop.companions, None
+    try:
+        if parts.settings.do_test_after and parts.test is not None:
+            companions.tests()
+            found = companions.tested(parts.test.run(companions.see).metrics)
+            parts.console.event("test: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    finally:
+        companions.finished()
+    return found
 
 
 def _begin_afresh(parts: RunParts) -> tuple[Driver, Loop]:
@@ -123,9 +133,10 @@ def begin(parts: RunParts, observer: Observer) -> Loop:
         ),
     )
     metrics = RunMetrics(settings.metrics or {}, trunk.device)
-    view = RunView(parts, observer, [])
+    loggers = Loggers(settings.logger, settings.log_every_n_steps, parts.session_path)
+    view = RunView(parts, observer, loggers.all)
     table = EpochTable(parts, batch_size=batch_size_of(parts, unknown=math.nan))
-    companions = Companions(Callbacks(settings.callbacks), view, table, parts, metrics)
+    companions = Companions(Callbacks(settings.callbacks), view, table, parts, metrics, loggers)
     loop = Loop(
         parts.plan,
         trunk=trunk,

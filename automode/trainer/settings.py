@@ -22,6 +22,7 @@ from automode.planner.policy import Policy
 from automode.presets import preset_names, preset_text
 from automode.trainer.cadence import cadence_of
 from automode.trainer.callbacks import check_callbacks
+from automode.trainer.logger_choice import check_loggers
 from automode.trainer.progress import Progress
 from automode.trainer.run_metrics import check_metrics
 from automode.trainer.schedule import Interval
@@ -65,7 +66,8 @@ class Settings:
     resume: str | os.PathLike[str] | None = None
     callbacks: Sequence[Any] = ()
     metrics: Mapping[str, Any] | None = None
-    log_every_n_steps: int = 50
+    logger: Any = None
+    log_every_n_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("project", "run_name"):
@@ -92,10 +94,12 @@ class Settings:
             _flag(name, getattr(self, name))
         if self.clip_norm is not None and not (_number(self.clip_norm) and 0 < self.clip_norm < math.inf):
             raise UsageError(f"clip_norm must be a number above 0 or None, got {self.clip_norm!r}")
-        for name in ("accumulate_grad_batches", "log_every_n_steps"):
-            _whole(name, getattr(self, name), least=1)
+        _whole("accumulate_grad_batches", self.accumulate_grad_batches, least=1)
+        if self.log_every_n_steps is not None:
+            _whole("log_every_n_steps", self.log_every_n_steps, least=1)
         object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
         object.__setattr__(self, "metrics", check_metrics(self.metrics))
+        object.__setattr__(self, "logger", check_loggers(self.logger))
         self._check_resuming()
         if self.seed is not None:
             _whole("seed", self.seed, least=0, most=MAX_SEED)

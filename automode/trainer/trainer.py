@@ -71,6 +71,10 @@ class Trainer:
             none of its machinery; called in the training thread, between steps.
         metrics: By name, objects with ``update(outputs, targets)``, ``compute()`` and ``reset()`` (every torchmetrics metric):
             over each epoch of training (``train_NAME``), each validation (``val_NAME``) and the test.
+        logger: Where scalars go besides the session: ``"csv"`` (``metrics.csv`` in its folder), ``"tensorboard"`` (event files
+            there), any of Lightning's loggers, or a list of these. One that fails is warned of once and never ends the run.
+        log_every_n_steps: Steps from one that loggers get to the next; None: every step by CSV and TensorBoard, each 50th by
+            others.
 
     Raises:
         UsageError: An argument has a value that it cannot take.
@@ -104,33 +108,12 @@ class Trainer:
         resume: str | os.PathLike[str] | None = None,
         callbacks: Sequence[Any] = (),
         metrics: Mapping[str, Any] | None = None,
+        logger: Any = None,
+        log_every_n_steps: int | None = None,
     ) -> None:
-        self.settings = Settings(
-            project=project,
-            run_name=run_name,
-            max_epochs=max_epochs,
-            max_steps=max_steps,
-            automode=automode,
-            policy=policy,
-            session_dir=session_dir,
-            val_every_n_epochs=val_every_n_epochs,
-            do_test_after=do_test_after,
-            device=device,
-            precision=precision,
-            clip_norm=clip_norm,
-            accumulate_grad_batches=accumulate_grad_batches,
-            seed=seed,
-            progress=progress,
-            scheduler_interval=scheduler_interval,
-            console=console,
-            backend=backend,
-            backend_options=backend_options,
-            checkpoint_every=checkpoint_every,
-            keep_checkpoints=keep_checkpoints,
-            resume=resume,
-            callbacks=callbacks,
-            metrics=metrics,
-        )
+        given = dict(locals())
+        del given["self"]
+        self.settings = Settings(**given)  # every argument by its name
         self.policy = policy_of(policy)
         self._own_step: TrainingStep | None = None
         self._on_card: list[CardCallback] = []
