@@ -47,7 +47,12 @@ TOLD = frozenset(
 )
 """Fields that tell something and ask for nothing."""
 
-PARTS = {"Variant": "variant", "TrainingRecipe": "training_recipe", "Acceptance": "acceptance"}
+PARTS = {
+    "Variant": "variant",
+    "Adjustment": "adjustment",
+    "TrainingRecipe": "training_recipe",
+    "Acceptance": "acceptance",
+}
 """Models whose fields stand in the capability table one by one."""
 
 KINDS = {
@@ -72,6 +77,7 @@ STATES = {
     CardState.INCONCLUSIVE: "neither better nor worse as far as the evidence goes; the control is kept",
     CardState.FAILED: "something could not be carried out; the run went on",
     CardState.ROLLED_BACK: "its adoption was undone",
+    CardState.APPLIED: "the trunk trains on as the adjustment says; no evidence was asked for",
 }
 
 CARD_INTRO = """\

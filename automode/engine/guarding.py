@@ -91,7 +91,7 @@ def answered(state: State, body: Rewound | RateSet | ClipSet, out: Emission) -> 
             return _rewound(state, body, out)
         case RateSet():
             state.guards.level.restart(body.step, at=body.step)
-        case ClipSet():
+        case ClipSet(card=None):
             state.guards.cap = body.norm
     return None
 

@@ -24,13 +24,15 @@ from automode.planner.events import (
     RequestRefused,
     RollBack,
     RunEnded,
+    SetClip,
+    SetLearningRate,
     Snapshot,
     StopTrial,
     TrunkEnded,
 )
 from automode.planner.fitting import Funds, Held, quote
 from automode.planner.pricing import worst_case
-from automode.planner.recipes import Base
+from automode.planner.recipes import Adjustment, Base
 from automode.planner.requests import Desk, respond
 from automode.scheduler import Account, Purpose, Refusal
 
@@ -203,13 +205,27 @@ def start(state: State, card: PlanCard, out: Emission, *, cause: int | None = No
     if card.action == "fork":
         out.command(Snapshot(card=card.id, purpose="base"), cause=started)
         return
-    assert card.merge_recipe is not None
     execution = state.executions[card.id]
+    if card.adjustment is not None:
+        execution.waiting_for |= _adjust(card.id, card.adjustment, out, started)
+        return
+    assert card.merge_recipe is not None
     execution.combining = True
     at_end = card.reason == "merge_cadence"
     execution.waiting_for.add(
         out.command(Merge(card=card.id, method=card.merge_recipe.kind, at_end=at_end), cause=started)
     )
+
+
+def _adjust(card: str, adjustment: Adjustment, out: Emission, cause: int) -> set[str]:
+    """Ask for everything that an adjustment changes; returns the commands."""
+    why, asked = f"card {card} asks for it", set()
+    if adjustment.rate_factor != 1.0:
+        rate = SetLearningRate(factor=adjustment.rate_factor, why=why, card=card)
+        asked.add(out.command(rate, cause=cause))
+    if adjustment.clip_norm is not None:
+        asked.add(out.command(SetClip(norm=adjustment.clip_norm, why=why, card=card), cause=cause))
+    return asked
 
 
 def finish(

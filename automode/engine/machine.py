@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import assert_never
 
-from automode.engine import deciding, diagnosing, guarding, lifecycle, observing, resuming, running
+from automode.engine import adjusting, deciding, diagnosing, guarding, lifecycle, observing, resuming, running
 from automode.engine.emission import Emission
 from automode.engine.guards import Guards
 from automode.engine.state import State, remember
@@ -135,7 +135,7 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case RolledBack():
             deciding.rolled_back(state, body, out)
         case Rewound() | RateSet() | ClipSet():
-            observing.tell(guarding.answered(state, body, out), out)
+            observing.tell(adjusting.answered(state, body, event.command_id, out), out)
         case Diagnosed():
             diagnosing.diagnosed(state, body)
         case CommandFailed():

@@ -51,7 +51,7 @@ class Execution:
     """A running card: what was asked of the world, and what has come back."""
 
     card: str
-    action: Literal["fork", "merge"]
+    action: Literal["fork", "merge", "adjust"]
     started_at: int
     base: Snapshotted | None = None
     control: Snapshotted | None = None
@@ -64,7 +64,7 @@ class Execution:
     dropped: set[str] = field(default_factory=set)
     """Checkpoints of trials that nothing can go on from any more; the files may be deleted."""
     waiting_for: set[str] = field(default_factory=set)
-    """Ids of the gate and merge commands whose answers are still out."""
+    """Ids of the gate, merge or adjusting commands whose answers are still out."""
     combining: bool = False
     gate: GateFitted | None = None
     merged: Merged | None = None

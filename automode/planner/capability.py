@@ -15,6 +15,7 @@ from automode.planner.cards import PlanCard
 from automode.planner.inputs import Run, Task
 from automode.planner.policy import Policy
 from automode.planner.recipes import (
+    Adjustment,
     MergeRecipe,
     Resources,
     SearchSpace,
@@ -88,6 +89,8 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("training_recipe.relabel", "predicted"),
     Ability("training_recipe.relabel", "given"),
     Ability("training_recipe.resources", "*"),
+    Ability("adjustment.rate_factor", "*"),
+    Ability("adjustment.clip_norm", "*"),
     Ability("gate_recipe", "switch_softmax"),
     Ability("merge_recipe", "swa"),
     Ability("merge_recipe", "uniform"),
@@ -130,6 +133,8 @@ def refusals(planned: Planned, run: Run, *, min_held_out: int = 2) -> list[str]:
     Returns:
         One sentence for each obstacle, in the order of the card's fields; empty when everything can run.
     """
+    if planned.adjustment is not None:
+        return [*_adjustment(planned.adjustment, run)]
     found = [*_evidence(planned, run, min_held_out), *_selection("selection", planned.selection, run)]
     if planned.training_recipe is not None:
         found += _training(planned.training_recipe, planned.selection, run)
@@ -187,6 +192,15 @@ def _evidence(planned: Planned, run: Run, least: int) -> Iterator[str]:
         )
     if isinstance(planned, PlanCard):
         yield from _unable("acceptance.metric", planned.acceptance.metric)
+
+
+def _adjustment(adjustment: Adjustment, run: Run) -> Iterator[str]:
+    if adjustment.rate_factor != 1.0:
+        yield from _unable("adjustment.rate_factor", f"{adjustment.rate_factor:g}")
+        if run.why_no_rate is not None:
+            yield f"adjustment.rate_factor: the rates cannot be changed in this run: {run.why_no_rate}"
+    if adjustment.clip_norm is not None:
+        yield from _unable("adjustment.clip_norm", f"{adjustment.clip_norm:g}")
 
 
 def _selection(part: str, selection: Selection, run: Run) -> Iterator[str]:

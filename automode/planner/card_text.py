@@ -88,10 +88,8 @@ def submission_from_yaml(text: str) -> dict[str, Any]:
     root, problems = read(text)
     if root is not None:
         data = root.data()
-        is_merge = isinstance(data, dict) and data.get("action") == "merge"
-        made, problems = validate(
-            PlanCard, root, given=_FILLED_IN | ({"budget_steps": 0} if is_merge else {})
-        )
+        is_fork = not isinstance(data, dict) or data.get("action") not in ("merge", "adjust")
+        made, problems = validate(PlanCard, root, given=_FILLED_IN | ({} if is_fork else {"budget_steps": 0}))
         if made is not None:
             return dict(data)
     raise CardError(_message("plan card", problems or [_nothing(PlanCard)]))
@@ -196,6 +194,8 @@ def _spare(part: BaseModel) -> dict[str, Any]:
 
 
 def _goes_without_saying(part: BaseModel, name: str) -> bool:
+    if isinstance(part, PlanCard):  # nothing is trained or proven by an adjustment
+        return part.adjustment is not None and name in ("selection", "acceptance")
     return isinstance(part, Variant) and not (name == "sam_rho" and part.optimizer == "sam")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from automode.planner.cards import PlanCard
 from automode.planner.displays import Panel
 from automode.planner.recipes import (
+    Adjustment,
     MergeRecipe,
     SelectAll,
     SelectIndices,
@@ -77,8 +78,23 @@ def _merge_text(merge: MergeRecipe) -> str:
     return f"{merge.kind} ({told})" if told else merge.kind
 
 
+def _adjustment_text(adjustment: Adjustment) -> str:
+    told = []
+    if adjustment.rate_factor != 1.0:
+        told.append(f"learning rates times {adjustment.rate_factor:g}")
+    if adjustment.clip_norm is not None:
+        told.append(f"gradient norm at most {adjustment.clip_norm:g}")
+    return " and ".join(told) + ", from the next step on"
+
+
 def _facts(card: PlanCard) -> Iterator[tuple[str, str]]:
     """Yield what a person decides on, most important first: a label and a line."""
+    if card.adjustment is not None:
+        yield "change", _adjustment_text(card.adjustment)
+        yield "needs", "your word: an adjustment has no control to be compared with"
+        if card.diagnostics:
+            yield "readings", ", ".join(f"{k} {flow(v)}" for k, v in card.diagnostics.items())
+        return
     yield "data", selection_text(card.selection)
     if card.training_recipe is not None:
         yield "variants", _recipe_text(card.training_recipe)

@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from automode.planner.recipes import (
     Acceptance,
+    Adjustment,
     Asha,
     Base,
     Cost,
@@ -47,7 +48,7 @@ Diagnostic = Number | tuple[Number, ...]
 
 
 class CardState(StrEnum):
-    """Where a card stands. The last seven are final."""
+    """Where a card stands. The last eight are final."""
 
     PROPOSED = "proposed"
     REVISE = "revise"
@@ -62,6 +63,7 @@ class CardState(StrEnum):
     INCONCLUSIVE = "inconclusive"
     FAILED = "failed"
     ROLLED_BACK = "rolled_back"
+    APPLIED = "applied"
 
 
 TRANSITIONS: Final[dict[CardState, frozenset[CardState]]] = {
@@ -87,7 +89,14 @@ TRANSITIONS: Final[dict[CardState, frozenset[CardState]]] = {
         }
     ),
     CardState.RUNNING: frozenset(
-        {CardState.ACCEPTED, CardState.REJECTED, CardState.INCONCLUSIVE, CardState.FAILED, CardState.REFUSED}
+        {
+            CardState.ACCEPTED,
+            CardState.APPLIED,  # an adjustment: there is no evidence that it could be accepted by
+            CardState.REJECTED,
+            CardState.INCONCLUSIVE,
+            CardState.FAILED,
+            CardState.REFUSED,
+        }
     ),
     CardState.ACCEPTED: frozenset({CardState.ADOPTED, CardState.FAILED}),
     CardState.ADOPTED: frozenset({CardState.ROLLED_BACK}),
@@ -98,6 +107,7 @@ TRANSITIONS: Final[dict[CardState, frozenset[CardState]]] = {
     CardState.INCONCLUSIVE: frozenset(),
     CardState.FAILED: frozenset(),
     CardState.ROLLED_BACK: frozenset(),
+    CardState.APPLIED: frozenset(),
 }
 """Which state may follow which. A running card that a person cancels ends as ``refused``."""
 
@@ -129,8 +139,9 @@ class PlanCard(Part):
         max_length=128,
         description="planner, or the name of who submitted it",
     )
-    action: Literal["fork", "merge"] = Field(
-        description="fork: train specialists beside the trunk; merge: average along the trunk's own trajectory"
+    action: Literal["fork", "merge", "adjust"] = Field(
+        description="fork: train specialists beside the trunk; merge: average along the trunk's own trajectory; adjust: change "
+        "the trunk's rate or clipping, unproven"
     )
     reason: Reason = Field(description="the rule that made the card; manual: a person did")
     because: str = Field(min_length=1, max_length=4000, description="the reason in words, with its numbers")
@@ -138,7 +149,7 @@ class PlanCard(Part):
         default=SelectAll(), description="the training samples that the specialists are for"
     )
     training_recipe: TrainingRecipe | None = Field(
-        default=None, description="how the specialists train; null for a merge"
+        default=None, description="how the specialists train; of a fork only"
     )
     gate_recipe: GateRecipe | None = Field(
         default=None, description="a router over the control and the finished specialists; null: none"
@@ -146,8 +157,11 @@ class PlanCard(Part):
     merge_recipe: MergeRecipe | None = Field(
         default=None, description="how several states become one candidate more; null: none"
     )
-    budget_steps: int = Field(ge=0, description="the first rung, in training steps; 0 for a merge")
-    asha: Asha | None = Field(default=None, description="the ladder above the first rung; null for a merge")
+    adjustment: Adjustment | None = Field(
+        default=None, description="what is changed about the trunk's training; of an adjustment only"
+    )
+    budget_steps: int = Field(ge=0, description="the first rung, in training steps; 0 but for a fork")
+    asha: Asha | None = Field(default=None, description="the ladder above the first rung; of a fork only")
     cost: Cost = Field(description="what it may take at the most")
     cooldown_steps: int = Field(
         ge=0,
@@ -181,6 +195,10 @@ class PlanCard(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanCard:
+        if (self.action == "adjust") != (self.adjustment is not None):
+            raise ValueError("`adjustment` belongs to action adjust, and to no other")
+        if self.adjustment is not None and self.selection != SelectAll():
+            raise ValueError("an adjustment is for all samples: leave `selection` out")
         if self.action == "fork":
             if self.training_recipe is None or self.asha is None:
                 raise ValueError("a fork needs `training_recipe` and `asha`")
@@ -189,11 +207,11 @@ class PlanCard(Part):
                     f"`budget_steps` ({self.budget_steps}) must lie between 1 and asha.max_steps ({self.asha.max_steps})"
                 )
         else:
-            if self.merge_recipe is None:
-                raise ValueError("a merge needs `merge_recipe`")
+            if (self.action == "merge") != (self.merge_recipe is not None):
+                raise ValueError("a merge needs `merge_recipe`, and an adjustment has none")
             if self.training_recipe is not None or self.gate_recipe is not None or self.asha is not None:
                 raise ValueError(
-                    "a merge trains nothing: leave `training_recipe`, `gate_recipe` and `asha` out"
+                    f"{'a merge' if self.action == 'merge' else 'an adjustment'} trains nothing: leave `training_recipe`, `gate_recipe` and `asha` out"
                 )
         return self
 

@@ -141,6 +141,7 @@ class SetLearningRate(Part):
     kind: Literal["set_learning_rate"] = "set_learning_rate"
     factor: float = Field(gt=0.0)
     why: str
+    card: str | None = Field(default=None, description="the card that asks for it; null: a safeguard")
 
 
 class SetClip(Part):
@@ -149,6 +150,9 @@ class SetClip(Part):
     kind: Literal["set_clip"] = "set_clip"
     norm: float | None = Field(gt=0.0, description="null: no cap but the user's own")
     why: str
+    card: str | None = Field(
+        default=None, description="the card that asks for it, for good; null: a safeguard"
+    )
 
 
 class Diagnose(Part):

@@ -76,9 +76,11 @@ def quote(card: PlanCard, *, policy: Policy, run: Run, funds: Funds, remaining_s
     if cannot:
         return Held(code="cannot_run", why="; ".join(cannot))
     cap = spending_cap(policy, funds)
-    if isinstance(cap, Held):
-        return cap
     priced = worst_case(card, run)
+    if isinstance(cap, Held):
+        if priced.passes > 0.0:
+            return cap
+        cap = 0.0
     held = unaffordable(priced, cap, funds, policy) or no_time(priced, remaining_steps, run, policy)
     if held is not None:
         return held

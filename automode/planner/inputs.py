@@ -52,6 +52,11 @@ class Run(Part):
     overlap: int = Field(default=0, ge=0, description="validation samples that are training samples too")
     why_no_evidence: str | None = None
     why_no_forks: str | None = Field(default=None, description="why no specialist can be trained in this run")
+    adjusts: bool = Field(
+        default=False,
+        description="rules may propose to change the trunk's rate and clipping where no specialist can be trained",
+    )
+    why_no_rate: str | None = Field(default=None, description="why no card can change the rates in this run")
     slices: dict[str, int] = Field(default_factory=dict, description="held-out samples in each named slice")
     train_slices: tuple[str, ...] = Field(
         default=(), description="slices whose training samples can be found too"

@@ -27,6 +27,7 @@ class RateSet(Part):
     factor: float
     rates: tuple[float, ...]
     why: str
+    card: str | None = None
 
 
 class ClipSet(Part):
@@ -36,6 +37,7 @@ class ClipSet(Part):
     step: int
     norm: float | None
     why: str
+    card: str | None = None
 
 
 class UpdateSize(Part):

@@ -60,6 +60,7 @@ Ended = Literal[
     CardState.EXPIRED,
     CardState.STALE,
     CardState.ROLLED_BACK,
+    CardState.APPLIED,
 ]
 """How a card can end."""
 
@@ -134,10 +135,11 @@ def admit(
         return Held(code="cannot_run", why="; ".join(cannot))
     cap = spending_cap(policy, funds)
     if isinstance(cap, Held):
-        return cap
-    if proposal.action == "merge":
-        assert proposal.merge_recipe is not None
-        priced = price_merge(proposal.merge_recipe, run)
+        if proposal.action != "adjust":
+            return cap
+        cap = 0.0
+    if proposal.action != "fork":
+        priced = WorstCase() if proposal.merge_recipe is None else price_merge(proposal.merge_recipe, run)
         held = unaffordable(priced, cap, funds, policy) or no_time(priced, view.remaining, run, policy)
         if held is not None:
             return held
@@ -160,6 +162,7 @@ def admit(
         training_recipe=proposal.training_recipe,
         gate_recipe=proposal.gate_recipe,
         merge_recipe=proposal.merge_recipe,
+        adjustment=proposal.adjustment,
         budget_steps=first,
         asha=asha,
         cost=stated_cost(priced, funds, run, proposal.action),
@@ -197,7 +200,7 @@ def after_verdict(
 ) -> list[CooldownSet]:
     """Set the cooldowns that follow from a card's end; call it once for every card that ends.
 
-    An adopted card makes its reason's cooldown shorter, an inconclusive, failed or unanswered one longer, a rejected or rolled
+    An adopted card makes its reason's cooldown shorter, an applied one leaves it, an inconclusive, failed or unanswered one longer, a rejected or rolled
     back one longer twice over. After a card that ran, every other reason waits a quarter of the planning budget too (ten blocks of
     the trend), so that the signals speak of the weights that are there now; ``instability_spike`` does not. A stale card
     cools nothing down: it was not its reason's fault.
@@ -219,6 +222,8 @@ def after_verdict(
     match outcome:
         case CardState.ADOPTED:
             change = pacing.cooldown_shrink
+        case CardState.APPLIED:
+            change = 1.0
         case CardState.REJECTED | CardState.ROLLED_BACK:
             change = pacing.cooldown_grow**2
         case _:

@@ -165,6 +165,8 @@ def price_merge(merge: MergeRecipe, run: Run) -> WorstCase:
 
 def worst_case(card: PlanCard, run: Run) -> WorstCase:
     """Price a card: the amount that is reserved when it starts, and stated on its face as ``cost``."""
+    if card.action == "adjust":
+        return WorstCase()
     if card.action == "merge":
         assert card.merge_recipe is not None
         return price_merge(card.merge_recipe, run)

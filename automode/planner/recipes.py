@@ -18,6 +18,7 @@ from automode.planner.variants import DRAWN, EarlyStopping, SearchSpace, Variant
 __all__ = [
     "INLINE_IDS",
     "Acceptance",
+    "Adjustment",
     "Asha",
     "Base",
     "Cost",
@@ -333,6 +334,23 @@ class Asha(Part):
         default=3, ge=2, le=16, description="one trial in so many goes on from a rung, and one at least"
     )
     max_steps: int = Field(ge=1, description="resource of the top rung, in ordinary training steps")
+
+
+class Adjustment(Part):
+    """What is changed about the trunk's own training, at once and for good. No control runs beside it, so that nothing proves it."""
+
+    rate_factor: float = Field(
+        default=1.0, gt=0.0, le=100.0, description="every learning rate is multiplied by this"
+    )
+    clip_norm: Positive | None = Field(
+        default=None, description="largest gradient norm from then on; null: as it is"
+    )
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Adjustment:
+        if self.rate_factor == 1.0 and self.clip_norm is None:
+            raise ValueError("it changes nothing: give `rate_factor` or `clip_norm`")
+        return self
 
 
 class Acceptance(Part):

@@ -175,7 +175,7 @@ def _fresh(record: CardRecord, desk: Desk) -> None:
 
 def _approve(record: CardRecord, request: Decided, desk: Desk) -> Response:
     _same_revision(record, request, needed=True)
-    agreed = (CardState.APPROVED, CardState.RUNNING, CardState.ACCEPTED, CardState.ADOPTED)
+    agreed = (CardState.APPROVED, CardState.RUNNING, CardState.ACCEPTED, CardState.ADOPTED, CardState.APPLIED)
     if record.state in agreed:
         return Response()
     _fresh(record, desk)
@@ -227,6 +227,11 @@ def _roll_back(record: CardRecord, cards: Iterable[CardRecord], desk: Desk) -> R
     card = record.card
     if record.state is CardState.ROLLED_BACK:
         return Response()
+    if record.state is CardState.APPLIED:
+        raise _RefusedError(
+            f"card {card.id} changed how the run trains from step {record.history[-1].step} on, and the steps since then cannot be "
+            "taken back; submit an adjustment of your own, with the rate_factor that undoes this one, or another clip_norm"
+        )
     if record.state is not CardState.ADOPTED:
         raise _RefusedError(f"card {card.id} is {record.state}: only an adopted card can be rolled back")
     everything = list(cards)
@@ -283,7 +288,7 @@ def _submit(request: Decided, desk: Desk) -> Response:
     reason = given.setdefault("reason", "manual")
     given.setdefault("because", request.note or f"submitted by {request.actor}")
     given.setdefault("cooldown_steps", 0)
-    if given.get("action") == "merge":
+    if given.get("action") in ("merge", "adjust"):
         given.setdefault("budget_steps", 0)
     ours = {
         "id": card_id(desk.session, str(reason), desk.step, desk.ordinal),

@@ -41,7 +41,7 @@ from automode.trainer.random_state import forked_rng
 from automode.trainer.relabelling import Relabeller
 from automode.trainer.resume_point import ResumePoint
 from automode.trainer.run_parts import RunParts
-from automode.trainer.safeguarding import GoodStates
+from automode.trainer.safeguarding import GoodStates, why_no_rate
 from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.sample_source import FixedPass
 from automode.trainer.scanning import Scanner
@@ -193,6 +193,8 @@ def _run(parts: RunParts, held: Held, backend: Backend | None) -> Run:
         overlap=held.overlap.n,
         why_no_evidence=held.why_no_evidence,
         why_no_forks=why_no_forks(parts),
+        adjusts=parts.hand_written is not None,
+        why_no_rate=why_no_rate(trunk),
         slices={name: int(ids_.size) for name, ids_ in parts.slices.items()},
         train_slices=tuple(_functions(parts)),
         scheduled=trunk.scheduler is not None,
@@ -268,7 +270,7 @@ def performer_of(
         seed=seed,
         states=States(trunk, checkpoints, training),
         exports=folder / "exports",
-        good=GoodStates(trunk, parts.policy.safeguards),
+        good=GoodStates(trunk, parts.policy.safeguards, foreign=parts.hand_written),
         diagnoser=diagnoser_of(parts, source, train_ids, held.why_inexact),
     )
     held_out = parts.held_out if held.why_no_evidence is None else None

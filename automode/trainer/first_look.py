@@ -48,7 +48,8 @@ def look_at(parts: RunParts) -> Held:
         )
     why_no_evidence = "there is no validation loader" if held is None else held.reason
     overlap = Overlap(n=0, share=0.0, how="none")
-    if held is not None and held.reason is None and hasattr(request.train_loader, "dataset"):
+    readable = held is None or held.readable
+    if held is not None and readable and held.reason is None and hasattr(request.train_loader, "dataset"):
         overlap = find_overlap(as_read(request.train_loader), as_read(request.val_loader, draw=True))
     if overlap.n:
         warn_user(
@@ -58,7 +59,7 @@ def look_at(parts: RunParts) -> Held:
         why_no_evidence = why_no_evidence or f"{overlap.n} validation samples are training samples too"
     per_sample = per_sample_twin(parts.trunk.loss_fn)
     task, exact, why = _task_of(parts, held, per_sample)
-    if parts.own_step is None and task in ("sequence", "unknown") and not exact:
+    if readable and parts.own_step is None and task in ("sequence", "unknown") and not exact:
         why_no_evidence = why_no_evidence or (
             f"samples cannot be judged one by one ({why}), and a batch's mean counts as one sample only"
         )
@@ -95,7 +96,7 @@ def _task_of(
 
 
 def _one_batch(parts: RunParts, held: HeldOut | None) -> Any:
-    if held is not None and held.reason is None:
+    if held is not None and held.readable and held.reason is None:
         return next(held.batches("A"))[0]
     source, ids = source_of(parts)
     return source.batch(ids[: min(8, ids.size)]) if source is not None and ids.size else None

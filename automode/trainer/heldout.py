@@ -78,7 +78,10 @@ class HeldOut:
     Attributes:
         ids: Sample ids (positions in the root dataset), in the order in which they are read.
         reason: Why there is no held-out evidence; None where there is.
+        readable: Whether there are batches to be read.
     """
+
+    readable = True
 
     def __init__(self, loader: Any, device: torch.device, seed: int) -> None:
         self.reason: str | None = None
@@ -160,7 +163,7 @@ class HeldOut:
         order = np.argsort(ids, kind="stable")
         self._positions, self.ids = positions[order], ids[order]
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0xA]))
-        self._in_a = _halves(_strata(dataset, self._positions), rng)
+        self._in_a = halves(_strata(dataset, self._positions), rng)
 
 
 def _refusal(loader: Any) -> str | None:
@@ -219,8 +222,8 @@ def _is_class(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _halves(strata: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Mark half of each stratum; odd ones out take turns, so that the halves differ by one at the most."""
+def halves(strata: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """Mark half of each stratum, the strata given by number; odd ones out take turns, so that the halves differ by one at the most."""
     in_a = np.zeros(strata.size, dtype=np.bool_)
     turn = 0
     for value in np.unique(strata):

@@ -61,13 +61,20 @@ class GoodStates:
     Args:
         trunk: The run.
         policy: How many are kept, how often, and in how much memory.
+        foreign: Why the loop around the trunk is not ours; None where it is.
 
     Attributes:
         why_none: Why no state is kept; empty while states are.
+        why_no_rewind: Why the run cannot go back to one all the same; empty where it can.
     """
 
-    def __init__(self, trunk: Trunk, policy: SafeguardPolicy) -> None:
+    def __init__(self, trunk: Trunk, policy: SafeguardPolicy, *, foreign: str | None = None) -> None:
         self.why_none = "" if policy.rewind or policy.skip_nonfinite else "the policy asks for none"
+        self.why_no_rewind = (
+            f"{foreign}: what it keeps beside the model (its place in the data, a scaler, averages) could not go back"
+            if foreign
+            else ""
+        )
         self._trunk = trunk
         self._policy = policy
         self._states: list[GoodState] = []
@@ -137,8 +144,10 @@ class GoodStates:
         """Put back the latest state up to the step asked for, else the oldest, and lower the rates.
 
         Raises:
-            NotExecutableError: There is none.
+            NotExecutableError: There is none, or the run cannot go back.
         """
+        if self.why_no_rewind:
+            raise NotExecutableError(self.why_no_rewind)
         if not self._states:
             raise NotExecutableError(
                 f"no good state is kept: {self.why_none or 'the run was not healthy since its beginning'}"
@@ -152,14 +161,26 @@ class GoodStates:
         )
 
     def set_rate(self, command: SetLearningRate, step: int) -> RateSet:
-        """Multiply the rates, for good."""
+        """Multiply the rates, for good.
+
+        Raises:
+            NotExecutableError: A schedule that is not ours to change would set them back.
+        """
+        if command.card is not None and (why := why_no_rate(self._trunk)):
+            raise NotExecutableError(why)
         self._scale(command.factor)
-        return RateSet(step=step, factor=command.factor, rates=self._trunk.rates(), why=command.why)
+        return RateSet(
+            step=step, factor=command.factor, rates=self._trunk.rates(), why=command.why, card=command.card
+        )
 
     def set_clip(self, command: SetClip, step: int) -> ClipSet:
-        """Cap the gradient norm, or lift the cap."""
-        self._trunk.cap_norm = command.norm
-        return ClipSet(step=step, norm=command.norm, why=command.why)
+        """Cap the gradient norm, or lift the cap; a card's clipping stays, and replaces the user's own where that is laxer."""
+        trunk = self._trunk
+        if command.card is None:
+            trunk.cap_norm = command.norm
+        elif command.norm is not None:
+            trunk.clip_norm = command.norm if trunk.clip_norm is None else min(trunk.clip_norm, command.norm)
+        return ClipSet(step=step, norm=command.norm, why=command.why, card=command.card)
 
     # Norm statistics.
 
@@ -197,6 +218,16 @@ class GoodStates:
             scale_rates(group, factor)
         if self._trunk.scheduler is not None:
             scale_schedule(self._trunk.scheduler, factor)
+
+
+def why_no_rate(trunk: Trunk) -> str | None:
+    """Say why changed rates would not last; None where they do."""
+    if trunk.scheduler is None and any("initial_lr" in group for group in trunk.optimizer.param_groups):
+        return (
+            "a learning-rate scheduler drives the optimizer and automode was not given it, so that it would set the rates back; "
+            "give it as scheduler="
+        )
+    return None
 
 
 def _mend(name: str, layer: _NormBase, good: Mapping[str, Tensor]) -> bool:

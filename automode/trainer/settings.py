@@ -78,12 +78,12 @@ class Settings:
             )
         for name in ("max_epochs", "max_steps"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), least=1)
+                whole(name, getattr(self, name), least=1)
         if not isinstance(self.automode, bool):
             one_of("automode", self.automode, get_args(Mode), also="True (the same as 'act') or False")
         if not isinstance(self.session_dir, str | os.PathLike):
             raise UsageError(f"session_dir must be a path, got {type(self.session_dir).__name__}")
-        _whole("val_every_n_epochs", self.val_every_n_epochs, least=0)
+        whole("val_every_n_epochs", self.val_every_n_epochs, least=0)
         one_of("precision", self.precision, get_args(Precision))
         one_of("backend", self.backend, get_args(BackendName))
         self._check_backend_options()
@@ -94,15 +94,15 @@ class Settings:
             _flag(name, getattr(self, name))
         if self.clip_norm is not None and not (_number(self.clip_norm) and 0 < self.clip_norm < math.inf):
             raise UsageError(f"clip_norm must be a number above 0 or None, got {self.clip_norm!r}")
-        _whole("accumulate_grad_batches", self.accumulate_grad_batches, least=1)
+        whole("accumulate_grad_batches", self.accumulate_grad_batches, least=1)
         if self.log_every_n_steps is not None:
-            _whole("log_every_n_steps", self.log_every_n_steps, least=1)
+            whole("log_every_n_steps", self.log_every_n_steps, least=1)
         object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
         object.__setattr__(self, "metrics", check_metrics(self.metrics))
         object.__setattr__(self, "logger", check_loggers(self.logger))
         self._check_resuming()
         if self.seed is not None:
-            _whole("seed", self.seed, least=0, most=MAX_SEED)
+            whole("seed", self.seed, least=0, most=MAX_SEED)
 
     def _check_backend_options(self) -> None:
         options = self.backend_options
@@ -114,12 +114,12 @@ class Settings:
             )
         check_options(self.backend, {name: value for name, value in options.items() if name != "slots"})
         if "slots" in options:
-            _whole("slots", options["slots"], least=1)
+            whole("slots", options["slots"], least=1)
 
     def _check_resuming(self) -> None:
         if self.checkpoint_every is not None:
             cadence_of(self.checkpoint_every)
-        _whole("keep_checkpoints", self.keep_checkpoints, least=1)
+        whole("keep_checkpoints", self.keep_checkpoints, least=1)
         if self.resume is not None and not isinstance(self.resume, str | os.PathLike):
             raise UsageError(
                 f'resume must be the folder of a session, "auto" or None, got {type(self.resume).__name__}'
@@ -222,7 +222,12 @@ def _text(name: str, value: object) -> None:
         raise UsageError(f"{name} must be a string with a letter or digit in it, got {value!r}")
 
 
-def _whole(name: str, value: object, *, least: int, most: int | None = None) -> None:
+def whole(name: str, value: object, *, least: int, most: int | None = None) -> None:
+    """Check that a value is a whole number within bounds.
+
+    Raises:
+        UsageError: It is not.
+    """
     bounds = f"at least {least}" if most is None else f"from {least} to {most}"
     if (
         not isinstance(value, int)

@@ -1,7 +1,7 @@
 """What an optimizer does in somebody else's code, followed through its hooks: when it steps, on which gradients, and whether it may.
 
 With the guard on, gradients that are not finite are dropped when the optimizer is about to step, which makes that step a no-op;
-the code around it runs on as it stands. Without it nothing is written.
+the code around it runs on as it stands. Without it nothing is written. Steps by closure are followed, and neither guarded nor clipped.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class StepHooks:
         guarded: Says whether the guard is on.
         take: Takes the gradients' norm where the guard does not need to know it; None: the norms of the single gradients.
         stepped: Called after each step; None: nobody wants to know.
+        clips: Whether the trunk's ``clip_norm`` is to be kept here; no: whoever steps the optimizer does.
 
     Attributes:
         steps: Steps that the optimizer has been through so far, dropped ones included.
@@ -53,6 +54,7 @@ class StepHooks:
         *,
         take: Callable[[], Norm] | None = None,
         stepped: Callable[[], None] | None = None,
+        clips: bool = False,
     ) -> None:
         self.steps = 0
         self.began = False
@@ -63,6 +65,7 @@ class StepHooks:
         self._guarded = guarded
         self._take: Callable[[], Norm] = take or (lambda: grad_norms(trunk.parameters))
         self._stepped = stepped
+        self._clips = clips
         self._hooks = (
             trunk.optimizer.register_step_pre_hook(self._before),
             trunk.optimizer.register_step_post_hook(self._after),
@@ -79,25 +82,39 @@ class StepHooks:
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.began = True
-        if not self._guarded.guard:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        # A closure makes the gradients itself: they can be looked at afterwards, or by whoever knows when they are there.
+        if closure is None:
+            self.ready()
+
+    def ready(self) -> None:
+        """Know that the gradients are what the optimizer is about to step on: it does so, unless they must not reach the weights."""
+        trunk = self._trunk
+        clip, cap = trunk.clip_norm if self._clips else None, trunk.cap_norm
+        if clip is None and not self._guarded.guard:
             self.norm = self._take()
             return
-        norm = self.norm = float(total_norm(grad_norms(self._trunk.parameters)))
-        loss, cap = self.loss(), self._trunk.cap_norm
-        if loss is not None and not math.isfinite(loss):
-            self._drop(f"the loss is {loss}")
-        elif not math.isfinite(norm):
-            self._drop(f"the gradient norm is {norm}")
-        elif cap is not None and norm > cap:
-            torch.nn.utils.clip_grad_norm_(self._trunk.parameters, cap)
+        norm = self.norm = float(total_norm(grad_norms(trunk.parameters)))
+        largest = cap if clip is None else clip if cap is None else min(clip, cap)
+        if self._guarded.guard and self._must_not(norm):
+            for parameter in trunk.parameters:
+                parameter.grad = None
+        elif largest is not None and norm > largest:
+            torch.nn.utils.clip_grad_norm_(trunk.parameters, largest)
 
-    def _drop(self, why: str) -> None:
-        self.skipped = why
-        for parameter in self._trunk.parameters:
-            parameter.grad = None
+    def _must_not(self, norm: float) -> bool:
+        """Whether the step must not be made, and say why in :attr:`skipped`."""
+        loss = self.loss()
+        if loss is not None and not math.isfinite(loss):
+            self.skipped = f"the loss is {loss}"
+        elif not math.isfinite(norm):
+            self.skipped = f"the gradient norm is {norm}"
+        return bool(self.skipped)
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.steps += 1
+        if self.norm is None:
+            self.norm = self._take()
         if self._stepped is not None:
             self._stepped()
 

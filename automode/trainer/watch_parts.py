@@ -21,6 +21,7 @@ from automode.trainer.data_cursor import DataCursor
 from automode.trainer.evaluation import Evaluator
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.given_ids import GivenIds
+from automode.trainer.held_function import FunctionEvaluator, HeldOutFunction, unread
 from automode.trainer.heldout import HeldOut
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.per_sample import per_sample_twin
@@ -30,7 +31,7 @@ from automode.trainer.progress import Console
 from automode.trainer.random_state import forked_rng
 from automode.trainer.run_parts import RunParts
 from automode.trainer.sample_ledger import SampleLedger
-from automode.trainer.settings import Automode, Settings, device_of, one_of, policy_of
+from automode.trainer.settings import Automode, Settings, device_of, one_of, policy_of, whole
 from automode.trainer.steps import pair_step
 from automode.trainer.trunk import Trunk
 from automode.trainer.validation import Validation, resolve_slices
@@ -53,6 +54,7 @@ class WatchRequest:
     loss_fn: LossFn | None = None
     train: Iterable[Any] | None = None
     val: Any = None
+    val_samples: int | None = None
     scheduler: Any = None
     slices: Mapping[str, Any] | None = None
     total_steps: int | None = None
@@ -81,12 +83,12 @@ class WatchRequest:
             optimizer=self.optimizer,
             loss_fn=_unknown_loss if self.loss_fn is None else self.loss_fn,
             train_loader=Unread() if self.train is None else self.train,
-            val_loader=self.val,
+            val_loader=None if self._by_function else self.val,
             scheduler=self.scheduler,
-            slices=self.slices,
+            slices=None if self._by_function else self.slices,
         )
-        request.check(settings, own_step=True)
         self._check(settings)
+        request.check(settings, own_step=True)
         device = device_of("auto", list(self.model.parameters())[:1])
         seed = secrets.randbits(32) if self.seed is None else self.seed
         loader = RecordedLoader(request.train_loader)
@@ -102,9 +104,8 @@ class WatchRequest:
             loader=None,
         )
         with forked_rng():
-            held_out = None if self.val is None else HeldOut(self.val, device, seed)
+            held_out, evaluator = self._held_out(trunk, seed)
             slices = {} if held_out is None or not self.slices else resolve_slices(self.slices, held_out)
-        evaluator = None if held_out is None else _evaluator(trunk, held_out)
         return RunParts(
             settings=settings,
             request=request,
@@ -129,6 +130,35 @@ class WatchRequest:
             hand_written=HAND_WRITTEN,
             batch=None if self.batch_size is None else float(self.batch_size),
         )
+
+    @property
+    def _by_function(self) -> bool:
+        return callable(self.val) and not hasattr(self.val, "__iter__")
+
+    def _held_out(self, trunk: Trunk, seed: int) -> tuple[HeldOut | None, Evaluator | None]:
+        if self.val is None:
+            return None, None
+        if not self._by_function:
+            held_out = HeldOut(self.val, trunk.device, seed)
+            return held_out, Evaluator(
+                step_fn=trunk.step_fn,
+                batches=held_out.batches,
+                per_sample=per_sample_twin(trunk.loss_fn),
+                autocast=trunk.autocast,
+            )
+        assert self.val_samples is not None
+        function = HeldOutFunction(self.val_samples, seed)
+        evaluator = FunctionEvaluator(
+            step_fn=unread,
+            batches=function.batches,
+            per_sample=per_sample_twin(trunk.loss_fn),
+            autocast=trunk.autocast,
+            losses=self.val,
+            held_out=function,
+            seed=seed,
+        )
+        evaluator.scores(trunk.model, "A")  # a mistake shows now, and not at the end of the run
+        return function, evaluator
 
     def _settings(self) -> Settings:
         given: Any = self.optimizer
@@ -158,15 +188,21 @@ class WatchRequest:
                 f"{ENVIRONMENT} asks to resume {named}, and a loop of your own cannot be resumed by automode: its place in the "
                 "data is in your code; unset the variable and start the script afresh"
             )
-        if self.val is not None and self.loss_fn is None:
+        if self._by_function != (self.val_samples is not None):
+            raise UsageError(
+                "val_samples says how many samples a val that is a function of (model, ids) knows; give both, or a loader as val"
+            )
+        if self.val_samples is not None:
+            whole("val_samples", self.val_samples, least=2)
+        if self.slices and self.val is None:
+            raise UsageError("slices are subsets of the held-out samples; give val too")
+        if self.val is not None and not self._by_function and self.loss_fn is None:
             raise UsageError(
                 "val is a loader, and how the model is judged on its batches is not known; give loss_fn too, which is called as "
                 "loss_fn(outputs, targets)"
             )
-        if self.batch_size is not None and (
-            not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1
-        ):
-            raise UsageError(f"batch_size must be a whole number above 0, got {self.batch_size!r}")
+        if self.batch_size is not None:
+            whole("batch_size", self.batch_size, least=1)
         if settings.mode not in ("propose", "act"):
             return
         if self.total_steps is None:
@@ -193,15 +229,6 @@ class Unread:
 
     def __iter__(self) -> Iterator[Any]:
         raise DataError("watch was not given the training loader; give it as train=")
-
-
-def _evaluator(trunk: Trunk, held_out: HeldOut) -> Evaluator:
-    return Evaluator(
-        step_fn=trunk.step_fn,
-        batches=held_out.batches,
-        per_sample=per_sample_twin(trunk.loss_fn),
-        autocast=trunk.autocast,
-    )
 
 
 def _unknown_loss(*_: Any, **__: Any) -> NoReturn:

@@ -52,7 +52,7 @@ class WatchedLoop:
         self.ended: str | None = None
         self._trunk, self._probe = parts.trunk, parts.probe
         self._scaler = scaler
-        self._hooks = StepHooks(self._trunk, self.driver, take=self._norm, stepped=self._stepped)
+        self._hooks = StepHooks(self._trunk, self.driver, take=self._norm, stepped=self._stepped, clips=True)
         self._hooks.loss = self._loss_so_far
         self._parameters = trainable(self._trunk.model)
         self._total = parts.plan.total
@@ -91,7 +91,7 @@ class WatchedLoop:
 
     @property
     def skipped(self) -> str:
-        """Why the optimizer's step in the block that runs, or ran last, was dropped; empty where it was not."""
+        """Why the optimizer's step in the block that runs was dropped; empty where it was not."""
         return self._hooks.skipped
 
     # What the loop tells.

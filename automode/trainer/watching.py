@@ -83,7 +83,7 @@ class WatchedStep:
 
     @property
     def skipped(self) -> str:
-        """Why the optimizer's step in this block was dropped (its gradients are None then); empty where it was not."""
+        """Why the optimizer's step in the block that runs was dropped (its gradients are None then); empty where it was not."""
         return self._loop.skipped
 
     @property
@@ -241,6 +241,7 @@ def watch(
     loss_fn: Callable[..., Tensor] | None = None,
     train: Iterable[Any] | None = None,
     val: Any = None,
+    val_samples: int | None = None,
     scheduler: Any = None,
     scaler: torch.amp.GradScaler | None = None,
     slices: Mapping[str, Any] | None = None,
@@ -265,7 +266,10 @@ def watch(
         mode: ``observe``, ``propose``, ``act`` (``True``) or ``off`` (``False``), as :class:`automode.Trainer` has them.
         loss_fn: ``loss_fn(outputs, targets)``, for per-sample losses and for judging on ``val``.
         train: The training loader, for sample ids (:meth:`Watch.batches`) and scans. It is not iterated for anything else.
-        val: Held-out batches ``(inputs, targets)``, judged with ``loss_fn``.
+        val: Held-out batches ``(inputs, targets)``, judged with ``loss_fn``; or a function of (model, ids) that gives the loss of
+            each of these samples, lower is better. It is called with the model in evaluation mode and numbers below
+            ``val_samples``, and with the same random numbers each time.
+        val_samples: How many samples a function knows.
         scheduler: The learning-rate scheduler, which the loop steps; a rate that automode changes is changed in it too.
         scaler: The gradient scaler, so that steps which it leaves out are known as such.
         slices: Named subsets of ``val``, as for :meth:`automode.Trainer.fit`.
@@ -305,6 +309,7 @@ def watch(
         loss_fn=loss_fn,
         train=train,
         val=val,
+        val_samples=val_samples,
         scheduler=scheduler,
         slices=slices,
         total_steps=total_steps,

@@ -285,9 +285,9 @@ class World:
                     rates=(1e-3,),
                 )
             case SetLearningRate():
-                answer = RateSet(step=step, factor=body.factor, rates=(1e-3,), why=body.why)
+                answer = RateSet(step=step, factor=body.factor, rates=(1e-3,), why=body.why, card=body.card)
             case SetClip():
-                answer = ClipSet(step=step, norm=body.norm, why=body.why)
+                answer = ClipSet(step=step, norm=body.norm, why=body.why, card=body.card)
             case _:
                 raise AssertionError(f"no answer for {body.kind}")
         self.feed(answer, command.command_id)

@@ -28,6 +28,7 @@ from automode.planner.cards import PlanCard
 from automode.planner.policy import Policy
 from automode.planner.recipes import (
     Acceptance,
+    Adjustment,
     Asha,
     Base,
     Cost,
@@ -341,7 +342,19 @@ forks = st.builds(
     **common,
 )
 merge_cards = st.builds(PlanCard, action=st.just("merge"), merge_recipe=merges, budget_steps=steps, **common)
-cards = forks | merge_cards
+adjustments = st.builds(
+    Adjustment,
+    rate_factor=st.floats(1e-6, 100.0).filter(lambda factor: factor != 1.0),
+    clip_norm=st.none() | st.floats(1e-6, 1e6),
+)
+adjusting_cards = st.builds(
+    PlanCard,
+    action=st.just("adjust"),
+    adjustment=adjustments,
+    budget_steps=steps,
+    **(common | {"selection": st.just(SelectAll())}),
+)
+cards = forks | merge_cards | adjusting_cards
 
 
 # --------------------------------------------------------------------------------------------------------- round trips
@@ -566,6 +579,8 @@ def test_a_submission_may_leave_out_what_automode_fills_in() -> None:
     data = submission_from_yaml(SUBMISSION)
     assert list(data) == ["action", "selection", "training_recipe", "budget_steps", "asha"]
     assert data["selection"] == {"kind": "indices", "ids": [3, 5, 8]}
+    adjusting = submission_from_yaml("{action: adjust, adjustment: {rate_factor: 0.5}}")
+    assert adjusting["adjustment"] == {"rate_factor": 0.5}
     assert submission_from_yaml("{action: merge, merge_recipe: {kind: swa}}")["action"] == "merge"
     assert submission_from_yaml(GOLDEN)["id"] == "c7f3a1e0"
 
@@ -580,7 +595,7 @@ def test_a_submission_may_leave_out_what_automode_fills_in() -> None:
             SUBMISSION.replace("budget_steps: 50\n", ""),
             "budget_steps: is missing; expected a whole number at least 0",
         ),
-        (SUBMISSION.replace("action: fork\n", ""), "action: is missing; expected one of fork, merge"),
+        (SUBMISSION.replace("action: fork\n", ""), "action: is missing; expected one of fork, merge, adjust"),
         (
             SUBMISSION.replace("ids", "idx"),
             "line 2, column 28: selection.idx: unknown key, did you mean `ids`?",

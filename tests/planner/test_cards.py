@@ -20,6 +20,7 @@ FINAL = {
     CardState.INCONCLUSIVE,
     CardState.FAILED,
     CardState.ROLLED_BACK,
+    CardState.APPLIED,
 }
 
 
@@ -76,6 +77,11 @@ def test_nothing_runs_without_approval_and_nothing_is_adopted_without_evidence()
     assert {s for s, to in TRANSITIONS.items() if CardState.RUNNING in to} == {CardState.APPROVED}
     assert {s for s, to in TRANSITIONS.items() if CardState.ADOPTED in to} == {CardState.ACCEPTED}
     assert {s for s, to in TRANSITIONS.items() if CardState.ACCEPTED in to} == {CardState.RUNNING}
+
+
+def test_what_is_applied_without_evidence_is_never_called_adopted() -> None:
+    assert {s for s, to in TRANSITIONS.items() if CardState.APPLIED in to} == {CardState.RUNNING}
+    assert TRANSITIONS[CardState.APPLIED] == frozenset()
 
 
 def test_whatever_waits_can_be_refused_can_expire_and_can_go_stale() -> None:

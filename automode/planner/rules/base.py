@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from automode.planner.cards import Diagnostic, Reason, Risk
 from automode.planner.events import Clustered, Run, Scanned, Validated
 from automode.planner.policy import Policy
-from automode.planner.recipes import GateRecipe, MergeRecipe, SelectAll, Selection, TrainingRecipe
+from automode.planner.recipes import Adjustment, GateRecipe, MergeRecipe, SelectAll, Selection, TrainingRecipe
 
 if TYPE_CHECKING:
     from automode.planner.signals.suite import SignalSuite
@@ -40,12 +40,13 @@ class Proposal:
     """What a rule would do. Pacing turns it into a card, or holds it."""
 
     reason: Reason
-    action: Literal["fork", "merge"]
+    action: Literal["fork", "merge", "adjust"]
     because: str
     selection: Selection = SelectAll()
     training_recipe: TrainingRecipe | None = None
     gate_recipe: GateRecipe | None = None
     merge_recipe: MergeRecipe | None = None
+    adjustment: Adjustment | None = None
     risk: Risk = "low"
     diagnostics: Mapping[str, Diagnostic] = field(default_factory=dict)
 

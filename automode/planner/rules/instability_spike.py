@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from automode.planner.cards import Diagnostic, Reason
-from automode.planner.recipes import TrainingRecipe, Variant
+from automode.planner.recipes import Adjustment, TrainingRecipe, Variant
 from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.rules.execution import if_executable
 from automode.planner.signals.nonfinite import NonFiniteState, SteppingState
@@ -50,6 +50,7 @@ class InstabilitySpike:
                 diagnostics=_diagnostics(view),
             ),
             view,
+            otherwise=_calmer(view, spikes_only=kinds == {"burst"}),
         )
 
 
@@ -95,8 +96,7 @@ def _signs(view: View) -> Iterator[tuple[str, str]]:
 
 
 def _variants(view: View, *, spikes_only: bool) -> tuple[Variant, ...]:
-    ceiling = view.signals.grad_norm_z.ceiling
-    clip = None if ceiling is None or not 0.0 < ceiling < 1e9 else float(f"{ceiling:.3g}")
+    clip = _clip(view)
     half = Variant(name="half", lr_mul=0.5)
     quarter = Variant(name="quarter clipped" if clip else "quarter", lr_mul=0.25, clip_norm=clip)
     clipped = [Variant(name="clipped", clip_norm=clip)] if clip else []
@@ -109,6 +109,20 @@ def _variants(view: View, *, spikes_only: bool) -> tuple[Variant, ...]:
         rest.append(Variant(name="bf16", lr_mul=0.5, precision="bf16"))
     ordered = [*clipped, half, quarter, *rest] if spikes_only else [half, quarter, *clipped, *rest]
     return tuple(ordered[: view.policy.pacing.variants])
+
+
+def _clip(view: View) -> float | None:
+    """What was ordinary for the gradient norm; None where that is no measure for clipping."""
+    ceiling = view.signals.grad_norm_z.ceiling
+    return None if ceiling is None or not 0.0 < ceiling < 1e9 else float(f"{ceiling:.3g}")
+
+
+def _calmer(view: View, *, spikes_only: bool) -> Adjustment:
+    """What the first arm of the sweep would do to the trunk itself."""
+    clip = _clip(view)
+    if spikes_only and clip is not None:
+        return Adjustment(clip_norm=clip)
+    return Adjustment(rate_factor=0.5, clip_norm=clip)
 
 
 def _diagnostics(view: View) -> dict[str, Diagnostic]:

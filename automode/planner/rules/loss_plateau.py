@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from automode.planner.cards import Reason
-from automode.planner.recipes import TrainingRecipe, Variant
+from automode.planner.recipes import Adjustment, TrainingRecipe, Variant
 from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.rules.execution import if_executable
 from automode.planner.signals.trend import MIN_BLOCKS, BlockTrend, TrendState
@@ -72,6 +72,7 @@ class LossPlateau:
                 },
             ),
             view,
+            otherwise=Adjustment(rate_factor=DROPS[0].lr_mul),
         )
 
 

@@ -417,8 +417,15 @@ def test_what_cannot_be_watched_is_refused_with_what_to_do(
     refused("give batch_size=", mode="propose", total_steps=5)
     refused("give loss_fn too", val=made.held_out)
     refused("scaler must be a torch.amp.GradScaler", scaler=3)
-    refused("batch_size must be a whole number above 0, got 0", batch_size=0)
-    refused("pass val_loader", slices={"a": [1]})
+    refused("batch_size must be a whole number at least 1, got 0", batch_size=0)
+    refused("give val too", slices={"a": [1]})
+    refused("give both", val=lambda model, ids: ids)
+    refused("give both", val=made.held_out, val_samples=3)
+    refused(
+        "give slices as lists of numbers", val=lambda m, i: i, val_samples=9, slices={"a": lambda x, y: y > 0}
+    )
+    refused(r"shape \(2,\) for 4 samples", DataError, val=lambda m, i: [1.0, 2.0], val_samples=9)
+    refused("must give the loss of each sample", DataError, val=lambda m, i: "none", val_samples=9)
     monkeypatch.setenv("AUTOMODE_RESUME", "somewhere")
     refused("cannot be resumed by automode", NotExecutableError)
     assert not list(tmp_path.iterdir())
