@@ -15,20 +15,11 @@ from automode.errors import AutomodeError, ConflictError, UsageError
 from automode.planner.approval import PLANNER
 from automode.session import Record, Session
 from automode.session.inbox import post
+from automode.session.standing import why_nobody_hears
 from automode.session.writer_lock import held
 
 POLL: Final = 0.05
 """Seconds between two looks for an answer; the run looks five times a second, between two steps."""
-
-
-def nobody_hears(session: Session) -> str | None:
-    """Say why no run takes up requests to this session now; None where one does."""
-    ended = next(session.events(kind="run_ended"), None)
-    if ended is not None:
-        return f"the run ended at step {ended.body['step']} ({ended.body['why']}); nobody answers requests any more"
-    if not held(session.path):
-        return "no run is training this session now: it was killed, or its machine is another one"
-    return None
 
 
 def ask(session: Session, request: dict[str, Any], actor: str | None, wait: float) -> None:
@@ -45,7 +36,7 @@ def ask(session: Session, request: dict[str, Any], actor: str | None, wait: floa
         AutomodeError: The run refused the request.
     """
     if next(session.events(kind="run_ended"), None) is not None:
-        raise ConflictError(str(nobody_hears(session)))
+        raise ConflictError(str(why_nobody_hears(session)))
     posted, answer = post_and_wait(session, request, actor, wait)
     if answer is None:
         then = "the run takes it up between two steps"

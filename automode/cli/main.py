@@ -70,6 +70,12 @@ COMMANDS: Mapping[str, CommandSource] = {
         plan="Show the cards that wait for you, and save one (exit code 2 when one waits).",
         apply="Let a saved card run, as it was saved or as you have edited it.",
     ),
+    **_from(
+        "control",
+        ctl="Pause, step, stop, test, change or check a run that trains in another process.",
+        ls="List the sessions under a folder (automode-runs), the newest last, and what each run does.",
+        status="Say whether a session's run trains, is paused, is held, has ended or was killed.",
+    ),
     **_from("resuming", resume="Go on with a stopped run: its own command line, run again."),
     **_from(
         "signals",

@@ -15,7 +15,7 @@ from typing import Any, Final
 import click
 
 from automode.cli.answering import actor_option, edit_of, note_option, tell_difference, told
-from automode.cli.asking import answer_to, news, nobody_hears, post_and_wait
+from automode.cli.asking import answer_to, news, post_and_wait
 from automode.cli.reading import ASKS, CARDS_WAIT
 from automode.cli.sessions import card_of, find_card, session_argument, session_named
 from automode.cli.tables import duration, safe
@@ -26,6 +26,7 @@ from automode.planner.yaml_text import shown
 from automode.session import CardRow, LineageRow, Record, Session
 from automode.session.durable_files import replace_synced
 from automode.session.inbox import withdraw
+from automode.session.standing import why_nobody_hears
 
 TIMEOUT: Final = 60.0
 """Seconds that ``apply`` waits for each answer: an evaluation between two steps may take a while."""
@@ -58,7 +59,7 @@ def plan(context: click.Context, session: Path, card: str | None, out: Path | No
             click.echo(safe(card_summary(card_of(row))))
             for line in _remarks(opened, row, lineage):
                 click.echo(f"  {line}")
-        silent = (nobody_hears(opened) or _no_card_runs(opened)) if waiting else None
+        silent = (why_nobody_hears(opened) or _no_card_runs(opened)) if waiting else None
     if out is not None:
         _save(waiting, out, session, card)
     elif not waiting and card is None:
@@ -141,7 +142,7 @@ def apply(file: str, session: str | None, yes: bool, timeout: float, note: str, 
             tell_difference(changed)
         else:
             click.echo(f"as recorded: revision {now.rev}, no changes")
-        silent = nobody_hears(opened)
+        silent = why_nobody_hears(opened)
         if silent is not None:
             raise ConflictError(f"nothing was asked: {silent}")
         _confirm(now, yes)

@@ -26,12 +26,15 @@ from automode.planner.events import (
     ClipSet,
     Clustered,
     CommandFailed,
+    Controlled,
     Decided,
     Diagnosed,
     Envelope,
     Evaluated,
     GateFitted,
+    HealthChecked,
     Input,
+    LengthSet,
     Merged,
     RateSet,
     Resolved,
@@ -44,6 +47,7 @@ from automode.planner.events import (
     Scanned,
     SessionStarted,
     Snapshotted,
+    Tested,
     TrialFailed,
     TrialReported,
     TrialsNoted,
@@ -146,10 +150,10 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
                 observing.look(state, out)
         case Acknowledged():
             lifecycle.charge(state, "evaluate", body.passes, card=body.card)
-        case Checkpointed():
-            pass  # what a later event refers to; nothing is decided on it
-        case Resumed():
-            resuming.resumed(state, body, out)
+        case Checkpointed() | Controlled() | Tested() | HealthChecked():
+            pass  # told to people, or what a later event refers to; nothing is decided on it
+        case Resumed() | LengthSet():
+            resuming.told(state, body, out)
         case TrunkEnded():
             lifecycle.trunk_ended(state, body, out)
         case RunEnded():

@@ -8,7 +8,7 @@ from automode.engine import observing
 from automode.engine.emission import Emission
 from automode.engine.state import State
 from automode.errors import ReplayDifferenceError
-from automode.planner.events import Envelope, Evaluate, Resumed, Weights
+from automode.planner.events import Envelope, Evaluate, LengthSet, Resumed, Weights
 
 
 def skip(state: State, body: Resumed, event: Envelope) -> None:
@@ -27,7 +27,15 @@ def skip(state: State, body: Resumed, event: Envelope) -> None:
     state.attempt = body.attempt
 
 
-def resumed(state: State, body: Resumed, out: Emission) -> None:
+def told(state: State, body: Resumed | LengthSet, out: Emission) -> None:
+    """Hear that the run goes on from a checkpoint, or that a person has set another length."""
+    if isinstance(body, Resumed):
+        _resumed(state, body, out)
+    else:
+        _lengthen(state, body.total_steps)
+
+
+def _resumed(state: State, body: Resumed, out: Emission) -> None:
     """Go on as if nothing had happened where the rows will be the same; else start the signals anew.
 
     A look at val-B is paid for once: an exact run looks at the same candidate again and sees the same (see :func:`next_look`),
@@ -63,7 +71,7 @@ def next_look(state: State, weights: Weights, control: Weights) -> int:
 
 
 def _lengthen(state: State, total_steps: int) -> None:
-    """Let the compute grow with the run; its cadences stay, since they are what its signals were set up for."""
+    """Let the compute grow (or shrink) with the run; its cadences stay, since they are what its signals were set up for."""
     assert state.run is not None
     state.run = state.run.model_copy(update={"total_steps": total_steps})
     state.ledger.total = max(1, round(total_steps * state.passes_per_step))

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from pydantic import TypeAdapter
 
+from automode.planner.attempts import Checkpointed, Resumed
 from automode.planner.commands import (
     Adopt,
     AskApproval,
@@ -38,6 +39,7 @@ from automode.planner.commands import (
     StopRun,
     StopTrial,
 )
+from automode.planner.controls import Controlled, HealthChecked, LengthSet, Tested
 from automode.planner.facts import (
     BudgetReleased,
     BudgetReserved,
@@ -57,7 +59,6 @@ from automode.planner.facts import (
 from automode.planner.inputs import (
     Acknowledged,
     Adopted,
-    Checkpointed,
     CommandFailed,
     Decided,
     Evaluated,
@@ -67,7 +68,6 @@ from automode.planner.inputs import (
     Merged,
     Mode,
     Resolved,
-    Resumed,
     RolledBack,
     Run,
     RunEnded,
@@ -103,6 +103,7 @@ __all__ = [
     "Clustered",
     "Command",
     "CommandFailed",
+    "Controlled",
     "CooldownSet",
     "Decided",
     "Diagnose",
@@ -114,7 +115,9 @@ __all__ = [
     "FitGate",
     "GateFitted",
     "Group",
+    "HealthChecked",
     "Input",
+    "LengthSet",
     "LineageGrew",
     "Merge",
     "Merged",
@@ -146,6 +149,7 @@ __all__ = [
     "StopRun",
     "StopTrial",
     "Task",
+    "Tested",
     "TrialDecided",
     "TrialFailed",
     "TrialReported",

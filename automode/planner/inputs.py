@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from automode.planner.attempts import Checkpointed, Resumed
+from automode.planner.controls import Controlled, HealthChecked, LengthSet, Tested
 from automode.planner.interventions import ClipSet, Diagnosed, RateSet, Rewound
 from automode.planner.recipes import Digest, Part, Variant
 from automode.planner.scans import Clustered, Scanned
@@ -268,34 +270,6 @@ class Acknowledged(Part):
     passes: float = Field(default=0.0, ge=0, description="spent by what was given up")
 
 
-class Checkpointed(Part):
-    """The run's complete state at a step boundary is durable: it can be taken up from here."""
-
-    kind: Literal["checkpointed"] = "checkpointed"
-    checkpoint: Digest
-    step: int
-    why: str
-
-
-class Resumed(Part):
-    """The run was taken up from a checkpoint; what the log held after ``at_seq`` is out of the story."""
-
-    kind: Literal["resumed"] = "resumed"
-    checkpoint: Digest
-    at_seq: int = Field(ge=1, description="the checkpointed event that the run goes on from")
-    step: int
-    attempt: int = Field(ge=2)
-    exact: bool = Field(description="what follows equals the run that was cut, bit for bit")
-    why_approximate: str | None = None
-    looks: tuple[str, ...] = Field(
-        default=(),
-        description="what each look at val-B was at, by its number, superseded ones included (engine.resuming.looked_at)",
-    )
-    total_steps: int | None = Field(
-        default=None, ge=0, description="steps of the run, where it was made longer than it was begun"
-    )
-
-
 class TrunkEnded(Part):
     """The trunk has taken its last training step; what is pending is brought to an end."""
 
@@ -311,6 +285,10 @@ class RunEnded(Part):
     step: int
     why: str
     weights: Digest | None = None
+    early: bool = Field(
+        default=False,
+        description="a person stopped it before its length; it can be taken up from its last checkpoint",
+    )
 
 
 Input = Annotated[
@@ -337,6 +315,10 @@ Input = Annotated[
     | Safeguarded
     | Acknowledged
     | Checkpointed
+    | Controlled
+    | LengthSet
+    | Tested
+    | HealthChecked
     | Resumed
     | TrunkEnded
     | RunEnded,

@@ -20,7 +20,7 @@ class Rewound(Part):
 
 
 class RateSet(Part):
-    """Answer to SetLearningRate."""
+    """Answer to SetLearningRate, or what a person has set."""
 
     kind: Literal["rate_set"] = "rate_set"
     step: int
@@ -28,6 +28,7 @@ class RateSet(Part):
     rates: tuple[float, ...]
     why: str
     card: str | None = None
+    actor: str | None = Field(default=None, description="who set it; null: a safeguard")
 
 
 class ClipSet(Part):

@@ -14,8 +14,9 @@ _CHECKPOINTED, _ENDED = "checkpointed", "run_ended"
 
 
 def is_finished(session: Session) -> bool:
-    """Tell whether a run has come to its end: only then are its final weights stored."""
-    return any(record.body.get("weights") is not None for record in session.events(_ENDED))
+    """Tell whether a run has come to its end: then its final weights are stored, and nobody had stopped it early."""
+    ended = [record.body for record in session.events(_ENDED)]
+    return any(body.get("weights") is not None and not body.get("early") for body in ended)
 
 
 def checkpointed(session: Session) -> list[Record]:

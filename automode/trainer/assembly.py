@@ -128,6 +128,7 @@ def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
                     why_approximate=point.why_approximate,
                     looks=earlier.looks,
                     total_steps=None if total == run.total_steps else total,
+                    actor=point.actor,
                 ),
                 found.commands,
                 kept=point.driver,

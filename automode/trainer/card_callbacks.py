@@ -19,6 +19,7 @@ from automode.planner.cards import CardState, PlanCard, difference
 from automode.planner.events import Decided, Verb
 from automode.session.inbox import post
 from automode.trainer.random_state import forked_rng
+from automode.trainer.requests_desk import Request
 from automode.trainer.user_warning import warn_user
 
 ACTOR: Final = "callback"
@@ -154,7 +155,7 @@ class CardCallbacks:
         self._log = log
         self._earlier: dict[str, dict[str, Decided]] = {}
 
-    def again(self, requests: Iterable[tuple[int, Decided]]) -> list[tuple[int, Decided]]:
+    def again(self, requests: Iterable[tuple[int, Request]]) -> list[tuple[int, Request]]:
         """Keep what callbacks decided in an earlier attempt of the run, to be followed when its card is made again.
 
         Args:
@@ -164,11 +165,11 @@ class CardCallbacks:
             Those that are not callbacks'.
         """
         others = []
-        for rows, decided in requests:
-            if decided.request.startswith(_OWN) and decided.card is not None:
-                self._earlier.setdefault(decided.card, {})[decided.request] = decided
+        for rows, request in requests:
+            if isinstance(request, Decided) and request.request.startswith(_OWN) and request.card is not None:
+                self._earlier.setdefault(request.card, {})[request.request] = request
             else:
-                others.append((rows, decided))
+                others.append((rows, request))
         return others
 
     def decided(self, state: State) -> list[Decided]:

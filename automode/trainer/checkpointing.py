@@ -16,11 +16,12 @@ from automode.session import Session
 from automode.session.checkpoints import CheckpointStore
 from automode.trainer import run_state
 from automode.trainer.cadence import Cadence, cadence_of
+from automode.trainer.control import Control
 from automode.trainer.loop import Loop
 from automode.trainer.run_parts import RunParts
 from automode.trainer.stop_signals import StopSignals
 
-Why = Literal["periodic", "best", "signal", "error", "pause", "end"]
+Why = Literal["periodic", "best", "signal", "error", "pause", "stop", "asked", "end"]
 
 KIND = "run"
 """Manifest entry of a run's complete state, by which it is told from snapshots."""
@@ -53,8 +54,30 @@ def keeper_of(parts: RunParts, loop: Loop, observer: object) -> CheckpointKeeper
     )
 
 
-def run_keeping(loop: Loop, keeper: CheckpointKeeper) -> None:
-    """Run the loop to its end, storing the state as it goes and stopping for signals.
+class Attending(Protocol):
+    """Carries out a person's orders between two steps."""
+
+    signals: StopSignals
+
+    def begin(self) -> bool:
+        """Before the first step; tells whether to train."""
+        ...
+
+    def attend(self) -> bool:
+        """Do what is due; tells whether to train on."""
+        ...
+
+
+def run_attended(loop: Loop, attending: Attending, control: Control) -> None:
+    """Run the loop to its end without storing its state."""
+    going = attending.begin()
+    for _ in loop.steps() if going else ():
+        if loop.batches >= control.wake and not attending.attend():
+            return
+
+
+def run_keeping(loop: Loop, keeper: CheckpointKeeper, attending: Attending, control: Control) -> None:
+    """Run the loop to its end, storing the state as it goes, stopping for signals, and attending to a person's orders.
 
     Raises:
         KeyboardInterrupt: SIGINT came.
@@ -63,8 +86,12 @@ def run_keeping(loop: Loop, keeper: CheckpointKeeper) -> None:
     loop.epoch_ended = keeper.after_epoch
     with StopSignals() as signals:
         keeper.heed(signals)
+        attending.signals = signals
         try:
-            for _ in loop.steps():
+            going = attending.begin()
+            for _ in loop.steps() if going and signals.received is None else ():
+                if loop.batches >= control.wake and not attending.attend():
+                    return
                 keeper.after_step()
         except Exception:
             # A terminal sends Ctrl-C to a loader's workers too, and without them the next batch may never come.
@@ -109,6 +136,7 @@ class CheckpointKeeper:
         self._signals = StopSignals()
         self._warned = False
         self._last_seq = 0
+        self._stored_last: tuple[int, str] | None = None
         self._first = self._at_step = loop.batches
         self._at_time = clock()
 
@@ -120,6 +148,8 @@ class CheckpointKeeper:
             best: The validation metric of the best so far.
         """
         for digest, why in stored:
+            if why == "asked":
+                continue  # a person's, to stay
             if why == "best" and best is not None:
                 if self._best is not None:
                     self._kept.append(self._best[0])
@@ -146,7 +176,7 @@ class CheckpointKeeper:
         if self._signals.received is not None:
             self.stop()
         elif self._loop.over:
-            self.save("end")
+            self.save_once("end")
         elif self._cadence.unit == "steps":
             if self._loop.batches - self._at_step >= self._cadence.amount:
                 self.save("periodic")
@@ -229,10 +259,21 @@ class CheckpointKeeper:
             self._tell(f"checkpoint {digest[:19]} is stored, but the session could not record it")
             return None
         self._warned = False
-        if why != "best":
+        self._stored_last = (self._loop.batches, digest)
+        if why not in ("best", "asked"):
             self._kept.append(digest)
         self._tidy()
         return digest
+
+    @property
+    def at_this_step(self) -> str | None:
+        """The stored state of this very step; None where it is not stored."""
+        stored = self._stored_last
+        return stored[1] if stored is not None and stored[0] == self._loop.batches else None
+
+    def save_once(self, why: Why) -> str | None:
+        """Store the state unless that of this very step is stored."""
+        return self.at_this_step or self.save(why)
 
     def _stored(self, why: Why, doubts: list[str]) -> str:
         loop, trunk = self._loop, self._parts.trunk

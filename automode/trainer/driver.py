@@ -6,23 +6,21 @@ thread at step boundaries; a command is carried out only after the log that hold
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from automode.backends.base import Backend
-from automode.engine import State, handle
+from automode.engine import State
 from automode.errors import SessionError
 from automode.planner.events import (
-    BudgetReleased,
     Checkpointed,
     Decided,
     Envelope,
     Input,
     Mode,
     Resumed,
-    Rows,
     RunEnded,
     Safeguarded,
     TrunkEnded,
@@ -31,7 +29,7 @@ from automode.session import SessionStore
 from automode.session.logs import SessionLog
 from automode.trainer.agenda import stride_of
 from automode.trainer.card_callbacks import CardCallback, CardCallbacks
-from automode.trainer.clock import Clock, ShiftedClock, SystemClock
+from automode.trainer.clock import Clock, SystemClock
 from automode.trainer.earlier import Earlier, is_usable
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.executor import Executor
@@ -39,11 +37,10 @@ from automode.trainer.narrator import Narrator
 from automode.trainer.observation_block import Block
 from automode.trainer.performer import Performer
 from automode.trainer.recorder import Recorder
-from automode.trainer.requests_desk import RequestsDesk
+from automode.trainer.requests_desk import REQUEST, RequestsDesk
+from automode.trainer.scribe import Scribe
 from automode.trainer.spending import Spending
 from automode.trainer.steps import OVERFLOWED
-
-TRUNK = "trunk"
 
 
 class Driver:
@@ -65,6 +62,10 @@ class Driver:
     Attributes:
         limit: Step that the trunk may train up to; shrinks as automode spends.
         stop_requested: Why training should end at the next boundary, or None.
+        stopped_by: The person who asked for that, or None.
+        performer: As given.
+        requests: Requests from other processes, and those of earlier attempts.
+        scribe: Tells the fold what happens, and writes it.
     """
 
     def __init__(
@@ -85,16 +86,17 @@ class Driver:
         self.state = state
         self.limit = total_steps
         self.stop_requested: str | None = None
+        self.stopped_by: str | None = None
         self._guard = guard
         self._spending = Spending(state, total_steps, within=within)
         self._store = store
         self._session_log = log
         self._log = log.logger
-        self._performer = performer
+        self.performer = performer
         self._narrator = narrator
-        self._clock: Clock = clock or SystemClock()
+        self._clock = clock = clock or SystemClock()
         self._recorder = Recorder(store, log.logger)
-        self._requests = RequestsDesk(store.path, log.logger)
+        self.requests = RequestsDesk(store.path, log.logger)
         self._callbacks = CardCallbacks(on_card, state, store.path, log.logger)
         self._executor = Executor(
             performer=performer,
@@ -102,12 +104,21 @@ class Driver:
             narrator=narrator,
             session=store.path,
             log=log.logger,
-            clock=self._clock,
+            clock=clock,
         )
         self._agenda, self._trials = self._executor.agenda, self._executor.trials
+        self.scribe = Scribe(
+            state,
+            store,
+            recorder=self._recorder,
+            narrator=narrator,
+            requests=self.requests,
+            agenda=self._agenda,
+            clock=clock,
+            released=self._executor.ended,
+        )
         self._pumped_at = 0
         self._first_row = 0
-        self._shift = 0.0
         self._skipped = 0
         self._resumable = False
         self._closed = False
@@ -148,28 +159,20 @@ class Driver:
 
     def start(self, body: Input) -> None:
         """Begin the log."""
-        self._feed(body)
+        self.scribe.feed(body)
         self._settle(0)
-        self._performer.keep(self.state, 0)
+        self.performer.keep(self.state, 0)
 
     def block(self, block: Block) -> None:
         """Record a block of rows, and let the machine see it; what it asks for is carried out at the next boundary."""
-        values = block.rows
-        if self._shift:
-            values = values.copy()
-            values[:, block.names.index("time")] += self._shift
-        self._store.add_rows(TRUNK, self.state.attempt, block.names, values)
-        rows = Rows(first=self.state.rows, names=block.names, values=values)
-        _, facts, commands = handle(self.state, [rows])
-        if facts or commands:
-            self._take(facts, commands)
+        self.scribe.rows(block)
 
     def tick(self, step: int) -> bool:
         """Write what is due, and look into the inbox; tell whether somebody asks for something."""
         now = self._clock.mono()
-        if self._requests.poll(now, self._rows):
+        if self.requests.poll(now, self.rows):
             return True
-        self._write()
+        self.scribe.write()
         self._recorder.flush_if_due(now)
         return False
 
@@ -178,25 +181,25 @@ class Driver:
         now = self._clock.mono()
         self._trials.catch_up()
         since = step - self._pumped_at if self._trials.busy else 1
-        if self._requests.poll(now, self._rows):
-            for decided in self._requests.take(self._rows):
-                self._feed(decided)
+        if self.requests.poll(now, self.rows):
+            for decided in self.requests.take(self.rows):
+                self.scribe.feed(decided)
         self._settle(step)
         for command in self._agenda.due(step):
             if command.body.card in self.state.executions:
                 self._perform(command, step)
         for answer, command_id in self._trials.pump(max(1, since), step, self.state.cards):
-            self._feed(answer, command_id, effective_at=step)
+            self.scribe.feed(answer, command_id, effective_at=step)
         self._pumped_at = step
         self._settle(step)
         for decided in self._callbacks.decided(self.state):
-            self._feed(decided)
+            self.scribe.feed(decided)
             self._settle(step)
-        self._performer.keep(self.state, step)
+        self.performer.keep(self.state, step)
         self._recorder.flush_if_due(now)
 
     @property
-    def _rows(self) -> int:
+    def rows(self) -> int:
         """Rows since the run was begun or taken up."""
         return self.state.rows - self._first_row
 
@@ -208,15 +211,15 @@ class Driver:
             "limit": self.limit,
             "skipped": self._skipped,
             "pumped_at": self._pumped_at,
-            "requests": [[rows, body.model_dump_json()] for rows, body in self._requests.to_come(self._rows)],
+            "requests": [[rows, body.model_dump_json()] for rows, body in self.requests.to_come(self.rows)],
             "executor": self._executor.state(),
         }
 
     def checkpointed(self, digest: str, step: int, why: str) -> None:
         """Record that a checkpoint is durable: from this record on the run can be taken up from it."""
         self._resumable = True
-        self._feed(Checkpointed(checkpoint=digest, step=step, why=why), effective_at=step)
-        self._write()
+        self.scribe.feed(Checkpointed(checkpoint=digest, step=step, why=why), effective_at=step)
+        self.scribe.write()
 
     def not_stored(self, why: str) -> None:
         """Tell that the run's state could not be stored; training goes on."""
@@ -245,25 +248,53 @@ class Driver:
         Raises:
             SessionError: The log cannot be written.
         """
-        clock = ShiftedClock(self._clock, max(self.state.t_mono, self.state.row_time))
-        self._clock, self._shift = clock, clock.shift
+        self.scribe.go_on_at(max(self.state.t_mono, self.state.row_time))
         self._resumable = True
         self._recorder.supersede(body.at_seq)
-        envelope = self._enveloped(body, None, body.step)
-        rows = self._store.rows(TRUNK)
-        self._handle(replace(envelope, seq=self._store.next_seq, frame_cursor=rows, attempt=body.attempt))
-        self._write()
+        self.scribe.resumed(body, step=body.step, attempt=body.attempt)
+        self.scribe.write()
         if self._recorder.waiting:
             raise SessionError(
                 f"the session {self._store.path} cannot be written, so that it cannot be resumed"
             )
         self._first_row = self.state.rows
         self.limit, self._skipped, self._pumped_at = kept["limit"], kept["skipped"], kept["pumped_at"]
-        later = [(rows, Decided.model_validate_json(text)) for rows, text in kept["requests"]]
-        self._requests.again(self._callbacks.again([*later, *earlier.requests]))
+        if (
+            body.actor is None
+        ):  # else what was asked behind that state belongs to a story that somebody has left
+            later = [(rows, REQUEST.validate_json(text)) for rows, text in kept["requests"]]
+            self.requests.again(self._callbacks.again([*later, *earlier.requests]))
         self._trials.know(earlier, partial(is_usable, verify=verify, exact=body.exact))
         for answer, _ in self._executor.take_up(commands, self.state, body.step, kept["executor"], earlier):
-            self._feed(answer)
+            self.scribe.feed(answer)
+
+    # What a person asks of a run, carried out by the commander.
+
+    def decide(self, request: Decided, step: int) -> list[Envelope]:
+        """Follow a person's request about cards at once; returns the facts that are decided on it."""
+        facts = self.scribe.feed(request)
+        self._settle(step)
+        return facts
+
+    def set_length(self, total: int | None) -> None:
+        """Let the trunk train up to another step; None: the end is not known beforehand."""
+        self.limit += self._spending.set_total(sys.maxsize if total is None else total)
+        if self._spending.shortens:
+            self.limit = self._spending.limit
+
+    def detach(self) -> None:
+        """Close the session where it stands, to take it up again from an earlier state.
+
+        Raises:
+            SessionError: The log could not be written.
+        """
+        self._closed = True
+        self._agenda.end()
+        self._trials.close()
+        try:
+            self._recorder.close()
+        finally:
+            self._session_log.close()
 
     def let_go(self) -> None:
         """Close everything without another word in the log: the session could not be taken up."""
@@ -275,13 +306,15 @@ class Driver:
     def skipped(self, step: int, why: str) -> None:
         """The guard kept a non-finite step from the optimizer."""
         self._skipped += 1
-        self._feed(Safeguarded(step=step, what="overflowed" if why == OVERFLOWED else "skipped", why=why))
-        if mended := self._performer.mend():
+        self.scribe.feed(
+            Safeguarded(step=step, what="overflowed" if why == OVERFLOWED else "skipped", why=why)
+        )
+        if mended := self.performer.mend():
             told = f"the batch left out had spoilt {mended} of the layers with running statistics"
-            self._feed(Safeguarded(step=step, what="statistics_restored", why=told))
+            self.scribe.feed(Safeguarded(step=step, what="statistics_restored", why=told))
         if self._skipped >= self.state.policy.safeguards.stop_after_nonfinite:
             self.stop_requested = f"{self._skipped} steps in a row were not finite ({why})"
-            self._feed(Safeguarded(step=step, what="stopped", why=self.stop_requested))
+            self.scribe.feed(Safeguarded(step=step, what="stopped", why=self.stop_requested))
 
     def stepped(self) -> None:
         """An optimizer step was applied: the row of skipped ones is broken."""
@@ -289,9 +322,9 @@ class Driver:
 
     def validated(self, step: int, scores: PerSampleScores) -> None:
         """The user's validation came to this; val-A of it is for the signals, val-B is not looked at."""
-        body = self._performer.validated(step, scores)
+        body = self.performer.validated(step, scores)
         if body is not None:
-            self._feed(body)
+            self.scribe.feed(body)
             self._settle(step)
 
     def finish(self, step: int, why: str) -> None:
@@ -300,7 +333,7 @@ class Driver:
         Raises:
             SessionError: The end of the log could not be written; the model is complete all the same.
         """
-        self._feed(TrunkEnded(step=step, why=why))
+        self.scribe.feed(TrunkEnded(step=step, why=why))
         ending = self._agenda.end()
         self._settle(step)
         for command in ending:
@@ -308,8 +341,9 @@ class Driver:
                 self._perform(command, step)
                 self._settle(step)
         self._trials.close()
-        weights = self._performer.save_final(step)
-        self._feed(RunEnded(step=step, why=why, weights=weights))
+        weights = self.performer.save_final(step)
+        early = self.stopped_by is not None and self._resumable
+        self.scribe.feed(RunEnded(step=step, why=why, weights=weights, early=early))
         self._settle(step)
         self._closed = True
         try:
@@ -328,12 +362,12 @@ class Driver:
             why = f"{how}: {type(error).__name__}: {str(error)[:500]}"
             (self._log.info if how == "stopped" else self._log.error)(f"run_{how}", step=step, why=why)
             if not self.state.trunk_ended:
-                self._feed(TrunkEnded(step=step, why=why))
+                self.scribe.feed(TrunkEnded(step=step, why=why))
             if not self.state.ended:
-                self._feed(RunEnded(step=step, why=why))
+                self.scribe.feed(RunEnded(step=step, why=why))
             self._recorder.write()
             if not self._recorder.waiting:
-                self._requests.clear()
+                self.requests.clear()
             self._recorder.close()
         except Exception as second:
             self._log.error("session_not_closed", error=f"{type(second).__name__}: {second}")
@@ -342,44 +376,10 @@ class Driver:
 
     # Events in, commands out.
 
-    def _feed(self, body: Input, command_id: str | None = None, effective_at: int | None = None) -> None:
-        self._handle(self._enveloped(body, command_id, effective_at))
-
-    def _enveloped(self, body: Input, command_id: str | None, effective_at: int | None) -> Envelope:
-        return Envelope(
-            seq=self.state.next_seq,
-            role="input",
-            body=body,
-            command_id=command_id,
-            frame_cursor=self.state.rows,
-            effective_at=effective_at,
-            t_wall=self._clock.wall(),
-            t_mono=self._clock.mono(),
-            attempt=self.state.attempt,
-        )
-
-    def _handle(self, envelope: Envelope) -> None:
-        _, facts, commands = handle(self.state, [envelope])
-        self._take([envelope, *facts], commands)
-
-    def _take(self, told: list[Envelope], commands: list[Envelope]) -> None:
-        envelopes = sorted((*told, *commands), key=lambda e: e.seq)
-        self._recorder.add(self.state, envelopes)
-        for envelope in envelopes:
-            self._narrator.tell(envelope, self.state)
-            if isinstance(envelope.body, BudgetReleased):
-                self._executor.ended(envelope.body.card)
-
-    def _write(self) -> None:
-        """Make what was decided durable; the commands in it wait for the next boundary."""
-        self._agenda.add(self._recorder.write())
-        if not self._recorder.waiting:
-            self._requests.clear()
-
     def _settle(self, step: int) -> None:
         """Write, perform, and go on until nothing is left to do."""
         while True:
-            self._write()
+            self.scribe.write()
             command = self._agenda.pop()
             if command is None:
                 break
@@ -393,5 +393,5 @@ class Driver:
     def _perform(self, command: Envelope, step: int) -> None:
         """Carry out one command; its answers are events."""
         for answer, command_id in self._executor.perform(command, self.state, step):
-            self._feed(answer, command_id, effective_at=step)
+            self.scribe.feed(answer, command_id, effective_at=step)
         self.stop_requested = self.stop_requested or self._executor.stop

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from automode.engine.resuming import looks_of
 from automode.errors import SessionCorruptError, SessionError
+from automode.planner.controls import AGAIN
 from automode.planner.events import (
+    Controlled,
     Decided,
     Evaluate,
     Resolved,
@@ -22,6 +24,7 @@ from automode.planner.events import (
 )
 from automode.session import Record, Session
 from automode.session.replaying import to_envelope
+from automode.trainer.requests_desk import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,8 @@ class Earlier:
         looks: What each look at val-B was at, superseded ones included.
         answers: What segments came to behind the checkpoint, by :func:`key_of` their command.
         notes: What was said of trials behind the checkpoint, and at which step of the trunk, in order.
-        requests: What people asked behind the checkpoint: rows since, and the request, in order.
+        requests: What people asked behind the checkpoint, and what they changed: rows since, and the request, in order. What was
+            asked before somebody had an earlier state loaded belongs to what was left behind.
         rests: Steps without a scan that a scan behind the checkpoint asked for, by its kind and step.
         resolved: How each card's selection was resolved, up to the checkpoint.
     """
@@ -51,7 +55,7 @@ class Earlier:
     looks: tuple[str, ...]
     answers: Mapping[str, Answer]
     notes: tuple[tuple[int, TrialsNoted], ...]
-    requests: tuple[tuple[int, Decided], ...]
+    requests: tuple[tuple[int, Request], ...]
     rests: Mapping[tuple[str, int], int]
     resolved: Mapping[str, Resolved]
 
@@ -103,7 +107,7 @@ def read_earlier(session: Session, at_seq: int) -> Earlier:
     }
     answers: dict[str, Answer] = {}
     notes: list[tuple[int, TrialsNoted]] = []
-    requests: dict[str, tuple[int, Decided]] = {}
+    requests: dict[str, tuple[int, Request]] = {}
     rests: dict[tuple[str, int], int] = {}
     for rows, record in _since(session, at_seq):
         attempt = max(attempt, record.attempt)
@@ -117,6 +121,11 @@ def read_earlier(session: Session, at_seq: int) -> Earlier:
         elif record.kind == "decided":
             decided = Decided.model_validate(record.body)
             requests.setdefault(decided.request, (rows, decided))
+        elif record.kind == "controlled" and record.body["refused"] is None and record.body["verb"] in AGAIN:
+            ordered = Controlled.model_validate(record.body)
+            requests.setdefault(ordered.request, (rows, ordered))
+        elif record.kind == "resumed" and record.body.get("actor") is not None:
+            requests.clear()
         elif "rest" in record.body and record.effective_at is not None:
             rests[(record.kind, record.effective_at)] = int(record.body["rest"])
     return Earlier(

@@ -7,6 +7,7 @@ from the loader on, a few levels deep, and is taken and put back in place: no ob
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Iterator, Mapping
@@ -98,6 +99,7 @@ class LiveState:
                 missing.append(f"{path} no longer saves itself")
             elif samplers or not isinstance(value, Sampler):
                 value.load_state_dict(state)
+        self._as_at_first(parts["values"])
         for path, values in parts["values"].items():
             target = self._objects.get(path)
             if target is None:
@@ -106,6 +108,14 @@ class LiveState:
             for name, value in values.items():
                 vars(target)[name] = value
         return missing
+
+    def _as_at_first(self, kept: Mapping[str, Mapping[str, Any]]) -> None:
+        """Undo changes of attributes that had not changed when the parts were taken."""
+        for path, first in self._at_first.items():
+            target = vars(self._objects[path])
+            for name, value in first.items():
+                if name not in kept.get(path, {}) and _differs(target.get(name, _ABSENT), value):
+                    target[name] = _copied(value)
 
     def _saved(self) -> dict[str, Any]:
         """States of what saves itself; one that fails, or gives what only unpickling could read, must not end the run."""
@@ -193,6 +203,10 @@ def _plain_attributes(value: Any) -> dict[str, Any]:
             elif isinstance(item, list) and all(type(part) in (int, float) for part in item):
                 found[name] = list(item)
     return found
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
 def _differs(now: Any, before: Any) -> bool:

@@ -78,6 +78,8 @@ class Loop:
     Attributes:
         epoch: The running epoch, from 0; at the end, how many were trained on to their end.
         batches: Batches trained on.
+        plan: How long to train; may be replaced between two steps.
+        train: As given.
         history: What each epoch came to.
         reason: Why the run ended; empty until it has.
         cursor: As given.
@@ -104,12 +106,12 @@ class Loop:
         self.batches = 0
         self.history = History()
         self.reason = ""
-        self._plan = plan
+        self.plan = plan
         self._trunk = trunk
         self.cursor = cursor
         self.phase = "between"
         self.epoch_ended: Callable[[], None] = _nothing
-        self._train = train
+        self.train = train
         self._probe = probe
         self._observer = observer
         self._schedule = schedule
@@ -139,8 +141,8 @@ class Loop:
         self._due = self._clock() + TICK_SECONDS
         self.cursor.go_on()
         cut = self.cursor.read > 0
-        while cut or (not self.over and self.epoch != self._plan.max_epochs):
-            short = cut and self.over and self.cursor.read != self._plan.steps_per_epoch
+        while cut or (not self.over and self.epoch != self.plan.max_epochs):
+            short = cut and self.over and self.cursor.read != self.plan.steps_per_epoch
             cut = False
             complete = False if short else (yield from self.companions.heard(self._steps_of_epoch()))
             if complete and not self.cursor.read:
@@ -165,7 +167,7 @@ class Loop:
             "warned": self._warned,
             "skipping": self._skipping,
             "schedule": self._schedule.state(),
-            "train": self._train.state(),
+            "train": self.train.state(),
             "cursor": self.cursor.state(),
             "companions": self.companions.state(),
         }
@@ -178,14 +180,14 @@ class Loop:
         self._validated_at = int(state["validated_at"])
         self._warned, self._skipping = bool(state["warned"]), bool(state["skipping"])
         self._schedule.load(state["schedule"])
-        self._train.load(state["train"])
+        self.train.load(state["train"])
         if "companions" in state:
             for what in self.companions.load(state["companions"]):
                 warn_user(f"resume: {what}")
 
     def close(self) -> None:
         """Leave the user's objects as they were."""
-        self._train.close()
+        self.train.close()
         self.companions.close()
 
     def flush(self) -> None:
@@ -195,9 +197,9 @@ class Loop:
     def _steps_of_epoch(self) -> Any:
         """Train on one pass of the loader; True when it was a whole one."""
         trunk, observer, schedule, clock = self._trunk, self._observer, self._schedule, self._clock
-        train, record, cursor = self._train, self._probe.record, self.cursor
+        train, record, cursor = self.train, self._probe.record, self.cursor
         ids_of_batch = cursor.loader.ids_of_batch
-        average, epoch, last = self._average, self.epoch, self._plan.steps_per_epoch
+        average, epoch, last = self._average, self.epoch, self.plan.steps_per_epoch
         stride = observer.stride
         self.companions.epoch_begins(anew=not cursor.read)
         optimizer = trunk.optimizer
@@ -254,7 +256,7 @@ class Loop:
     @property
     def writing(self) -> bool:
         """Whether the training step that runs has begun to write to the weights."""
-        return self.phase == "forward" and self._train.began
+        return self.phase == "forward" and self.train.began
 
     @property
     def over(self) -> bool:
@@ -264,9 +266,9 @@ class Loop:
     def _why(self) -> str:
         if self._observer.stop_requested is not None:
             return self._observer.stop_requested
-        if self.epoch == self._plan.max_epochs:
+        if self.epoch == self.plan.max_epochs:
             return "max_epochs"
-        if self._trunk.step == self._plan.max_steps:
+        if self._trunk.step == self.plan.max_steps:
             return "max_steps"
         return "budget"
 
@@ -284,10 +286,10 @@ class Loop:
             self._hand_over()
             if not self._observer.tick(self._trunk.step):
                 return
-        self._boundary()
+        self.boundary()
 
-    def _boundary(self) -> None:
-        """Hand over the rows, then let whatever is due happen."""
+    def boundary(self) -> None:
+        """Hand over the rows, then let whatever is due happen; between two steps."""
         self._hand_over()
         self._observer.boundary(self._trunk.step)
         self._schedule.charge(self.batches, self._observer.charged_steps)
@@ -312,10 +314,10 @@ class Loop:
         )
 
     def _end_epoch(self, complete: bool) -> None:
-        self._boundary()
+        self.boundary()
         if complete:
             self._schedule.after_epoch(self.batches, self._observer.charged_steps)
-        every = self._plan.validate_every
+        every = self.plan.validate_every
         train_loss, history = self._losses.take(), self.history
         self.companions.epoch_trained(train_loss)
         found = self._validate() if complete and every and (self.epoch + 1) % every == 0 else None
@@ -343,7 +345,7 @@ class Loop:
 
     def _validate_last(self) -> None:
         """A run that validates and was cut short says how good its end is."""
-        if not self._plan.validate_every or not self.history.epoch:
+        if not self.plan.validate_every or not self.history.epoch:
             return
         found = self._validate()
         if found is not None:

@@ -154,7 +154,7 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
                 f"{_rates(body.rates)}"
             )
         case RateSet():
-            return f"safeguard: rates times {body.factor:g} from here: {_rates(body.rates)} ({body.why})"
+            return _rate_set(body)
         case ClipSet(norm=None):
             return f"safeguard: gradient norms are no longer capped ({body.why})"
         case ClipSet():
@@ -183,6 +183,12 @@ def _diagnosed(body: Diagnosed) -> str:
     elif above is not None:
         told.append(f"gradient noise scale above {above:.4g} samples")
     return f"diagnostics: {', '.join(told)}"
+
+
+def _rate_set(body: RateSet) -> str:
+    if body.actor is not None:
+        return f"rates set by {body.actor}: {_rates(body.rates)}"
+    return f"safeguard: rates times {body.factor:g} from here: {_rates(body.rates)} ({body.why})"
 
 
 def _rates(rates: tuple[float, ...]) -> str:

@@ -64,6 +64,18 @@ class Console:
         self._postfix("loss", loss)
         bar.update(step - bar.n)
 
+    def waits(self, how: str | None) -> None:
+        """Show that the run waits.
+
+        Args:
+            how: ``paused`` or ``held``; None: it trains on.
+        """
+        bar = self._bar
+        if bar is not None:
+            shown = [part for part in (self._description, how and f"[{how}]") if part]
+            bar.set_description(" ".join(shown) or None)
+            bar.unpause() if how is None else None
+
     def validation(self, loss: float | None) -> None:
         """Show the validation loss beside the training loss."""
         if self._bar is not None:

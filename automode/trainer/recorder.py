@@ -40,6 +40,8 @@ DECISIVE = frozenset(
         "run_ended",
         "decided",
         "checkpointed",
+        "controlled",
+        "length_set",
         "resumed",
     }
 )

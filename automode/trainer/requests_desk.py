@@ -1,15 +1,26 @@
-"""People's requests between the inbox and the log: each is handed on once, and its file goes when the answer is on disk."""
+"""People's requests between the inbox and the log: each is handed on once, and its file goes when the answer is on disk.
+
+Requests about cards and the mode wait here for a boundary; orders to the run go to whoever carries them out.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final
 
-from automode.errors import SessionError
-from automode.planner.events import Decided
+from pydantic import Field, TypeAdapter
+
+from automode.errors import SessionError, UsageError
+from automode.planner.controls import Order, arguments_of
+from automode.planner.events import Controlled, Decided
 from automode.session.inbox import Inbox
+
+Request = Decided | Controlled
+"""A request about cards or the mode, and an order to the run that was carried out."""
+
+REQUEST: Final[TypeAdapter[Request]] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
 
 
 class RequestsDesk:
@@ -25,27 +36,75 @@ class RequestsDesk:
         self._log = log
         self._waiting: deque[Decided] = deque()
         self._again: deque[tuple[int, Decided]] = deque()
+        self._ordered: deque[tuple[int, Controlled]] = deque()
+        self._orders: Callable[[Order], None] | None = None
+        self._posted: set[str] = set()
         self._known: set[str] = set()
         self._answered: list[str] = []
         self._deaf = False
 
-    def again(self, requests: Iterable[tuple[int, Decided]]) -> None:
+    def orders_to(self, take: Callable[[Order], None]) -> None:
+        """Hand orders to the run to somebody who carries them out; until then they are refused.
+
+        Args:
+            take: Called with each order that comes in, in the order in which they were made.
+        """
+        self._orders = take
+
+    def again(self, requests: Iterable[tuple[int, Request]]) -> None:
         """Take requests that an earlier attempt has followed; each is due after as many rows as it was then.
 
         Args:
             requests: Rows since the run was taken up, and the request, in order; of the same one twice the later counts.
         """
-        due = {decided.request: (rows, decided) for rows, decided in requests}
-        self._again = deque(sorted(due.values(), key=lambda item: item[0]))
+        due = {request.request: (rows, request) for rows, request in requests}
+        ordered = sorted(due.values(), key=lambda item: item[0])
+        self._again = deque((rows, body) for rows, body in ordered if isinstance(body, Decided))
+        self._ordered = deque((rows, body) for rows, body in ordered if isinstance(body, Controlled))
         self._known = set(due)
 
-    def to_come(self, rows: int) -> list[tuple[int, Decided]]:
+    def to_come(self, rows: int) -> list[tuple[int, Request]]:
         """Give the requests of earlier attempts that are still to come: rows until then, and the request.
 
         Args:
             rows: Rows since the run was begun or taken up.
         """
-        return [(due - rows, decided) for due, decided in self._again]
+        waiting: list[tuple[int, Request]] = [*self._again, *self._ordered]
+        return [(due - rows, request) for due, request in waiting]
+
+    @property
+    def next_due(self) -> int | None:
+        """Rows since the run was taken up, after which the next request of an earlier attempt is due."""
+        return min((queue[0][0] for queue in (self._again, self._ordered) if queue), default=None)
+
+    def orders_again(self, rows: int) -> list[Controlled]:
+        """Give the orders of earlier attempts that are due.
+
+        Args:
+            rows: Rows since the run was begun or taken up.
+        """
+        due = []
+        while self._ordered and self._ordered[0][0] <= rows:
+            due.append(self._ordered.popleft()[1])
+        return due
+
+    def knows(self, request: str) -> bool:
+        """Whether an order came from the inbox, where its file still lies."""
+        return request in self._posted
+
+    def answered(self, request: str) -> None:
+        """Know that an order was carried out, or refused; its file goes when that is on disk."""
+        self._posted.discard(request)
+        self._answered.append(request)
+
+    def forget(self, request: str) -> None:
+        """Take an order's file away at once.
+
+        Raises:
+            SessionError: The disk refused.
+        """
+        self._posted.discard(request)
+        self._inbox.done(request)
 
     def poll(self, now: float, rows: int) -> bool:
         """Look into the inbox, if it is time to; tell whether any request waits for a boundary.
@@ -91,9 +150,17 @@ class RequestsDesk:
         if request in self._known:  # its file was left behind by the attempt that followed it
             return
         try:
-            decided = Decided.model_validate({**body, "request": request})
-        except ValueError as error:
+            if "control" in body:
+                self._order(Order.model_validate({**body, "request": request}))
+            else:
+                self._waiting.append(Decided.model_validate({**body, "request": request}))
+        except (ValueError, UsageError) as error:
             self._log.warning("request_refused", request=request, why=str(error)[:500])
             self._inbox.refuse(request, str(error))
-            return
-        self._waiting.append(decided)
+
+    def _order(self, order: Order) -> None:
+        arguments_of(order.control, order.arguments)
+        if self._orders is None:
+            raise UsageError(f"nobody carries out {order.control} in this run")
+        self._posted.add(order.request)
+        self._orders(order)

@@ -20,6 +20,7 @@ class ResumePoint:
         rows: Rows of the trunk's frame up to there; the next row gets this number.
         exact: Whether what follows equals the run that was cut, bit for bit.
         why_approximate: What is not exact, and why; None where everything is.
+        actor: Who had the state loaded; None: a run that was cut goes on.
         driver: What the driver's ``state_for_checkpoint()`` gave, plain data.
     """
 
@@ -31,3 +32,4 @@ class ResumePoint:
     exact: bool
     why_approximate: str | None
     driver: Mapping[str, Any]
+    actor: str | None = None

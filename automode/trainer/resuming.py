@@ -167,12 +167,13 @@ def _loaded(folder: Path) -> Found:
     )
 
 
-def put_back(parts: RunParts, found: Found) -> tuple[ResumePoint, Comparison]:
+def put_back(parts: RunParts, found: Found, actor: str | None = None) -> tuple[ResumePoint, Comparison]:
     """Put a checkpoint into the user's objects, all but the driver's and the loop's, and find the place in the data.
 
     Args:
         parts: The run, made by the same script.
         found: What to go on from.
+        actor: Who had the state loaded; None: a run that was cut goes on.
 
     Returns:
         The point, for the driver, and what differs from the run that was cut.
@@ -183,6 +184,7 @@ def put_back(parts: RunParts, found: Found) -> tuple[ResumePoint, Comparison]:
     """
     rest, record = found.rest, found.record
     step = int(rest["step"])
+    run_state.put_length(parts, rest)
     comparison = compare(rest["identity"], identity_of(parts), step=step, finished=found.finished)
     try:
         run_state.put_trunk(parts, found.weights, rest)
@@ -203,6 +205,7 @@ def put_back(parts: RunParts, found: Found) -> tuple[ResumePoint, Comparison]:
         exact=not comparison.doubts,
         why_approximate="; ".join(comparison.doubts) or None,
         driver=rest["driver"],
+        actor=actor,
     )
     return point, comparison
 

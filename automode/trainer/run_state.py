@@ -7,6 +7,7 @@ before the next step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def take(parts: RunParts, loop: Loop) -> tuple[Weights, Rest]:
         "probe": parts.probe.state(),
         "evaluator": None if parts.evaluator is None else parts.evaluator.state(),
         "identity": identity_of(parts),
+        "length": _length_of(parts),
     }
     if isinstance(parts.request.loss_fn, nn.Module):
         rest["loss"] = parts.request.loss_fn.state_dict()
@@ -100,6 +102,23 @@ def put_averages(parts: RunParts, rest: Mapping[str, Any]) -> None:
     if trunk.averages is None:
         trunk.averages = TrajectoryAverages(trainable(trunk.model), int(stored["planned_steps"]))
     trunk.averages.load_state_dict(stored)
+
+
+def put_length(parts: RunParts, rest: Mapping[str, Any]) -> None:
+    """Give the run the length that a person had set, unless its script asks for another one than it did then."""
+    stored, now = rest.get("length"), _length_of(parts)
+    if stored is None or stored["asked"] != now["asked"]:
+        return
+    max_epochs, max_steps = stored["in_force"]
+    parts.plan = replace(parts.plan, max_epochs=max_epochs, max_steps=max_steps)
+
+
+def _length_of(parts: RunParts) -> dict[str, list[int | None]]:
+    settings, plan = parts.settings, parts.plan
+    return {
+        "asked": [settings.epochs, settings.max_steps],
+        "in_force": [plan.max_epochs, plan.max_steps],
+    }
 
 
 def put_watching(parts: RunParts, rest: Mapping[str, Any]) -> None:

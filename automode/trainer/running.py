@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from automode.errors import ConflictError
 from automode.planner.policy import Policy
 from automode.session import Session
 from automode.trainer.assembly import batch_size_of, open_driver, resume_driver
 from automode.trainer.callback_view import RunView
 from automode.trainer.callbacks import Callbacks
 from automode.trainer.card_callbacks import CardCallback
-from automode.trainer.checkpointing import keeper_of, run_keeping
+from automode.trainer.checkpointing import CheckpointKeeper, keeper_of, run_attended, run_keeping
+from automode.trainer.commanding import Commander, Switch
 from automode.trainer.companions import Companions
+from automode.trainer.control import Control
 from automode.trainer.driver import Driver
 from automode.trainer.epoch_table import EpochTable
 from automode.trainer.executing import leave, ordered
@@ -37,6 +40,8 @@ def fit(
     request: FitRequest,
     own_step: TrainingStep | None,
     on_card: Sequence[CardCallback] = (),
+    *,
+    control: Control,
 ) -> FitResult:
     """Train to the end; see :meth:`automode.trainer.trainer.Trainer.fit`.
 
@@ -46,26 +51,43 @@ def fit(
         request: The arguments of ``fit``.
         own_step: The user's training step, or None.
         on_card: The user's own functions that hear of every card.
+        control: Where a person's orders come from.
     """
     order = ordered()
     if order is not None:
         leave(order, settings, request, own_step)
-    found = find(settings)
-    session = None if found is None else (found.session, found.seed)
-    parts = prepare(settings, policy, request, own_step, session=session)
-    parts.on_card = on_card
+    control.open()
     try:
-        if found is None:
-            observer, loop = _begin_afresh(parts)
-        else:
-            observer, loop = _take_up(parts, found)
-        _train(parts, observer, loop, found)
-        test = _test(parts, loop)
-        parts.console.event(f"session: {parts.session_path}")
+        found = find(settings)
+        session = None if found is None else (found.session, found.seed)
+        parts = prepare(settings, policy, request, own_step, session=session)
+        parts.on_card = on_card
+        try:
+            return _fit(parts, found, control)
+        finally:
+            parts.console.close()
     finally:
-        parts.console.close()
+        control.close()
+
+
+def _fit(parts: RunParts, found: Found | None, control: Control) -> FitResult:
+    observer: Observer
+    if found is None:
+        observer, loop = _begin_afresh(parts)
+    else:
+        observer, loop = _take_up(parts, found)
+    switch = None
+    while (switch := _train(parts, observer, loop, control, found, switch)) is not None:
+        found = switch.found
+        try:
+            observer, loop = _take_up(parts, found, switch.ticket.order.actor)
+        except BaseException as error:
+            switch.ticket.fail(error if isinstance(error, Exception) else ConflictError("the run was ended"))
+            raise
+    test = _test(parts, loop)
+    parts.console.event(f"session: {parts.session_path}")
     return FitResult(
-        model=request.model,
+        model=parts.request.model,
         session=Session.open(parts.session_path),
         history=loop.history.as_dict(),
         test=test,
@@ -99,9 +121,9 @@ def _begin_afresh(parts: RunParts) -> tuple[Driver, Loop]:
         raise
 
 
-def _take_up(parts: RunParts, found: Found) -> tuple[Driver, Loop]:
-    """Put a run back to where it was cut."""
-    point, comparison = put_back(parts, found)
+def _take_up(parts: RunParts, found: Found, actor: str | None = None) -> tuple[Driver, Loop]:
+    """Put a run back to where it was cut, or to where a person wants it."""
+    point, comparison = put_back(parts, found, actor)
     driver = resume_driver(parts, point)
     try:
         driver.limit += longer_by(parts, found)
@@ -155,19 +177,32 @@ def begin(parts: RunParts, observer: Observer) -> Loop:
     return loop
 
 
-def _train(parts: RunParts, observer: Observer, loop: Loop, found: Found | None = None) -> None:
-    """Run the loop and end the session in order, whatever happens."""
+def _train(
+    parts: RunParts,
+    observer: Observer,
+    loop: Loop,
+    control: Control,
+    found: Found | None,
+    switched: Switch | None,
+) -> Switch | None:
+    """Run the loop and end the session in order, whatever happens; or close it for another state to go on from."""
     trunk = parts.trunk
     keeper = keeper_of(parts, loop, observer)
     if keeper is not None and found is not None:
         keeper.know(found.stored, found.rest["best"])
+    commander = (
+        Commander(parts, loop, observer, keeper, control, switched) if isinstance(observer, Driver) else None
+    )
     try:
         parts.console.start(parts.plan.total, done=trunk.step)
         loop.companions.start()
-        if keeper is None:
+        if commander is None:
             loop.run()
         else:
-            run_keeping(loop, keeper)
+            _attended(parts, loop, keeper, commander, control)
+            if commander.switch is not None:
+                commander.leave_for(commander.switch)
+                return commander.switch
         loop.companions.end()
         with forked_rng():
             observer.finish(trunk.step, loop.reason)
@@ -183,6 +218,21 @@ def _train(parts: RunParts, observer: Observer, loop: Loop, found: Found | None 
         raise
     finally:
         loop.close()
+    if commander is not None and commander.held and commander.signals.received is not None:
+        commander.signals.leave(f"released at step {trunk.step}; the run is complete")
+    return None
+
+
+def _attended(
+    parts: RunParts, loop: Loop, keeper: CheckpointKeeper | None, commander: Commander, control: Control
+) -> None:
+    """Train to the end under a person's orders; then keep the run, where that was asked for."""
+    if keeper is None:
+        run_attended(loop, commander, control)
+    else:
+        run_keeping(loop, keeper, commander, control)
+    if commander.switch is None and parts.settings.hold and not commander.stopped:
+        commander.hold()
 
 
 def _open_driver(parts: RunParts) -> Driver:

@@ -68,6 +68,8 @@ class Settings:
     metrics: Mapping[str, Any] | None = None
     logger: Any = None
     log_every_n_steps: int | None = None
+    start_paused: bool = False
+    hold: bool = False
 
     def __post_init__(self) -> None:
         for name in ("project", "run_name"):
@@ -90,7 +92,7 @@ class Settings:
         one_of("scheduler_interval", self.scheduler_interval, get_args(Interval))
         if self.progress != "auto":
             _flag("progress", self.progress, also='"auto"')
-        for name in ("do_test_after", "console"):
+        for name in ("do_test_after", "console", "start_paused", "hold"):
             _flag(name, getattr(self, name))
         if self.clip_norm is not None and not (_number(self.clip_norm) and 0 < self.clip_norm < math.inf):
             raise UsageError(f"clip_norm must be a number above 0 or None, got {self.clip_norm!r}")

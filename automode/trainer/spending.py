@@ -22,6 +22,11 @@ class Spending:
         self._total = total
         self._within = within
 
+    def set_total(self, total: int) -> int:
+        """Know that a person made the run longer or shorter; returns by how many steps."""
+        longer, self._total = total - self._total, total
+        return longer
+
     @property
     def shortens(self) -> bool:
         """Whether what is spent is taken off the trunk."""

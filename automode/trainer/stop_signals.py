@@ -22,13 +22,18 @@ class StopSignals:
     The handlers of before are back when the block is left, whatever happens, and as soon as a second signal comes. A signal
     that is ignored (``nohup``) stays ignored, and child processes do not inherit the handlers' effect.
 
+    Args:
+        asked: What is printed when a signal comes; ``%s`` stands for its name.
+
     Attributes:
         received: The signal that asked for a stop, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, asked: bytes = _ASKED) -> None:
         self.received: signal.Signals | None = None
+        self._asked = asked
         self._before: dict[signal.Signals, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
 
     def __enter__(self) -> Self:
@@ -59,7 +64,7 @@ class StopSignals:
         """
         received = self.received
         assert received is not None
-        before = self._before.get(received)
+        before = self._before.get(received, self._handlers.get(received))
         self._restore()
         if received is signal.SIGINT:
             raise KeyboardInterrupt(text)
@@ -71,6 +76,7 @@ class StopSignals:
         if os.getpid() != self._owner:
             return
         before, self._before = self._before, {}
+        self._handlers |= before
         for number, handler in before.items():
             if signal.getsignal(number) == self._received:
                 signal.signal(number, handler)
@@ -86,7 +92,7 @@ class StopSignals:
             self.received = signal.Signals(number)
             with contextlib.suppress(OSError):
                 # Not through sys.stderr, which may be in the middle of a line of its own.
-                os.write(2, _ASKED % self.received.name.encode())
+                os.write(2, self._asked % self.received.name.encode())
             return
         self._restore()
         if number == signal.SIGINT:

@@ -13,6 +13,7 @@ from automode.backends.choose import BackendName
 from automode.errors import UsageError
 from automode.planner.policy import Policy
 from automode.trainer.card_callbacks import CardCallback
+from automode.trainer.controls import Controls
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.progress import Progress
 from automode.trainer.result import FitResult
@@ -26,7 +27,7 @@ F = TypeVar("F", bound=TrainingStep)
 C = TypeVar("C", bound=CardCallback)
 
 
-class Trainer:
+class Trainer(Controls):
     """Trains a model, writes a session of what happened, and lets automode act as far as it is allowed to.
 
     Nothing is done to the run that was not asked for: gradients are clipped, random generators seeded and the scheduler
@@ -75,6 +76,9 @@ class Trainer:
             there), any of Lightning's loggers, or a list of these. One that fails is warned of once and never ends the run.
         log_every_n_steps: Steps from one that loggers get to the next; None: every step by CSV and TensorBoard, each 50th by
             others.
+        start_paused: Wait before the first step until somebody lets the run go on (:meth:`resume`, :meth:`step`).
+        hold: Keep the finished run, with its model, for tests, checks and longer training until :meth:`release`,
+            ``automode ctl SESSION release`` or SIGTERM; ``fit`` returns only then.
 
     Raises:
         UsageError: An argument has a value that it cannot take.
@@ -110,9 +114,11 @@ class Trainer:
         metrics: Mapping[str, Any] | None = None,
         logger: Any = None,
         log_every_n_steps: int | None = None,
+        start_paused: bool = False,
+        hold: bool = False,
     ) -> None:
-        given = dict(locals())
-        del given["self"]
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
         self.settings = Settings(**given)  # every argument by its name
         self.policy = policy_of(policy)
         self._own_step: TrainingStep | None = None
@@ -210,4 +216,6 @@ class Trainer:
             scheduler=scheduler,
             slices=slices,
         )
-        return fit(self.settings, self.policy, request, self._own_step, tuple(self._on_card))
+        return fit(
+            self.settings, self.policy, request, self._own_step, tuple(self._on_card), control=self._control
+        )

@@ -327,7 +327,7 @@ class Play:
         self.driver.boundary(self.step)
 
     def fail(self, kind: str) -> None:
-        self.driver._performer.failing.add(kind)  # type: ignore[attr-defined]
+        self.driver.performer.failing.add(kind)  # type: ignore[attr-defined]
 
     def disk(self, *, full: bool) -> None:
         connection = self.driver._store._check_open()

@@ -120,7 +120,7 @@ class Person:
     @property
     def performer(self) -> Any:
         """What carries commands out, for looking."""
-        return self._run.driver._performer
+        return self._run.driver.performer
 
     @property
     def adopted_at(self) -> int:

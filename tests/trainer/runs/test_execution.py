@@ -391,7 +391,7 @@ def test_an_adopted_merge_becomes_the_trunk_and_its_averages_begin_anew(play_run
     # A merge has no optimizer state of its own: the trunk's goes on.
     assert identical(before["optimizer"], after["optimizer"])
     assert before["averages"]["updates"] > 0 == after["averages"]["updates"]
-    averages = run.driver._performer.trunk.averages
+    averages = run.driver.performer.trunk.averages
     assert averages.updates > 0
 
 
@@ -478,7 +478,7 @@ def test_a_fitted_gate_is_accepted_exported_and_can_be_rebuilt(play_run: Any, sc
     (adopted,) = run.bodies("adopted")
     assert (adopted["into"], adopted["before"]) == ("export", None)
     assert run.states()[-1] == "adopted"
-    mixture = run.driver._performer.combiner.mixture(adopted["checkpoint"]).eval()
+    mixture = run.driver.performer.combiner.mixture(adopted["checkpoint"]).eval()
     with torch.no_grad():
         mine = (mixture(held_out.inputs).argmax(1) == held_out.targets).double().mean()
         trunk = (run.made["model"].eval()(held_out.inputs).argmax(1) == held_out.targets).double().mean()
@@ -502,7 +502,7 @@ def test_an_accepted_specialist_becomes_the_trunk_exactly(play_run: Any, script:
 
     (report,) = [r for r in run.bodies("trial_reported") if r["resource"] == 24]
     reference = Weights(checkpoint=report["checkpoint"], choice=report["choice"])
-    candidate, rest = run.driver._performer.states.load(reference)
+    candidate, rest = run.driver.performer.states.load(reference)
     stored, after = run.checkpoint(adopted["checkpoint"])
     found = run.at[step]
     assert identical(stored, found)
@@ -640,7 +640,7 @@ def test_rolling_back_restores_the_trunk_of_before(play_run: Any, script: Any) -
     assert identical(run.at[adopted], run.checkpoint(run.bodies("adopted")[0]["checkpoint"])[0])
     assert not identical(run.after[rolled - 1], before)
     assert identical(run.at[rolled], before)
-    trunk = run.driver._performer.trunk
+    trunk = run.driver.performer.trunk
     assert trunk.clip_norm is None
     assert trunk.rates() == (SLOW,)
     norms = run.column("grad_norm")

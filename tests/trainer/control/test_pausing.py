@@ -1,0 +1,197 @@
+"""Pausing, stepping, stopping: in the training thread between two steps, and without a trace in what follows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from automode import replay
+from automode.errors import ConflictError, UsageError
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_was_paused_equals_one_that_was_not_bit_for_bit(workers: int, desk: Any) -> None:
+    plain = desk.fit(desk.script(workers=workers))
+    run = desk.run(desk.script(workers=workers))
+    run.train(5)
+    run.trainer.resume(timeout=desk.patience)
+    run.trainer.pause(timeout=desk.patience)  # wherever it is by then
+    run.train(1)
+    paused = run.finish()
+    desk.same(plain, paused)
+    assert replay(paused.session).differences == 0
+
+
+def test_step_trains_exactly_so_many_steps_and_waits_for_more(desk: Any) -> None:
+    run = desk.run()
+    assert run.trainer.waits == "paused"
+    for steps, reached in ((1, 1), (16, 17), (3, 20)):
+        run.train(steps)
+        assert run.events("controlled")[-1].body["step"] == reached
+    assert run.finish().steps == 36
+
+
+def test_every_order_is_recorded_with_its_actor_and_its_step(desk: Any) -> None:
+    run = desk.run()
+    run.trainer.step(4, actor="ann", note="a look", timeout=desk.patience)
+    run.trainer.wait_until_paused(desk.patience)
+    run.trainer.resume(actor="bob", timeout=desk.patience)
+    run.ended()
+    told = [
+        (r.body["verb"], r.body["actor"], r.body["step"], r.body["note"]) for r in run.events("controlled")
+    ]
+    assert told == [
+        ("pause", "start_paused", 0, ""),
+        ("step", "ann", 0, "a look"),
+        ("pause", "ann", 4, "after 4 steps"),
+        ("resume", "bob", 4, ""),
+    ]
+
+
+def test_a_paused_run_sleeps(desk: Any) -> None:
+    run = desk.run()
+    run.train(3)
+    before = time.process_time()
+    time.sleep(1.0)
+    assert time.process_time() - before < 0.15  # a spin would take all of it
+
+
+def test_an_order_takes_effect_within_a_step_or_a_tick(desk: Any) -> None:
+    run = desk.run(max_epochs=100_000)
+    run.trainer.resume(timeout=desk.patience)
+    slowest = 0.0
+    for _ in range(5):
+        time.sleep(0.02)
+        began = time.perf_counter()
+        run.trainer.pause(timeout=desk.patience)
+        slowest = max(slowest, time.perf_counter() - began)
+        run.trainer.resume(timeout=desk.patience)
+    assert slowest < 0.2 + 0.3  # steps of this run take a millisecond; the rest is for a busy machine
+
+
+def test_a_stopped_run_ends_in_order_and_goes_on_as_if_it_had_never_been_stopped(desk: Any) -> None:
+    plain = desk.fit()
+    run = desk.run()
+    run.train(17)
+    run.trainer.stop(actor="ann", timeout=desk.patience)
+    stopped = run.ended()
+    assert (stopped.reason, stopped.steps) == ("stopped by ann", 17)
+    desk.same(plain, desk.fit(folder=run.folder, resume=stopped.path))
+
+
+def test_a_run_that_is_stopped_before_its_first_step_can_be_resumed_too(desk: Any) -> None:
+    run = desk.run()
+    run.trainer.stop(timeout=desk.patience)
+    stopped = run.ended()
+    assert stopped.steps == 0
+    desk.same(desk.fit(), desk.fit(folder=run.folder, resume="auto"))
+
+
+def test_a_pause_that_somebody_asks_for_stores_the_runs_state(desk: Any) -> None:
+    run = desk.run(max_epochs=100_000)
+    run.trainer.resume(timeout=desk.patience)
+    paused = run.trainer.pause(timeout=desk.patience)
+    run.trainer.checkpoint(timeout=desk.patience)  # answered after the state was stored
+    stored = run.events("checkpointed")[0].body
+    assert (stored["step"], stored["why"]) == (paused.step, "pause")
+
+
+def test_pausing_twice_and_going_on_twice_do_no_harm(desk: Any) -> None:
+    run = desk.run()
+    assert "already" in run.trainer.pause(timeout=desk.patience).told
+    run.trainer.step(30, timeout=desk.patience)
+    assert "already" in run.trainer.resume(timeout=desk.patience).told or run.trainer.waits == "paused"
+
+
+def test_orders_without_a_run_are_refused(desk: Any) -> None:
+    trainer = desk.trainer()
+    with pytest.raises(ConflictError, match="not training now"):
+        trainer.pause()
+    desk_run = desk.run()
+    desk_run.finish()
+    with pytest.raises(ConflictError, match="not training now"):
+        desk_run.trainer.stop()
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, "many"])
+def test_steps_are_whole_numbers_above_zero(steps: Any, desk: Any) -> None:
+    run = desk.run()
+    with pytest.raises(UsageError, match="step: n"):
+        run.trainer.step(steps)
+    assert run.trainer.waits == "paused"
+
+
+def test_one_trainer_trains_once_at_a_time(desk: Any) -> None:
+    run = desk.run()
+    with pytest.raises(ConflictError, match="training already"):
+        run.trainer.fit(**desk.script())
+    assert run.finish().steps == 36
+
+
+def test_the_training_thread_may_give_orders_and_does_not_wait_for_them(desk: Any) -> None:
+    trainer = desk.trainer()
+    made = desk.script()
+    replies: list[Any] = []
+
+    @trainer.training_step
+    def step(batch: Any, state: dict[str, Any]) -> dict[str, Any]:
+        state["optimizer"].zero_grad()
+        loss = state["loss_fn"](state["model"](batch[0]), batch[1])
+        loss.backward()
+        state["optimizer"].step()
+        if state["step"] == 4:
+            replies.append(trainer.pause("a look", actor="callback"))
+        return {"loss": loss}
+
+    waited = threading.Event()
+
+    def wake() -> None:
+        while not trainer.running:
+            time.sleep(0.001)
+        if trainer.wait_until_paused(desk.patience):
+            waited.set()
+        trainer.resume()
+
+    helper = threading.Thread(target=wake)
+    helper.start()
+    result = trainer.fit(**made)
+    helper.join()
+    assert replies[0].step is None
+    assert waited.is_set()
+    pause = next(r.body for r in result.session.events("controlled") if r.body["verb"] == "pause")
+    assert (pause["step"], pause["actor"]) == (5, "callback")
+
+
+def test_an_error_while_paused_orders_stand_fails_them(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = desk.run()
+    monkeypatch.setattr(
+        "automode.trainer.commanding.Commander._resume",
+        lambda self: (_ for _ in ()).throw(KeyboardInterrupt("now")),
+    )
+    with pytest.raises(ConflictError, match="ended meanwhile"):
+        run.trainer.resume(timeout=desk.patience)
+    with pytest.raises(KeyboardInterrupt):
+        run.ended()
+    desk.started.clear()
+
+
+def test_what_the_run_cannot_do_is_refused_recorded_and_changes_nothing(desk: Any) -> None:
+    plain = desk.fit()
+    run = desk.run({**desk.script(), "test_loader": None})
+    run.train(3)
+    with pytest.raises(UsageError, match="pass test_loader to fit"):
+        run.trainer.test(timeout=desk.patience)
+    with pytest.raises(ConflictError, match="not held"):
+        run.trainer.release(timeout=desk.patience)
+    with pytest.raises(ConflictError, match="observe"):
+        run.trainer.fork(timeout=desk.patience)
+    result = run.finish()
+    refused = [r.body["verb"] for r in result.session.events("controlled") if r.body["refused"] is not None]
+    assert refused == ["test", "release", "fork"]
+    for name in ("loss", "grad_norm"):
+        assert plain.frame(name).tolist() == result.frame(name).tolist()
