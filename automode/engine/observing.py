@@ -98,6 +98,10 @@ def _consider(
     """Let pacing make a card of a proposal, or hold it. Returns the card's id."""
     open_cards = list(state.cards.values())
     held = held_back(proposal, view, state.pacing, open_cards, outranked_by)
+    if state.trunk_ended:  # a scan may be answered late, when the disk has been full
+        held = Held(
+            code="trunk_ended", why="the trunk has taken its last step, and no card could run any more"
+        )
     card: PlanCard | Held = held or admit(
         replace(proposal, diagnostics={**proposal.diagnostics, **summary(state.diagnosed)}),
         view=view,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from automode import Session, replay
@@ -364,6 +364,13 @@ MOVES = st.one_of(
     gain=st.sampled_from([-0.1, 0.0, 0.1]),
     within=st.booleans(),
     ends=st.sampled_from(["finish", "abort"]),
+)
+@example(  # a scan that is answered when the trunk has ended
+    moves=[*[("steps", 1)] * 6, ("steps", 59), ("disk", True), ("skipped", 6), ("steps", 15)],
+    mode="act",
+    gain=-0.1,
+    within=False,
+    ends="finish",
 )
 def test_any_order_of_events_ends_in_order_and_replays(
     moves: list[tuple[str, Any]], mode: str, gain: float, within: bool, ends: str
