@@ -44,6 +44,7 @@ class StepHooks:
         began: Whether it has begun to write since :meth:`begin`.
         norm: Norm of the gradients that it stepped on last; None: it has not since :meth:`begin`.
         skipped: Why the guard dropped them; empty where it did not.
+        due: Whether :meth:`ready` was called and no step has followed: a gradient scaler has left it out.
         loss: Tells the loss of the step that runs, where that is known already, for the guard; None: it is not.
     """
 
@@ -60,6 +61,7 @@ class StepHooks:
         self.began = False
         self.norm: Norm | None = None
         self.skipped = ""
+        self.due = False
         self.loss: Callable[[], float | None] = _unknown
         self._trunk = trunk
         self._guarded = guarded
@@ -73,7 +75,7 @@ class StepHooks:
 
     def begin(self) -> None:
         """Know that the next step is another one."""
-        self.began, self.norm, self.skipped = False, None, ""
+        self.began, self.norm, self.skipped, self.due = False, None, "", False
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
@@ -84,11 +86,15 @@ class StepHooks:
         self.began = True
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         # A closure makes the gradients itself: they can be looked at afterwards, or by whoever knows when they are there.
-        if closure is None:
+        if closure is None and not self.due:
             self.ready()
 
     def ready(self) -> None:
-        """Know that the gradients are what the optimizer is about to step on: it does so, unless they must not reach the weights."""
+        """Know that the gradients are what the optimizer is about to step on; where they must not reach the weights, they are dropped.
+
+        Called by the optimizer's own hook, or before it by whoever knows better.
+        """
+        self.due = True
         trunk = self._trunk
         clip, cap = trunk.clip_norm if self._clips else None, trunk.cap_norm
         if clip is None and not self._guarded.guard:
@@ -113,6 +119,7 @@ class StepHooks:
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.steps += 1
+        self.due = False
         if self.norm is None:
             self.norm = self._take()
         if self._stepped is not None:

@@ -31,7 +31,7 @@ from automode.trainer.progress import Console
 from automode.trainer.random_state import forked_rng
 from automode.trainer.run_parts import RunParts
 from automode.trainer.sample_ledger import SampleLedger
-from automode.trainer.settings import Automode, Settings, device_of, one_of, policy_of, whole
+from automode.trainer.settings import Automode, Settings, one_of, policy_of, whole
 from automode.trainer.steps import pair_step
 from automode.trainer.trunk import Trunk
 from automode.trainer.validation import Validation, resolve_slices
@@ -89,7 +89,7 @@ class WatchRequest:
         )
         self._check(settings)
         request.check(settings, own_step=True)
-        device = device_of("auto", list(self.model.parameters())[:1])
+        device = next(self.model.parameters()).device
         seed = secrets.randbits(32) if self.seed is None else self.seed
         loader = RecordedLoader(request.train_loader)
         if self.train is None:

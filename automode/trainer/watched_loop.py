@@ -94,7 +94,17 @@ class WatchedLoop:
         """Why the optimizer's step in the block that runs was dropped; empty where it was not."""
         return self._hooks.skipped
 
+    @property
+    def in_block(self) -> bool:
+        """Whether a block has begun and not ended."""
+        return self._in_block
+
     # What the loop tells.
+
+    def ready(self) -> None:
+        """Know that the gradients are there, where the optimizer makes them itself by calling a closure."""
+        if self.ended is None:
+            self._hooks.ready()
 
     def begin(self) -> None:
         """Know that a block begins."""
@@ -108,8 +118,15 @@ class WatchedLoop:
             self._complete()  # of an `observe` before
         self._in_block = True
 
-    def end(self) -> None:
-        """Know that the block is over."""
+    def end(self, *, unseen: bool = False) -> None:
+        """Know that the block is over.
+
+        Args:
+            unseen: Whether it may have stepped without a loss that was told.
+
+        Raises:
+            UsageError: It has, and may not.
+        """
         if self.ended is not None:
             return
         self._in_block = False
@@ -117,6 +134,9 @@ class WatchedLoop:
             self._complete()
         elif self._hooks.steps > self._steps:
             self._steps = self._hooks.steps
+            self._hooks.begin()
+            if unseen:
+                return
             raise UsageError(
                 "the optimizer stepped in this block, and its loss was not told; call s.loss(loss) before the block ends"
             )
@@ -278,7 +298,9 @@ class WatchedLoop:
         """Write the row down. Returns whether rows are to be handed over, and why the step was left out."""
         hooks, trunk, probe = self._hooks, self._trunk, self._probe
         stepped, why, norm = hooks.steps > self._steps, hooks.skipped, hooks.norm
-        if norm is None:
+        if hooks.due:
+            why = why or OVERFLOWED
+        elif norm is None:
             norm, why = self._accumulated()
         rates = self._rates or tuple([float(group["lr"]) for group in trunk.optimizer.param_groups])
         applied = not why

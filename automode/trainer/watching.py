@@ -93,10 +93,14 @@ class WatchedStep:
 
 
 class Watch:
-    """A loop being watched; :func:`watch` makes it. As a context manager it is closed at the block's end."""
+    """A loop being watched; :func:`watch` makes it. As a context manager it is closed at the block's end.
+
+    Attributes:
+        loop: What is told and asked, for whoever drives it otherwise than by :meth:`step` and :meth:`observe`.
+    """
 
     def __init__(self, loop: WatchedLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._step = WatchedStep(loop)
         # At the interpreter's exit too, and without a reference to this object.
         self._finalizer = weakref.finalize(self, _left_open, loop)
@@ -127,7 +131,7 @@ class Watch:
             UsageError: As :meth:`WatchedStep.loss`.
             DataError: Likewise.
         """
-        self._loop.tell(loss, outputs, targets, ids, metrics)
+        self.loop.tell(loss, outputs, targets, ids, metrics)
 
     def batches(self) -> Iterator[Any]:
         """Go through the training loader once, as ``for batch in loader`` does, and know which samples each batch holds.
@@ -135,8 +139,8 @@ class Watch:
         Raises:
             UsageError: :func:`watch` was given no ``train``.
         """
-        if self._loop.parts.probe.keeps_ledger or self._loop.parts.loader.recorded:
-            return self._loop.batches()
+        if self.loop.parts.probe.keeps_ledger or self.loop.parts.loader.recorded:
+            return self.loop.batches()
         raise UsageError("there are no batches to go through: give watch the training loader as train=")
 
     def validate(self) -> Mapping[str, float]:
@@ -150,32 +154,32 @@ class Watch:
         Raises:
             UsageError: :func:`watch` was given no ``val``, or a step is going on.
         """
-        return self._loop.validate()
+        return self.loop.validate()
 
     @property
     def should_stop(self) -> bool:
         """Whether the loop should end: a person or a safeguard asked for it, or automode has spent the rest of its compute."""
-        return self._loop.why_stop is not None
+        return self.loop.why_stop is not None
 
     @property
     def why_stop(self) -> str | None:
         """The reason of :attr:`should_stop`; None while the loop should go on."""
-        return self._loop.why_stop
+        return self.loop.why_stop
 
     @property
     def mode(self) -> Mode:
         """The mode in force."""
-        return self._loop.driver.mode
+        return self.loop.driver.mode
 
     @property
     def steps(self) -> int:
         """Steps so far."""
-        return self._loop.step
+        return self.loop.step
 
     @property
     def path(self) -> Path:
         """The session's folder."""
-        return self._loop.parts.session_path
+        return self.loop.parts.session_path
 
     @property
     def session(self) -> Session:
@@ -191,19 +195,19 @@ class Watch:
     @property
     def samples(self) -> SampleLedger | None:
         """How each training sample has fared so far; None where :attr:`why_no_samples` says why."""
-        ledger = self._loop.parts.probe.ledger  # brought up to date, which may find a reason
+        ledger = self.loop.parts.probe.ledger  # brought up to date, which may find a reason
         return ledger if self.why_no_samples is None else None
 
     @property
     def why_no_samples(self) -> str | None:
         """Why there are no per-sample losses; None while there are, or may yet be."""
-        probe = self._loop.parts.probe
+        probe = self.loop.parts.probe
         return probe.reason if probe.keeps_ledger else "per-sample losses need the loss_fn of watch"
 
     @property
     def compute(self) -> Mapping[str, int]:
         """Sample passes by account; see :attr:`automode.trainer.result.FitResult.compute`."""
-        return self._loop.driver.compute
+        return self.loop.driver.compute
 
     def close(self) -> None:
         """End the session in order; in act mode a finishing merge is made, judged and, where it is better, put into the model.
@@ -214,7 +218,7 @@ class Watch:
             SessionError: The end of the log could not be written; the model is complete all the same.
         """
         self._finalizer.detach()
-        self._loop.close("the loop ended")
+        self.loop.close("the loop ended")
 
     def __enter__(self) -> Self:
         return self
@@ -226,10 +230,10 @@ class Watch:
             self.close()
         else:
             self._finalizer.detach()
-            self._loop.abort(error)
+            self.loop.abort(error)
 
     def __repr__(self) -> str:
-        state = "watching" if self._loop.ended is None else f"ended ({self._loop.ended})"
+        state = "watching" if self.loop.ended is None else f"ended ({self.loop.ended})"
         return f"Watch({self.steps} steps, {self.mode}, {state}, session {str(self.path)!r})"
 
 

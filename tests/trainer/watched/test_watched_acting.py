@@ -59,7 +59,7 @@ def submit(watch: Any, text: str) -> None:
 
 
 def approve(watch: Any) -> None:
-    (record,) = [r for r in watch._loop.driver.state.cards.values() if str(r.state) == "proposed"]
+    (record,) = [r for r in watch.loop.driver.state.cards.values() if str(r.state) == "proposed"]
     post(watch, "approve", record.card.id, rev=record.card.rev)
 
 
@@ -93,7 +93,7 @@ def test_a_card_is_shown_and_approved_on_the_command_line_and_lowers_the_rate(
     told: list[str] = []
 
     def person(number: int, _: Any) -> None:
-        waiting = [r.card for r in watch._loop.driver.state.cards.values() if str(r.state) == "proposed"]
+        waiting = [r.card for r in watch.loop.driver.state.cards.values() if str(r.state) == "proposed"]
         if not waiting or told:
             return
         card, session = waiting[0], str(watch.path)
@@ -327,7 +327,7 @@ def test_averages_handed_in_by_a_person_are_adopted_between_two_steps_and_can_be
             case 201:
                 made.optimizer.param_groups[0]["lr"] = 0.0
             case 203:
-                (card,) = watch._loop.driver.state.cards.values()
+                (card,) = watch.loop.driver.state.cards.values()
                 post(watch, "rollback", card.card.id)
 
     loop(made, watch, 205, person)
