@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from automode.session.replaying import replay, story
     from automode.trainer import Trainer, quickstart, watch
     from automode.trainer.callbacks import Callback
+    from automode.trainer.flat_optimizers import FlatAdam, FlatAdamW, flatten
+    from automode.trainer.tensor_loader import TensorLoader
 
 __version__ = "0.1.0.dev0"
 
@@ -40,6 +42,8 @@ __all__ = [
     "CardError",
     "ConflictError",
     "DataError",
+    "FlatAdam",
+    "FlatAdamW",
     "MergeError",
     "NotExecutableError",
     "PlanCard",
@@ -51,9 +55,11 @@ __all__ = [
     "SessionBusyError",
     "SessionCorruptError",
     "SessionError",
+    "TensorLoader",
     "Trainer",
     "UsageError",
     "__version__",
+    "flatten",
     "quickstart",
     "replay",
     "story",
@@ -62,10 +68,14 @@ __all__ = [
 
 _HOMES = {
     "Callback": "automode.trainer.callbacks",
+    "FlatAdam": "automode.trainer.flat_optimizers",
+    "FlatAdamW": "automode.trainer.flat_optimizers",
     "PlanCard": "automode.planner.cards",
     "Policy": "automode.planner.policy",
     "Session": "automode.session",
+    "TensorLoader": "automode.trainer.tensor_loader",
     "Trainer": "automode.trainer",
+    "flatten": "automode.trainer.flat_optimizers",
     "quickstart": "automode.trainer",
     "replay": "automode.session.replaying",
     "story": "automode.session.replaying",

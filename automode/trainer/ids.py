@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from automode.errors import DataError
 from automode.trainer.recording_sampler import RecordingBatchSampler, checksum_of
+from automode.trainer.tensor_loader import TensorLoader
 
 IdArray = npt.NDArray[np.int64]
 
@@ -133,10 +134,12 @@ class RecordedLoader:
         self._clone: DataLoader[Any] | None = None
         self._recorder: RecordingBatchSampler | None = None
         self._read: list[Sequence[Any] | None] = []
+        self._tensors: TensorLoader | None = None
         self._digest = 0
         if self.reason is not None:
             return
         assert isinstance(loader, DataLoader)
+        self._tensors = loader if type(loader) is TensorLoader else None
         try:
             self.root, self._map = root_of(loader.dataset)
         except DataError as error:
@@ -145,6 +148,8 @@ class RecordedLoader:
         self.length = _length(self.root)
         self._source_length = _length(loader.dataset)
         self.fingerprint = fingerprint(self.root)
+        if self._tensors is not None:
+            return
         self._recorder = RecordingBatchSampler(loader.batch_sampler)
         self._clone = object.__new__(type(loader))
         vars(self._clone)["_iterator"] = None
@@ -152,7 +157,7 @@ class RecordedLoader:
     @property
     def recorded(self) -> bool:
         """Whether index lists are noted on their way past, so that batches can be skipped without being read."""
-        return self._clone is not None
+        return self._clone is not None or self._tensors is not None
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches()
@@ -165,6 +170,10 @@ class RecordedLoader:
                 :attr:`recorded`.
         """
         self._read, self._digest = [], 0
+        if self._tensors is not None:
+            epoch = self._tensors.epoch(skip)
+            self._read = [positions for positions, _ in itertools.islice(epoch, skip)]
+            return self._noted(epoch)
         if self._clone is None or self._recorder is None:
             return iter(self.loader)
         # Attributes that the user set since the last epoch count, as they would on the plain loader. The guard in
@@ -229,6 +238,11 @@ class RecordedLoader:
                 ids = np.where(ids < 0, ids + self._source_length, ids)
         return ids if self._map is None else self._map[ids]
 
+    def _noted(self, epoch: Iterator[tuple[list[int], Any]]) -> Iterator[Any]:
+        for positions, batch in epoch:
+            self._yielded(positions)
+            yield batch
+
     def _refuse(self, reason: str) -> None:
         self.reason = reason
         self._current = None
@@ -287,6 +301,8 @@ def _refusal(loader: Any) -> str | None:
     if not isinstance(loader, DataLoader):
         return f"a {type(loader).__qualname__} is not a torch DataLoader, so its batches carry no sample ids"
     kind = type(loader)
+    if kind is TensorLoader:
+        return None
     if isinstance(loader.dataset, IterableDataset):
         return "an IterableDataset has no positions, so its batches carry no sample ids"
     if loader.batch_sampler is None:

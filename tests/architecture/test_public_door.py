@@ -15,6 +15,10 @@ from automode import errors
 
 PUBLIC = {
     "Callback",
+    "FlatAdam",
+    "FlatAdamW",
+    "flatten",
+    "TensorLoader",
     "PlanCard",
     "Policy",
     "Session",
