@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import erfc, isfinite, sqrt
+from typing import Final
 
 from automode.engine import lifecycle, resuming
 from automode.engine.emission import Emission
@@ -11,7 +12,7 @@ from automode.engine.trials import control_weights, finished_trials, weights_of
 from automode.planner import approval
 from automode.planner.acceptance import Evidence, judge_summary
 from automode.planner.approval import PLANNER
-from automode.planner.cards import CardState
+from automode.planner.cards import Action, CardState
 from automode.planner.events import (
     Adopt,
     Adopted,
@@ -26,6 +27,12 @@ from automode.planner.paired import PairedSummary
 
 SLICE_Z = 1.64
 
+NOTHING_BETTER: Final[dict[Action, str]] = {
+    "fork": "none reached the top rung",
+    "merge": "no average is above the raw weights",
+    "stop": "no average and no earlier state is above the last weights",
+}
+
 
 def choose(state: State, execution: Execution, out: Emission) -> None:
     """Take the best candidate on val-A; look at val-B only if it beats the control there."""
@@ -33,11 +40,7 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
     control = execution.control_value
     best = max(candidates, key=lambda c: c.value, default=None)
     if best is None or control is None or not best.value > control:
-        none = (
-            "none reached the top rung"
-            if execution.action == "fork"
-            else "no average is above the raw weights"
-        )
+        none = NOTHING_BETTER[execution.action]
         told = none if best is None else f"{best.name} reaches {best.value:.4f}"
         verdict = VerdictGiven(
             card=execution.card,
@@ -74,11 +77,13 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
 
 
 def _candidates(state: State, execution: Execution) -> list[Candidate]:
-    if execution.action == "merge":
+    if execution.action != "fork":
         merged = execution.merged
         if merged is None or (merged.control is not None and merged.weights == merged.control):
             return []
-        return [Candidate(name=merged.weights.choice, weights=merged.weights, value=merged.value)]
+        earlier = merged.control is not None and merged.weights.checkpoint != merged.control.checkpoint
+        name = f"best:{merged.weights.choice}" if earlier else merged.weights.choice
+        return [Candidate(name=name, weights=merged.weights, value=merged.value)]
     found = [
         Candidate(
             name=f"t{report.trial}:{execution.variants[report.trial].name}",
@@ -150,12 +155,13 @@ def evaluated(state: State, body: Evaluated, out: Emission) -> None:
 def _strictness(state: State, execution: Execution) -> tuple[float, float]:
     """Return (false acceptance rate, least z) of a look.
 
-    A fork spends of the session's alpha. Averages of the trunk's own trajectory have been better than its raw weights so
+    A fork spends of the session's alpha. The state that a stopped run keeps is one that it went through: it has to be better, and that
+    is all. Averages of the trunk's own trajectory have been better than its raw weights so
     often that they need less proof: their threshold is the policy's, and stands for a rate of its own.
     """
     asked, policy = state.cards[execution.card].card.acceptance.z, state.policy
-    if execution.action == "merge":
-        least = max(asked, policy.averages.z)
+    if execution.action != "fork":
+        least = max(asked, policy.averages.z) if execution.action == "merge" else asked
         return min(0.499, 0.5 * erfc(least / sqrt(2.0))), least
     assert execution.look is not None
     return state.spending.alpha(execution.look), max(asked, policy.evidence.z)

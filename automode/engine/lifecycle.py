@@ -27,8 +27,10 @@ from automode.planner.events import (
     SetClip,
     SetLearningRate,
     Snapshot,
+    StopRun,
     StopTrial,
     TrunkEnded,
+    Weights,
 )
 from automode.planner.fitting import Funds, Held, quote
 from automode.planner.pricing import worst_case
@@ -39,6 +41,9 @@ from automode.scheduler import Account, Purpose, Refusal
 FORK_COPIES: Final = 10
 """A fork's memory in copies of the weights, at the most: weights, gradients, two moments, three averages, and the candidates
 that are judged at a rung."""
+
+KEEP_BEST: Final = "keep_best"
+"""How a run that is stopped merges: it does not, it chooses."""
 
 OPEN: Final = WAITING
 """States in which a card still waits for something other than compute."""
@@ -83,8 +88,8 @@ def funds_of(state: State, *, waits: int = 0) -> Funds:
 
 
 def due_at_end(state: State) -> int:
-    """Sample passes that finishing merges have reserved, to be spent when the trunk has taken its last step."""
-    return sum(state.ledger.left(e.card) for e in state.executions.values() if e.action == "merge")
+    """Sample passes that finishing merges and stops have reserved, to be spent when the trunk has taken its last step."""
+    return sum(state.ledger.left(e.card) for e in state.executions.values() if e.action != "fork")
 
 
 def steps_left(state: State) -> int:
@@ -205,6 +210,9 @@ def start(state: State, card: PlanCard, out: Emission, *, cause: int | None = No
     if card.action == "fork":
         out.command(Snapshot(card=card.id, purpose="base"), cause=started)
         return
+    if card.action == "stop":
+        out.command(StopRun(card=card.id, why=f"card {card.id} ({card.reason})"), cause=started)
+        return
     execution = state.executions[card.id]
     if card.adjustment is not None:
         execution.waiting_for |= _adjust(card.id, card.adjustment, out, started)
@@ -312,7 +320,7 @@ def _desk(state: State) -> Desk:
 
 
 def trunk_ended(state: State, body: TrunkEnded, out: Emission) -> None:
-    """Nothing more is trained: forks end without a verdict, waiting cards expire, finishing merges go on."""
+    """Nothing more is trained: forks end without a verdict, waiting cards expire, merges go on, and stops choose what to keep."""
     state.trunk_ended = True
     for record in list(state.cards.values()):
         if record.state in WAITING:
@@ -326,6 +334,17 @@ def trunk_ended(state: State, body: TrunkEnded, out: Emission) -> None:
             why = (
                 f"the run ended at step {body.step}, before the control and the specialists could be compared"
             )
+            _cut_short(state, execution.card, why, out)
+        elif execution.action == "stop":
+            execution.combining = True
+            best = () if state.best is None else (Weights(checkpoint=state.best),)
+            execution.waiting_for.add(out.command(Merge(card=execution.card, method=KEEP_BEST, members=best)))
+
+
+def keep_going(state: State, why: str, out: Emission) -> None:
+    """A run that was to end is to go on: the cards that stopped it have come to nothing."""
+    for execution in list(state.executions.values()):
+        if execution.action == "stop":
             _cut_short(state, execution.card, why, out)
 
 

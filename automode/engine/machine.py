@@ -151,7 +151,7 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case Acknowledged():
             lifecycle.charge(state, "evaluate", body.passes, card=body.card)
         case Checkpointed() | Controlled() | Tested() | HealthChecked():
-            pass  # told to people, or what a later event refers to; nothing is decided on it
+            resuming.noted(state, body)
         case Resumed() | LengthSet():
             resuming.told(state, body, out)
         case TrunkEnded():

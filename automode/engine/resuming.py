@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from automode.engine import observing
+from automode.engine import lifecycle, observing
 from automode.engine.emission import Emission
 from automode.engine.state import State
 from automode.errors import ReplayDifferenceError
-from automode.planner.events import Envelope, Evaluate, LengthSet, Resumed, Weights
+from automode.planner.events import (
+    Checkpointed,
+    Controlled,
+    Envelope,
+    Evaluate,
+    HealthChecked,
+    LengthSet,
+    Resumed,
+    Tested,
+    Weights,
+)
 
 
 def skip(state: State, body: Resumed, event: Envelope) -> None:
@@ -35,6 +45,12 @@ def told(state: State, body: Resumed | LengthSet, out: Emission) -> None:
         _lengthen(state, body.total_steps)
 
 
+def noted(state: State, body: Checkpointed | Controlled | Tested | HealthChecked) -> None:
+    """Know where the best validated state is stored; the rest is told to people, and nothing is decided on it."""
+    if isinstance(body, Checkpointed) and body.why == "best":
+        state.best = body.checkpoint
+
+
 def _resumed(state: State, body: Resumed, out: Emission) -> None:
     """Go on as if nothing had happened where the rows will be the same; else start the signals anew.
 
@@ -43,6 +59,7 @@ def _resumed(state: State, body: Resumed, out: Emission) -> None:
     """
     if body.total_steps is not None:
         _lengthen(state, body.total_steps)
+        lifecycle.keep_going(state, f"the run was taken up to go on to step {body.total_steps}", out)
     state.looked = body.looks
     if body.exact:
         return

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from automode.engine.guards import Guards
 from automode.planner.acceptance import AlphaSpending
 from automode.planner.approval import CardRecord
+from automode.planner.cards import Action
 from automode.planner.events import (
     Clustered,
     Command,
@@ -51,7 +52,7 @@ class Execution:
     """A running card: what was asked of the world, and what has come back."""
 
     card: str
-    action: Literal["fork", "merge", "adjust"]
+    action: Action
     started_at: int
     base: Snapshotted | None = None
     control: Snapshotted | None = None
@@ -131,6 +132,8 @@ class State:
     adoptions: int = 0
     undo: dict[str, str] = field(default_factory=dict)
     """Adopted card to the digest of the trunk before it."""
+    best: str | None = None
+    """Digest of the complete state at the best validation so far, where one is stored."""
     trunk_ended: bool = False
     ended: bool = False
     counts: dict[str, int] = field(default_factory=dict)

@@ -88,8 +88,8 @@ def submission_from_yaml(text: str) -> dict[str, Any]:
     root, problems = read(text)
     if root is not None:
         data = root.data()
-        is_fork = not isinstance(data, dict) or data.get("action") not in ("merge", "adjust")
-        made, problems = validate(PlanCard, root, given=_FILLED_IN | ({} if is_fork else {"budget_steps": 0}))
+        trains = not isinstance(data, dict) or data.get("action") not in ("merge", "adjust", "stop")
+        made, problems = validate(PlanCard, root, given=_FILLED_IN | ({} if trains else {"budget_steps": 0}))
         if made is not None:
             return dict(data)
     raise CardError(_message("plan card", problems or [_nothing(PlanCard)]))

@@ -43,6 +43,7 @@ Reason = Literal[
     "manual",
 ]
 Risk = Literal["low", "medium", "high"]
+Action = Literal["fork", "merge", "adjust", "stop"]
 Number = float | int | bool | str | None
 Diagnostic = Number | tuple[Number, ...]
 
@@ -111,6 +112,9 @@ TRANSITIONS: Final[dict[CardState, frozenset[CardState]]] = {
 }
 """Which state may follow which. A running card that a person cancels ends as ``refused``."""
 
+STOP_Z: Final = 0.0
+"""What a run that is stopped keeps in place of its last weights needs no proof but being better on the held-out data."""
+
 WAITING: Final = frozenset({CardState.PROPOSED, CardState.REVISE, CardState.APPROVED})
 
 
@@ -139,9 +143,11 @@ class PlanCard(Part):
         max_length=128,
         description="planner, or the name of who submitted it",
     )
-    action: Literal["fork", "merge", "adjust"] = Field(
-        description="fork: train specialists beside the trunk; merge: average along the trunk's own trajectory; adjust: change "
-        "the trunk's rate or clipping, unproven"
+    action: Action = Field(
+        description=(
+            "fork: train specialists beside the trunk; merge: average along the trunk's own trajectory; adjust: change the trunk's rate "
+            "or clipping, unproven; stop: end the run with the best of its last weights, their averages and its best validated state"
+        )
     )
     reason: Reason = Field(description="the rule that made the card; manual: a person did")
     because: str = Field(min_length=1, max_length=4000, description="the reason in words, with its numbers")
@@ -208,10 +214,10 @@ class PlanCard(Part):
                 )
         else:
             if (self.action == "merge") != (self.merge_recipe is not None):
-                raise ValueError("a merge needs `merge_recipe`, and an adjustment has none")
+                raise ValueError(f"a merge needs `merge_recipe`, and {_ARTICLED[self.action]} has none")
             if self.training_recipe is not None or self.gate_recipe is not None or self.asha is not None:
                 raise ValueError(
-                    f"{'a merge' if self.action == 'merge' else 'an adjustment'} trains nothing: leave `training_recipe`, `gate_recipe` and `asha` out"
+                    f"{_ARTICLED[self.action]} trains nothing: leave `training_recipe`, `gate_recipe` and `asha` out"
                 )
         return self
 
@@ -238,6 +244,14 @@ class PlanCard(Part):
         from automode.planner.card_text import card_html
 
         return card_html(self)
+
+
+_ARTICLED: Final[dict[Action, str]] = {
+    "fork": "a fork",
+    "merge": "a merge",
+    "adjust": "an adjustment",
+    "stop": "a stop",
+}
 
 
 def _number(value: Any) -> Any:

@@ -80,13 +80,15 @@ class FitGate(Part):
 
 
 class Merge(Part):
-    """Merge the members; for a trunk merge at ``at_step`` null means at the end of the run."""
+    """Merge the members, or choose the best of the trunk's own states."""
 
     kind: Literal["merge"] = "merge"
     card: str
     method: str
     control: Weights | None = Field(default=None, description="null: the trunk itself, at the end of the run")
-    members: tuple[Weights, ...] = ()
+    members: tuple[Weights, ...] = Field(
+        default=(), description="specialists; for a run that is stopped, its best validated state"
+    )
     at_end: bool = False
 
 
@@ -169,6 +171,7 @@ class StopRun(Part):
 
     kind: Literal["stop_run"] = "stop_run"
     why: str
+    card: str | None = Field(default=None, description="null: a safeguard stops it")
 
 
 Command = Annotated[

@@ -192,6 +192,7 @@ class Merged(Part):
         default=None, description="for a merge card: the raw trunk at the same step"
     )
     control_value: float | None = None
+    why: str = Field(default="", description="what could not be had, and why")
     step: int
     passes: float = Field(ge=0)
 

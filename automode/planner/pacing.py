@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, assert_never
 
 from automode.planner.approval import PLANNER, CardRecord
 from automode.planner.capability import refusals
-from automode.planner.cards import WAITING, CardState, PlanCard, card_id
+from automode.planner.cards import STOP_Z, WAITING, CardState, PlanCard, card_id
 from automode.planner.events import CooldownSet
 from automode.planner.fitting import (
     Funds,
@@ -25,7 +25,7 @@ from automode.planner.fitting import (
     unaffordable,
 )
 from automode.planner.policy import Policy
-from automode.planner.pricing import WorstCase, price_merge, worst_case, worst_case_passes
+from automode.planner.pricing import WorstCase, price_of, worst_case, worst_case_passes
 from automode.planner.recipes import Acceptance, Base
 from automode.planner.rules import PRIORITY
 from automode.planner.rules.base import Proposal, View
@@ -139,7 +139,7 @@ def admit(
             return cap
         cap = 0.0
     if proposal.action != "fork":
-        priced = WorstCase() if proposal.merge_recipe is None else price_merge(proposal.merge_recipe, run)
+        priced = price_of(proposal.action, proposal.merge_recipe, run)
         held = unaffordable(priced, cap, funds, policy) or no_time(priced, view.remaining, run, policy)
         if held is not None:
             return held
@@ -190,9 +190,17 @@ def held_back(
 
 
 def _acceptance(proposal: Proposal, policy: Policy) -> Acceptance:
-    """What a card's result must show; averages of the trunk's own trajectory have a threshold of their own."""
-    z = policy.averages.z if proposal.action == "merge" else policy.evidence.z
-    return Acceptance(z=z, slices=policy.evidence.slices)
+    """What a card's result must show; states of the trunk's own trajectory have thresholds of their own."""
+    match proposal.action:
+        case "fork" | "adjust":
+            z = policy.evidence.z
+        case "merge":
+            z = policy.averages.z
+        case "stop":
+            z = STOP_Z
+        case _:
+            assert_never(proposal.action)
+    return Acceptance(z=z, slices="ignore" if proposal.action == "stop" else policy.evidence.slices)
 
 
 def after_verdict(
@@ -291,16 +299,16 @@ def _cooldown(proposal: Proposal, view: View, state: PacingState) -> Held | None
 
 
 def _conflict(proposal: Proposal, open_cards: Sequence[CardRecord], outranked_by: str | None) -> Held | None:
-    """One fork at a time; merges of the trunk's averages train nothing and stand in nobody's way."""
+    """One fork at a time, and no end of the run while one trains; merges of the trunk's averages stand in nobody's way."""
     for record in open_cards:
         card = record.card
         if card.reason == proposal.reason and (record.state in WAITING or record.state in _AT_WORK):
             return Held(code="waiting", why=f"card {card.id} of the same reason is {record.state} already")
-        if not card.action == proposal.action == "fork":
+        if card.action != "fork" or proposal.action == "merge":
             continue
         if record.state is CardState.APPROVED or record.state in _AT_WORK:
             return Held(code="busy", why=f"card {card.id} ({card.reason}) is {record.state}")
-        if card.id == outranked_by:
+        if proposal.action == "fork" and card.id == outranked_by:
             return Held(
                 code="outranked", why=f"card {card.id} ({card.reason}) is more urgent and was made just now"
             )

@@ -136,8 +136,12 @@ class GapPolicy(Part):
     """When a held-out loss that rises under a falling training loss is worth a card."""
 
     persist: int = Field(default=2, ge=1, description="validations in a row at which the test holds")
-    rise: Positive = Field(
-        default=0.05, description="least relative rise of the held-out loss above its best"
+    rise: Positive = Field(default=0.05, description="least relative rise of the held-out loss over its best")
+    stop_after: int | None = Field(
+        default=8,
+        ge=4,
+        le=12,
+        description="validations since the best from which a stop is proposed; null: never",
     )
 
 
@@ -160,9 +164,7 @@ class NoisePolicy(Part):
     from_: Fraction = Field(
         default=0.25, alias="from", description="no scan before this share of the run is believed"
     )
-    min_noise: Fraction = Field(
-        default=0.10, description="label-noise estimate from which a card is worth it"
-    )
+    min_noise: Fraction = Field(default=0.10, description="label-noise estimate that is worth a card")
     least_found: Fraction = Field(
         default=0.5, description="suspects must be at least this share of the estimate; else export only"
     )
@@ -171,8 +173,7 @@ class NoisePolicy(Part):
         description="and at most this multiple: pruning too much costs twice what too little does",
     )
     confidence: Fraction = Field(
-        default=0.8,
-        description="least share of a suspect's neighbours that must have its new label; without one it stays left out",
+        default=0.8, description="least share of a suspect's neighbours that must have its new label"
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Final, assert_never
 
-from automode.planner.cards import PlanCard
+from automode.planner.cards import Action, PlanCard
 from automode.planner.events import Run
 from automode.planner.recipes import (
     GateRecipe,
@@ -163,13 +163,24 @@ def price_merge(merge: MergeRecipe, run: Run) -> WorstCase:
     )
 
 
+def price_stop(run: Run) -> WorstCase:
+    """Price a card that ends the run: its last and its best state are judged, each raw and averaged."""
+    states = 1 + (TRUNK_AVERAGES if run.averages else 0)
+    held_out = run.val_a + run.val_b
+    return WorstCase(evaluate=float((2 * states + 2) * held_out + (2 * states + 2) * run.refresh))
+
+
+def price_of(action: Action, merge: MergeRecipe | None, run: Run) -> WorstCase:
+    """Price what trains nothing: a merge, an adjustment, or the end of the run."""
+    if action == "stop":
+        return price_stop(run)
+    return WorstCase() if merge is None else price_merge(merge, run)
+
+
 def worst_case(card: PlanCard, run: Run) -> WorstCase:
     """Price a card: the amount that is reserved when it starts, and stated on its face as ``cost``."""
-    if card.action == "adjust":
-        return WorstCase()
-    if card.action == "merge":
-        assert card.merge_recipe is not None
-        return price_merge(card.merge_recipe, run)
+    if card.action != "fork":
+        return price_of(card.action, card.merge_recipe, run)
     assert card.training_recipe is not None
     assert card.asha is not None
     return price_fork(

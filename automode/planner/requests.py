@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from automode.errors import ConflictError
 from automode.planner.approval import CardRecord, move, staleness
-from automode.planner.cards import CardState, PlanCard, card_id, difference
+from automode.planner.cards import STOP_Z, CardState, PlanCard, card_id, difference
 from automode.planner.events import CardMoved, CardProposed, Decided, Mode, ModeChanged, RequestRefused, Run
 from automode.planner.fitting import Held
 from automode.planner.recipes import Base
@@ -288,8 +288,10 @@ def _submit(request: Decided, desk: Desk) -> Response:
     reason = given.setdefault("reason", "manual")
     given.setdefault("because", request.note or f"submitted by {request.actor}")
     given.setdefault("cooldown_steps", 0)
-    if given.get("action") in ("merge", "adjust"):
+    if given.get("action") in ("merge", "adjust", "stop"):
         given.setdefault("budget_steps", 0)
+    if given.get("action") == "stop":
+        given.setdefault("acceptance", {"z": STOP_Z, "slices": "ignore"})
     ours = {
         "id": card_id(desk.session, str(reason), desk.step, desk.ordinal),
         "rev": 1,

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from automode.backends.base import SegmentJob
+from automode.engine.lifecycle import KEEP_BEST
 from automode.errors import SessionError, UsageError
 from automode.planner.events import Resolved, Snapshotted, StartTrial, Weights
 from automode.session.artifacts import ArtifactStore
@@ -225,11 +226,15 @@ class CardAgain:
             mapped = command.model_copy(update={"control": self._mapped(command.control), "members": members})
             again = self._combiner.merge(recorded.card, mapped, merged.step)
         else:
-            weights, rest, _ = self._load(merged.weights.checkpoint, "it merged")
+            assert merged.control is not None
+            own = merged.control.checkpoint
+            weights, rest, _ = self._load(own, "it merged")
             self._judge_as(rest)
-            again = self._combiner.merge_trunk(
-                recorded.card, merged.weights.checkpoint, self._candidates(weights, rest), merged.step
-            )
+            candidates = self._candidates(weights, rest)
+            if command.method == KEEP_BEST:
+                again = self._combiner.keep_best(recorded.card, command, own, candidates, merged.step)
+            else:
+                again = self._combiner.merge_trunk(recorded.card, own, candidates, merged.step)
             self._compare("raw weights", merged.control_value, again.control_value, size)
         self._compare(f"merge by {merged.method}", merged.value, again.value, size)
         if not self.done.doubts:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from automode.errors import NotExecutableError
+from automode.errors import NotExecutableError, SessionError
 from automode.merges.averages import interpolate, uniform
 from automode.merges.batches import device_of
 from automode.merges.fisher import Categorical, Gaussian, Likelihood, diagonal_fisher
@@ -22,7 +22,7 @@ from automode.planner.cards import PlanCard
 from automode.planner.events import Evaluate, Evaluated, FitGate, GateFitted, Merge, Merged, Task, Weights
 from automode.planner.recipes import GateRecipe, MergeFisherSoup, MergeInterpolate
 from automode.trainer.evaluation import PerSampleScores
-from automode.trainer.evidence import Evidence, metrics_of
+from automode.trainer.evidence import EVERYTHING, Evidence, Part, metrics_of
 from automode.trainer.random_state import seeded_rng
 from automode.trainer.specialists import Checkpoints
 from automode.trainer.states import REFRESH_SEED, States
@@ -269,24 +269,79 @@ class Combiner:
             passes=passes,
         )
 
+    def keep_best(
+        self,
+        card: PlanCard,
+        command: Merge,
+        digest: str,
+        candidates: Mapping[str, Mapping[str, Tensor]],
+        step: int,
+    ) -> Merged:
+        """Choose among the trunk's last states and its best validated one, on all held-out data; the last raw weights are the control.
+
+        Args:
+            card: The card that ended the run.
+            command: Names the best validated state, if one is stored.
+            digest: The trunk's own last state, durable.
+            candidates: Its raw weights and averages.
+            step: The trunk's.
+        """
+        states = {
+            name: (Weights(checkpoint=digest, choice=name), state) for name, state in candidates.items()
+        }
+        why = "" if command.members else "no validated state of before is stored"
+        for member in command.members:
+            try:
+                earlier = self._states.candidates(member.checkpoint)
+            except SessionError as error:
+                why = f"the best validated state could not be read, and the last ones alone were compared: {error}"
+                continue
+            states |= {
+                f"best:{name}": (Weights(checkpoint=member.checkpoint, choice=name), state)
+                for name, state in earlier.items()
+            }
+        model, passes = self._states.shell(), 0.0
+        values: dict[str, float] = {}
+        for name, (reference, state) in states.items():
+            values[name], spent = self._value_of(
+                model, state, averaged=reference.choice != "raw", part=EVERYTHING
+            )
+            passes += spent
+        best = max(
+            values, key=lambda name: values[name]
+        )  # of equals, the first: the last raw weights stand first
+        return Merged(
+            card=card.id,
+            method=command.method,
+            members=tuple(states),
+            weights=states[best][0],
+            value=values[best],
+            control=Weights(checkpoint=digest),
+            control_value=values["raw"],
+            why=why,
+            step=step,
+            passes=passes,
+        )
+
     def _value_of(
-        self, model: nn.Module, state: Mapping[str, Tensor], *, averaged: bool
+        self, model: nn.Module, state: Mapping[str, Tensor], *, averaged: bool, part: Part | None = "A"
     ) -> tuple[float, float]:
         refreshed = self._states.put(model, state, averaged=averaged)
-        value, passes = self._evidence.value(model)
+        value, passes = self._evidence.value(model, part)
         return value, passes + refreshed
 
     # The evidence.
 
     def evaluate(self, card: PlanCard, command: Evaluate) -> Evaluated:
-        """Compare candidate and control on val-B."""
-        control, passes = self._scored(command.control)
+        """Compare candidate and control on val-B; for a run that is stopped, on all held-out data."""
+        part: Part | None = EVERYTHING if card.action == "stop" else "B"
+        control, passes = self._scored(command.control, part)
         if command.candidate == "mixture":
             model: nn.Module = self.mixture(command.weights.checkpoint)
             candidate = self._evidence.scores(model, "B")
             passes += candidate.n * (len(model.experts) if isinstance(model, MixtureOfExperts) else 1)
         else:
-            candidate, spent = self._scored(command.weights)
+            candidate, spent = self._scored(command.weights, part)
             passes += spent
         overall, slices = self._evidence.paired(candidate, control)
         return Evaluated(
@@ -299,7 +354,7 @@ class Combiner:
             passes=passes,
         )
 
-    def _scored(self, reference: Weights) -> tuple[PerSampleScores, float]:
+    def _scored(self, reference: Weights, part: Part | None) -> tuple[PerSampleScores, float]:
         model, _, passes = self._states.model(reference)
-        scores = self._evidence.scores(model, "B")
+        scores = self._evidence.scores(model, part)
         return scores, float(passes + scores.n)

@@ -267,6 +267,7 @@ class Driver:
         self._trials.know(earlier, partial(is_usable, verify=verify, exact=body.exact))
         for answer, _ in self._executor.take_up(commands, self.state, body.step, kept["executor"], earlier):
             self.scribe.feed(answer)
+        self.stop_requested = self._executor.stop
 
     # What a person asks of a run, carried out by the commander.
 

@@ -14,6 +14,9 @@ from automode.trainer.evaluation import Evaluator, PerSampleScores
 from automode.trainer.states import States
 
 Part = Literal["A", "B"]
+EVERYTHING = None
+"""Both halves."""
+
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -39,8 +42,8 @@ class Evidence:
         """Score on as another run did from here."""
         self._evaluator.load(state)
 
-    def scores(self, model: nn.Module, part: Part) -> PerSampleScores:
-        """Per-sample scores of a network on one half, in a fixed order."""
+    def scores(self, model: nn.Module, part: Part | None) -> PerSampleScores:
+        """Per-sample scores of a network on one half, or on both (:data:`EVERYTHING`), in a fixed order."""
         return self._evaluator.scores(model, part)
 
     def choose(
@@ -60,9 +63,9 @@ class Evidence:
                 best, value = name, mean
         return best, float(value), passes
 
-    def value(self, model: nn.Module) -> tuple[float, float]:
-        """Return (mean utility on val-A, sample passes)."""
-        scores = self.scores(model, "A")
+    def value(self, model: nn.Module, part: Part | None = "A") -> tuple[float, float]:
+        """Return (mean utility on val-A or another part, sample passes)."""
+        scores = self.scores(model, part)
         return float(np.mean(scores.utility)), float(scores.n)
 
     def paired(self, candidate: PerSampleScores, control: PerSampleScores) -> tuple[Group, dict[str, Group]]:

@@ -99,7 +99,7 @@ class Executor:
                 return [Acknowledged(command=body.kind, card=body.card, note=path)]
             case StopRun():
                 self.stop = body.why
-                return [Acknowledged(command=body.kind)]
+                return [Acknowledged(command=body.kind, card=body.card)]
             case StopTrial():
                 return [self.trials.stop(body)]
             case StartTrial():
@@ -187,6 +187,9 @@ class Executor:
             top = None if whole.asha is None else whole.asha.max_steps
             below = {r.checkpoint for (_, at), r in execution.reports.items() if at != top and r.checkpoint}
             self.trials.keep(card, below - execution.dropped)
+        for card, execution in state.executions.items():
+            if execution.action == "stop":
+                self.stop = f"card {card} ({state.cards[card].card.reason})"
         lost = {answer.card for answer, _ in failed if isinstance(answer, CommandFailed)}
         waiting = set(kept["waiting"])
         pumped = {tuple(key): n for *key, n in kept["segments"]}

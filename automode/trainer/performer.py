@@ -12,6 +12,7 @@ from zlib import crc32
 import numpy as np
 
 from automode.engine import State
+from automode.engine.lifecycle import KEEP_BEST
 from automode.errors import NotExecutableError, SessionError
 from automode.merges.moe_files import save as save_mixture
 from automode.planner.cards import PlanCard
@@ -243,6 +244,8 @@ class Performer:
         combiner = self._combiner()
         if command.control is not None:
             return combiner.merge(card, command, step)
+        if command.method == KEEP_BEST:
+            return self.keep_best(card, command, step)
         if self.trunk.averages is None:
             raise NotExecutableError(
                 "the trunk keeps no averages, so there is nothing to merge along its trajectory"
@@ -251,6 +254,13 @@ class Performer:
         return combiner.merge_trunk(
             card, self._save("control", step, **self._conditions()), self.trunk.candidates(), step
         )
+
+    def keep_best(self, card: PlanCard, command: Merge, step: int) -> Merged:
+        """Choose among the trunk as it is, its averages, and its best validated state with those of then."""
+        if self.trunk.averages is not None:
+            self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
+        digest = self._save("control", step, **self._conditions())
+        return self._combiner().keep_best(card, command, digest, self.trunk.candidates(), step)
 
     def _combiner(self) -> Combiner:
         if self.combiner is None:

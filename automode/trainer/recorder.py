@@ -186,7 +186,9 @@ def _checkpoints(envelope: Envelope) -> list[CheckpointRow]:
         case TrialReported(checkpoint=str(digest)) as body:
             return [CheckpointRow(digest=digest, step=body.resource, kind=f"trial {body.trial}", seq=seq)]
         case Merged() as body:
-            return [CheckpointRow(digest=body.weights.checkpoint, step=body.step, kind="merge", seq=seq)]
+            # A run that was stopped may keep a state that is recorded already, and stores its last one all the same.
+            stored = body.weights if body.control is None else body.control
+            return [CheckpointRow(digest=stored.checkpoint, step=body.step, kind="merge", seq=seq)]
         case GateFitted(checkpoint=str(digest)):
             return [CheckpointRow(digest=digest, step=0, kind="mixture", seq=seq)]
         case Adopted() as body:

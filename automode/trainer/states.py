@@ -60,6 +60,19 @@ class States:
             f"checkpoint {reference.checkpoint[:19]} holds no {reference.choice!r} weights; it cannot be judged"
         )
 
+    def candidates(self, checkpoint: str) -> dict[str, dict[str, Tensor]]:
+        """The raw weights of a checkpoint, and its averages where it holds any and the trunk keeps such.
+
+        Raises:
+            SessionError: It cannot be read.
+        """
+        weights, rest, _ = self._checkpoints.load(checkpoint)
+        if self._trunk.averages is None or "averages" not in rest:
+            return {"raw": weights}
+        averages = copy.deepcopy(self._trunk.averages)
+        averages.load_state_dict(rest["averages"])
+        return {"raw": weights} | (averages.candidates(weights) if averages.updates else {})
+
     def put(self, model: nn.Module, state: Mapping[str, Tensor], *, averaged: bool) -> int:
         """Load a state into a network; averaged weights get norm statistics of their own. Returns the samples that took.
 

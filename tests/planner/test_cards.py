@@ -190,6 +190,8 @@ def test_nan_and_infinity_stay_numbers_through_json() -> None:
         (MERGE | {"merge_recipe": None}, "a merge needs `merge_recipe`"),
         (MERGE | {"asha": {"max_steps": 3}}, "a merge trains nothing"),
         (MERGE | {"gate_recipe": {}}, "a merge trains nothing"),
+        (MERGE | {"action": "stop"}, "a merge needs `merge_recipe`, and a stop has none"),
+        (MERGE | {"action": "stop", "merge_recipe": None, "gate_recipe": {}}, "a stop trains nothing"),
         ({"id": "C7F3A1E0"}, "String should match pattern"),
         ({"because": ""}, "at least 1 character"),
         ({"training_recipe": {"variants": []}}, "needs `variants`, `search`, or both"),

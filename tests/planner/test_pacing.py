@@ -363,6 +363,20 @@ def test_a_merge_stands_in_no_forks_way_and_no_fork_outranks_it() -> None:
     made(try_admit(fork(), view, open_cards=[merging], outranked_by=merging.card.id))
 
 
+@pytest.mark.parametrize("state", [CardState.APPROVED, CardState.RUNNING, CardState.ACCEPTED])
+def test_no_run_is_ended_while_a_fork_trains(state: CardState) -> None:
+    stop = Proposal(
+        reason="generalization_gap", action="stop", because="It memorises: 8 validations.", risk="high"
+    )
+    view = view_of(step=4000)
+    working = record_of(made(try_admit(fork(), view)), state)
+    assert held(try_admit(stop, view, open_cards=[working])).code == "busy"
+    waiting = record_of(working.card, CardState.PROPOSED)
+    card = made(try_admit(stop, view, open_cards=[waiting]))
+    assert (card.action, card.budget_steps, card.asha) == ("stop", 0, None)
+    assert (card.acceptance.z, card.acceptance.slices) == (0.0, "ignore")
+
+
 def test_a_card_that_waits_for_a_person_blocks_its_own_reason_only() -> None:
     view = view_of()
     for state in (CardState.PROPOSED, CardState.REVISE):

@@ -14,6 +14,7 @@ from automode.planner.pricing import (
     climbers,
     price_fork,
     price_merge,
+    price_stop,
     rungs,
     step_passes,
     worst_case,
@@ -133,6 +134,14 @@ def test_merges_of_one_specialist_with_the_control(
     worst = price_fork(recipe=recipe_of(3), levels=(10, 30), reduction_factor=3, run=run, merge=merge)
     assert worst.merge == passes
     assert worst.control_steps == control
+
+
+def test_a_stop_judges_last_and_best_states_on_everything_that_is_held_out() -> None:
+    run = run_of(averages=True, refresh=160)
+    everything = run.val_a + run.val_b
+    # Twice raw and three averages, then the look at candidate and control; norm statistics for each at the most.
+    assert price_stop(run).passes == 10 * everything + 10 * 160
+    assert price_stop(run_of()).passes == 4 * everything
 
 
 def test_a_merge_of_the_trunks_averages_costs_evaluations_only() -> None:

@@ -338,6 +338,12 @@ def test_a_person_may_insist_on_the_raw_tail() -> None:
     assert card.selection.kind == "quantile"
 
 
+def test_a_stop_of_ones_own_needs_nothing_but_the_word() -> None:
+    card = submitted(ask("submit", body={"action": "stop"}))
+    assert (card.action, card.budget_steps) == ("stop", 0)
+    assert (card.acceptance.z, card.acceptance.slices) == (0.0, "ignore")
+
+
 def test_a_merge_of_ones_own_needs_no_ladder() -> None:
     card = submitted(ask("submit", body={"action": "merge", "merge_recipe": {"kind": "swa"}}))
     assert card.budget_steps == 0

@@ -22,6 +22,7 @@ from automode.presets import preset_names, preset_text
 
 POLICIES = ("aggressive", "conservative", "default", "observe-only")
 REASONS = get_args(Reason)
+TEMPLATES = (*REASONS, "stop")
 PLANNED = tuple(reason for reason in REASONS if reason != "manual")
 
 RUN = Run(
@@ -56,19 +57,19 @@ def card_of(reason: str) -> PlanCard:
 
 
 def test_there_is_a_template_of_every_kind_and_nothing_else() -> None:
-    assert set(preset_names()) == {*POLICIES, *(f"cards/{reason}" for reason in REASONS)}
+    assert set(preset_names()) == {*POLICIES, *(f"cards/{name}" for name in TEMPLATES)}
 
 
-@pytest.mark.parametrize("reason", REASONS)
-def test_a_template_is_a_card_of_its_kind_that_this_version_can_run(reason: str) -> None:
-    card = card_of(reason)
-    assert card.reason == reason
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_is_a_card_of_its_kind_that_this_version_can_run(name: str) -> None:
+    card = card_of(name)
+    assert name in (card.reason, card.action)
     assert refusals(card, RUN, min_held_out=30) == []
 
 
-@pytest.mark.parametrize("reason", PLANNED)
-def test_a_template_survives_reading_and_writing(reason: str) -> None:
-    text = preset_text(f"cards/{reason}")
+@pytest.mark.parametrize("name", [*PLANNED, "stop"])
+def test_a_template_survives_reading_and_writing(name: str) -> None:
+    text = preset_text(f"cards/{name}")
     assert body(to_yaml(from_yaml(text))) == body(text)
 
 
@@ -115,6 +116,13 @@ def test_a_policy_approves_by_itself_what_it_says(name: str, by_itself: set[str]
     policy = policy_from_yaml(preset_text(name))
     assert {r for r in PLANNED if decide(card_of(r), policy, "act") == "auto"} == by_itself
     assert {r for r in PLANNED if decide(card_of(r), policy, "propose") == "auto"} == set()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_only_a_bold_policy_ends_a_run_by_itself(name: str) -> None:
+    policy = policy_from_yaml(preset_text(name))
+    assert (decide(card_of("stop"), policy, "act") == "auto") == (name == "aggressive")
+    assert decide(card_of("stop"), policy, "propose") == "ask"
 
 
 def test_observe_only_leaves_the_run_alone() -> None:

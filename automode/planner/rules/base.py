@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from automode.planner.cards import Diagnostic, Reason, Risk
+from automode.planner.cards import Action, Diagnostic, Reason, Risk
 from automode.planner.events import Clustered, Run, Scanned, Validated
 from automode.planner.policy import Policy
 from automode.planner.recipes import Adjustment, GateRecipe, MergeRecipe, SelectAll, Selection, TrainingRecipe
@@ -40,7 +40,7 @@ class Proposal:
     """What a rule would do. Pacing turns it into a card, or holds it."""
 
     reason: Reason
-    action: Literal["fork", "merge", "adjust"]
+    action: Action
     because: str
     selection: Selection = SelectAll()
     training_recipe: TrainingRecipe | None = None
