@@ -18,6 +18,7 @@ from automode.planner.events import (
     Clustered,
     Diagnosed,
     Envelope,
+    LengthSet,
     RateSet,
     Resumed,
     Rewound,
@@ -120,7 +121,16 @@ def _as_observed(item: Envelope, policy: Policy) -> Envelope | None:
                 }
             )
             return replace(item, body=other, command_id=None)
-        case Validated() | Scanned() | Clustered() | Diagnosed() | Rewound() | RateSet() | Resumed():
+        case (
+            Validated()
+            | Scanned()
+            | Clustered()
+            | Diagnosed()
+            | Rewound()
+            | RateSet()
+            | LengthSet()
+            | Resumed()
+        ):
             return replace(item, command_id=None)
         case _:
             return None

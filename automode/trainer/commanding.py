@@ -16,6 +16,7 @@ from automode.planner.events import Controlled
 from automode.trainer.checkpointing import CheckpointKeeper
 from automode.trainer.control import NEVER, Control, Reply, Ticket
 from automode.trainer.driver import Driver
+from automode.trainer.key_presses import KeyPresses
 from automode.trainer.loading import checkpoint_named
 from automode.trainer.loop import Loop
 from automode.trainer.random_state import forked_rng
@@ -85,6 +86,7 @@ class Commander:
         self._control = control
         self._switched = switched
         self._verbs = Verbs(parts, loop, driver, keeper)
+        self._keys = KeyPresses(control, parts.console.event)
         self._pause_at: int | None = None
         self._after: tuple[str, int] = ("", 0)
         self._unstored = False
@@ -97,6 +99,9 @@ class Commander:
         Returns:
             Whether training goes on in this state.
         """
+        wanted = self._parts.settings.keys
+        if (self._parts.console.shown if wanted == "auto" else wanted) and self._keys.open():
+            self._driver.requests.listen_by(self._keys.listen)
         switched = self._switched
         if switched is None:
             self.paused = self._parts.settings.start_paused
@@ -143,6 +148,11 @@ class Commander:
         )
         with StopSignals(_HELD) as self.signals:
             self._wait()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._driver.requests.listen_by(None)
+        self._keys.close()
 
     @property
     def stopped(self) -> bool:

@@ -142,12 +142,18 @@ class Control:
             AutomodeError: The run refused.
         """
         arguments_of(verb, arguments)
-        request = f"call-{next(_count):08d}-{secrets.token_hex(4)}"
-        order = Order(control=verb, actor=actor, note=note, arguments=dict(arguments), request=request)
+        order = Order(
+            control=verb, actor=actor, note=note, arguments=dict(arguments), request=self.request_id()
+        )
         ticket = self.post(order)
         if self._thread == threading.get_ident():
             return Reply(verb=verb, step=None, told="at the next step boundary")
         return ticket.wait(timeout)
+
+    @staticmethod
+    def request_id() -> str:
+        """Name an order that came from within this process, as no other is named."""
+        return f"call-{next(_count):08d}-{secrets.token_hex(4)}"
 
     def post(self, order: Order) -> Ticket:
         """Put an order into the line.

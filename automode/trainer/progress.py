@@ -36,6 +36,11 @@ class Console:
         self._climbs: dict[str, _Bar] = {}
         self._known: dict[str, str] = {}
 
+    @property
+    def shown(self) -> bool:
+        """Whether there is a bar to be shown."""
+        return bool(self._shown)
+
     def start(self, total: int | None, done: int = 0) -> None:
         """Show the bar.
 

@@ -38,6 +38,7 @@ class RequestsDesk:
         self._again: deque[tuple[int, Decided]] = deque()
         self._ordered: deque[tuple[int, Controlled]] = deque()
         self._orders: Callable[[Order], None] | None = None
+        self._listen: Callable[[], None] | None = None
         self._posted: set[str] = set()
         self._known: set[str] = set()
         self._answered: list[str] = []
@@ -50,6 +51,10 @@ class RequestsDesk:
             take: Called with each order that comes in, in the order in which they were made.
         """
         self._orders = take
+
+    def listen_by(self, listen: Callable[[], None] | None) -> None:
+        """Have somebody else looked at as often as the inbox is, a terminal say; None: nobody."""
+        self._listen = listen
 
     def again(self, requests: Iterable[tuple[int, Request]]) -> None:
         """Take requests that an earlier attempt has followed; each is due after as many rows as it was then.
@@ -115,6 +120,8 @@ class RequestsDesk:
             now: Seconds on the driver's clock.
             rows: Rows since the run was begun or taken up.
         """
+        if self._listen is not None:
+            self._listen()
         try:
             found = self._inbox.poll(now)
             self._deaf = False

@@ -201,6 +201,7 @@ def _train(
         else:
             _attended(parts, loop, keeper, commander, control)
             if commander.switch is not None:
+                loop.companions.finished()
                 commander.leave_for(commander.switch)
                 return commander.switch
         loop.companions.end()
@@ -227,12 +228,15 @@ def _attended(
     parts: RunParts, loop: Loop, keeper: CheckpointKeeper | None, commander: Commander, control: Control
 ) -> None:
     """Train to the end under a person's orders; then keep the run, where that was asked for."""
-    if keeper is None:
-        run_attended(loop, commander, control)
-    else:
-        run_keeping(loop, keeper, commander, control)
-    if commander.switch is None and parts.settings.hold and not commander.stopped:
-        commander.hold()
+    try:
+        if keeper is None:
+            run_attended(loop, commander, control)
+        else:
+            run_keeping(loop, keeper, commander, control)
+        if commander.switch is None and parts.settings.hold and not commander.stopped:
+            commander.hold()
+    finally:
+        commander.close()
 
 
 def _open_driver(parts: RunParts) -> Driver:

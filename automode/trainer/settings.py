@@ -22,6 +22,7 @@ from automode.planner.policy import Policy
 from automode.presets import preset_names, preset_text
 from automode.trainer.cadence import cadence_of
 from automode.trainer.callbacks import check_callbacks
+from automode.trainer.key_presses import Keys
 from automode.trainer.logger_choice import check_loggers
 from automode.trainer.progress import Progress
 from automode.trainer.run_metrics import check_metrics
@@ -70,6 +71,7 @@ class Settings:
     log_every_n_steps: int | None = None
     start_paused: bool = False
     hold: bool = False
+    keys: Keys = "auto"
 
     def __post_init__(self) -> None:
         for name in ("project", "run_name"):
@@ -90,10 +92,7 @@ class Settings:
         one_of("backend", self.backend, get_args(BackendName))
         self._check_backend_options()
         one_of("scheduler_interval", self.scheduler_interval, get_args(Interval))
-        if self.progress != "auto":
-            _flag("progress", self.progress, also='"auto"')
-        for name in ("do_test_after", "console", "start_paused", "hold"):
-            _flag(name, getattr(self, name))
+        self._check_flags()
         if self.clip_norm is not None and not (_number(self.clip_norm) and 0 < self.clip_norm < math.inf):
             raise UsageError(f"clip_norm must be a number above 0 or None, got {self.clip_norm!r}")
         whole("accumulate_grad_batches", self.accumulate_grad_batches, least=1)
@@ -105,6 +104,13 @@ class Settings:
         self._check_resuming()
         if self.seed is not None:
             whole("seed", self.seed, least=0, most=MAX_SEED)
+
+    def _check_flags(self) -> None:
+        for name in ("progress", "keys"):
+            if getattr(self, name) != "auto":
+                _flag(name, getattr(self, name), also='"auto"')
+        for name in ("do_test_after", "console", "start_paused", "hold"):
+            _flag(name, getattr(self, name))
 
     def _check_backend_options(self) -> None:
         options = self.backend_options

@@ -9,6 +9,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
+from automode.trainer.terminal import as_before
+
 EXIT_TERMINATED = 128 + 15
 """Exit status of a run that SIGTERM stopped, as a shell reports it."""
 
@@ -97,5 +99,6 @@ class StopSignals:
         self._restore()
         if number == signal.SIGINT:
             raise KeyboardInterrupt("stopped at once by a second signal; what was not yet stored is lost")
+        as_before()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

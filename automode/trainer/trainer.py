@@ -15,6 +15,7 @@ from automode.planner.policy import Policy
 from automode.trainer.card_callbacks import CardCallback
 from automode.trainer.controls import Controls
 from automode.trainer.fit_request import FitRequest
+from automode.trainer.key_presses import Keys
 from automode.trainer.progress import Progress
 from automode.trainer.result import FitResult
 from automode.trainer.running import fit
@@ -79,6 +80,8 @@ class Trainer(Controls):
         start_paused: Wait before the first step until somebody lets the run go on (:meth:`resume`, :meth:`step`).
         hold: Keep the finished run, with its model, for tests, checks and longer training until :meth:`release`,
             ``automode ctl SESSION release`` or SIGTERM; ``fit`` returns only then.
+        keys: Take orders by single keys from the terminal (``?`` lists them) while ``fit`` runs in the main thread; ``"auto"``:
+            where the progress bar is shown. A step of yours that reads standard input itself wants False.
 
     Raises:
         UsageError: An argument has a value that it cannot take.
@@ -116,6 +119,7 @@ class Trainer(Controls):
         log_every_n_steps: int | None = None,
         start_paused: bool = False,
         hold: bool = False,
+        keys: Keys = "auto",
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
