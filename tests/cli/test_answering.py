@@ -211,7 +211,7 @@ def test_a_person_without_a_login_name_is_asked_for_one(
     ("old", "new", "problem"),
     [
         ("ids:", "idz:", "line 3, column 28: selection.idz: unknown key, did you mean `ids`?"),
-        ("action: fork", "action: spoon", "line 1, column 9: action: expected one of fork, merge, adjust, came the text 'spoon'"),
+        ("action: fork", "action: spoon", "line 1, column 9: action: expected one of fork, merge, adjust, stop, came the text 'spoon'"),
         ("budget_steps: 60", "budget_steps: 600", "must lie between 1 and asha.max_steps (180)"),
         ("budget_steps: 60\n", "", "budget_steps: is missing"),
     ],
