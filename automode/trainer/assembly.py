@@ -148,6 +148,7 @@ def _driver(
     policy, total = parts.policy, parts.plan.total
     parts.keep_row = lambda stream, names, values: store.add_row(stream, state.attempt, names, values)
     log = SessionLog(parts.session_path, console=parts.console.event, level="warning")
+    parts.log = log.logger
     checkpoints = CheckpointStore(store.path / "checkpoints")
     performer, refresh = performer_of(parts, held, store.path, checkpoints)
     backend = backend_of(parts, mode, performer.runner, refresh, checkpoints)

@@ -143,6 +143,7 @@ class Companions:
         self._table.write()
         self._call("on_train_end")
         self._call("on_fit_end")
+        self._closing()
 
     def failed(self, error: BaseException) -> None:
         """An exception leaves ``fit``; one of a callback's own is noted on it."""
@@ -150,6 +151,7 @@ class Companions:
             self._table.write()
             self._call("on_exception", error)
             self._loggers.end("failed" if isinstance(error, Exception) else "interrupted")
+            self._closing()
         except Exception as second:
             error.add_note(f"what goes along with the run failed as well: {type(second).__name__}: {second}")
 
@@ -158,6 +160,10 @@ class Companions:
         for handle in self._handles:
             handle.remove()
         self._call("teardown", "fit")
+
+    def left(self) -> None:
+        """The run goes on from another state, with companions of its own."""
+        self._loggers.leave()
 
     def finished(self) -> None:
         """The run is over, its test included."""
@@ -261,6 +267,10 @@ class Companions:
         self._table.load(state["table"])
         self.numbers = dict(state["numbers"])
         return [*self._callbacks.load(state["callbacks"]), *self._metrics.load(state["metrics"])]
+
+    def _closing(self) -> None:
+        if self._parts.closing is not None:
+            self._parts.closing()
 
     def _call(self, hook: str, *given: Any) -> None:
         self._callbacks.call(hook, self._view, self._view.model, *given)

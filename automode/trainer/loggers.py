@@ -106,6 +106,13 @@ class Loggers:
                 self._attempt(one, one.finalize, status)
         self.all.clear()
 
+    def leave(self) -> None:
+        """Close the files of those made by name; the user's own loggers are gone on with."""
+        for one in self.all:
+            if isinstance(one, _Own):
+                self._attempt(one, one.close)
+        self.all.clear()
+
     def _open(self, name: str, step: int, row: int) -> None:
         if name == "csv":
             self.all.append(CsvLog(self._folder / "metrics.csv", after_step=step, after_row=row))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
-Progress = Literal["auto"] | bool
+from automode.trainer.bars import Bar, NotebookBar, RichBars, check_notebook, in_notebook
+
+Progress = Literal["auto", "tqdm", "rich", "notebook"] | bool
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]  # generic only in the stubs
@@ -17,23 +20,46 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # generic only in the stubs
     monitor_interval = 0
 
 
+def _maker(progress: Progress) -> Callable[..., Any] | None:
+    """What makes the bars; None: there are to be none.
+
+    Raises:
+        UsageError: Such bars cannot be shown here.
+    """
+    match progress:
+        case "auto" if in_notebook():
+            return NotebookBar
+        case "auto":
+            return _Bar if sys.stderr.isatty() else None
+        case "rich":
+            return RichBars()
+        case "notebook":
+            check_notebook()
+            return NotebookBar
+        case "tqdm" | True:
+            return _Bar
+        case _:
+            return None
+
+
 class Console:
     """Prints for people, and keeps a progress bar below what it prints.
 
     Cards and events go to standard output, the bar to standard error, so that a log file gets the one without the other.
 
     Args:
-        progress: Show the bar; ``"auto"``: only where standard error is a terminal.
+        progress: Show the bar, by ``"tqdm"`` (True is the same), ``"rich"`` or ``"notebook"``; ``"auto"``: in a notebook its own,
+            else by tqdm, and only where standard error is a terminal.
         speak: Print cards and events at all.
         description: Stands before the bar.
     """
 
     def __init__(self, progress: Progress = "auto", *, speak: bool = True, description: str = "") -> None:
-        self._shown = sys.stderr.isatty() if progress == "auto" else progress
+        self._make = _maker(progress)
         self._speak = speak
         self._description = description
-        self._bar: _Bar | None = None
-        self._climbs: dict[str, _Bar] = {}
+        self._bar: Bar | None = None
+        self._climbs: dict[str, Bar] = {}
         self._known: dict[str, str] = {}
 
     @property
@@ -48,8 +74,8 @@ class Console:
             total: Steps of the whole run; None where that is not known.
             done: Steps done already, by a run that is taken up again.
         """
-        if self._shown and self._bar is None:
-            self._bar = _Bar(
+        if self._make is not None and self._bar is None:
+            self._bar = self._make(
                 total=total, initial=done, desc=self._description or None, unit="step", dynamic_ncols=True
             )
 
@@ -96,11 +122,11 @@ class Console:
             total: Resource steps of the whole ladder.
             text: Rungs and leader.
         """
-        if self._bar is None:
+        if self._bar is None or self._make is None:
             return
         bar = self._climbs.get(card)
         if bar is None:
-            bar = self._climbs[card] = _Bar(
+            bar = self._climbs[card] = self._make(
                 total=total,
                 desc=f"card {card}",
                 unit="step",

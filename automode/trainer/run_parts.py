@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ class RunParts:
         on_card: The user's own functions that hear of every card.
         hand_written: Why the loop around the training step is not ours; None where it is.
         batch: Mean samples a step, where the training loader does not tell.
+        log: Logger of the session, whose lines below a warning reach its file only; None while no session is open.
+        closing: Called before the session's log is closed; None: nobody wants to know.
         keep_row: Records a row of one of the session's streams beside the trunk's; None while no session is open.
     """
 
@@ -86,6 +89,8 @@ class RunParts:
     on_card: Sequence[CardCallback] = ()
     hand_written: str | None = None
     batch: float | None = None
+    log: Any = None
+    closing: Callable[[], None] | None = None
     keep_row: Callable[[str, tuple[str, ...], Sequence[float]], object] | None = None
 
 

@@ -11,6 +11,7 @@ from automode.session import Session
 from automode.trainer.assembly import batch_size_of, open_driver, resume_driver
 from automode.trainer.callback_view import RunView
 from automode.trainer.callbacks import Callbacks
+from automode.trainer.captured_logs import captured
 from automode.trainer.card_callbacks import CardCallback
 from automode.trainer.checkpointing import CheckpointKeeper, keeper_of, run_attended, run_keeping
 from automode.trainer.commanding import Commander, Switch
@@ -63,7 +64,8 @@ def fit(
         parts = prepare(settings, policy, request, own_step, session=session)
         parts.on_card = on_card
         try:
-            return _fit(parts, found, control)
+            with captured(parts):
+                return _fit(parts, found, control)
         finally:
             parts.console.close()
     finally:
@@ -79,6 +81,7 @@ def _fit(parts: RunParts, found: Found | None, control: Control) -> FitResult:
     switch = None
     while (switch := _train(parts, observer, loop, control, found, switch)) is not None:
         found = switch.found
+        loop.companions.left()
         try:
             observer, loop = _take_up(parts, found, switch.ticket.order.actor)
         except BaseException as error:

@@ -69,6 +69,7 @@ class Settings:
     metrics: Mapping[str, Any] | None = None
     logger: Any = None
     log_every_n_steps: int | None = None
+    capture_logs: bool = False
     start_paused: bool = False
     hold: bool = False
     keys: Keys = "auto"
@@ -106,10 +107,11 @@ class Settings:
             whole("seed", self.seed, least=0, most=MAX_SEED)
 
     def _check_flags(self) -> None:
-        for name in ("progress", "keys"):
-            if getattr(self, name) != "auto":
-                _flag(name, getattr(self, name), also='"auto"')
-        for name in ("do_test_after", "console", "start_paused", "hold"):
+        if not isinstance(self.progress, bool):
+            one_of("progress", self.progress, ("auto", "tqdm", "rich", "notebook"), also="True or False")
+        if self.keys != "auto":
+            _flag("keys", self.keys, also='"auto"')
+        for name in ("do_test_after", "console", "capture_logs", "start_paused", "hold"):
             _flag(name, getattr(self, name))
 
     def _check_backend_options(self) -> None:

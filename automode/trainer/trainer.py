@@ -55,7 +55,8 @@ class Trainer(Controls):
             Steps, ``max_steps`` included, count batches all the same.
         seed: Seeds Python, numpy and torch when ``fit`` begins; None: they are left alone. The session's own seed is this
             one, or drawn from the system and recorded.
-        progress: Show a progress bar; ``"auto"``: only in a terminal.
+        progress: Show a progress bar: True or ``"tqdm"``, ``"rich"`` (the extra ``automode[rich]``), ``"notebook"``; ``"auto"``: in a
+            notebook or a terminal.
         scheduler_interval: When the scheduler is stepped: ``epoch``, ``step``, or ``manual`` (by the own training step).
         console: Print cards, events and where the session is.
         backend: What trains a card's specialists: ``inline`` (one after another, between the trunk's steps), ``stacked``
@@ -77,6 +78,7 @@ class Trainer(Controls):
             there), any of Lightning's loggers, or a list of these. One that fails is warned of once and never ends the run.
         log_every_n_steps: Steps from one that loggers get to the next; None: every step by CSV and TensorBoard, each 50th by
             others.
+        capture_logs: Keep what is printed, logged (:mod:`logging`) and warned of while ``fit`` runs in the session's log too.
         start_paused: Wait before the first step until somebody lets the run go on (:meth:`resume`, :meth:`step`).
         hold: Keep the finished run, with its model, for tests, checks and longer training until :meth:`release`,
             ``automode ctl SESSION release`` or SIGTERM; ``fit`` returns only then.
@@ -117,6 +119,7 @@ class Trainer(Controls):
         metrics: Mapping[str, Any] | None = None,
         logger: Any = None,
         log_every_n_steps: int | None = None,
+        capture_logs: bool = False,
         start_paused: bool = False,
         hold: bool = False,
         keys: Keys = "auto",

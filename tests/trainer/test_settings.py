@@ -39,7 +39,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"clip_norm": float("nan")}, "clip_norm must be a number above 0"),
     ({"seed": -1}, "seed must be a whole number from 0 to 4294967295"),
     ({"seed": 1 << 32}, "seed must be a whole number from 0 to 4294967295"),
-    ({"progress": "on"}, 'progress must be True or False or "auto"'),
+    (
+        {"progress": "on"},
+        r"progress must be one of 'auto', 'tqdm', 'rich', 'notebook', True or False; got 'on'",
+    ),
     ({"scheduler_interval": "epochs"}, "did you mean 'epoch'"),
     ({"project": ""}, "project must be a string with a letter or digit"),
     ({"run_name": "///"}, "run_name must be a string with a letter or digit"),
