@@ -99,7 +99,12 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
             value = "" if body.value is None else f", utility {body.value:.4f} ({body.choice}) on val-A"
             return f"{body.purpose} snapshot at step {body.step}{value}"
         case Resolved():
-            return f"selection resolved to {body.n} samples; {len(body.variants)} trials"
+            new = (
+                f"; {body.new_labels} samples have a new label for those that take it"
+                if body.new_labels
+                else ""
+            )
+            return f"selection resolved to {body.n} samples; {len(body.variants)} trials{new}"
         case CardStarted():
             return f"started at step {body.step}; the control is compared at step {body.control_at}"
         case TrialDecided():
