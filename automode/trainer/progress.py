@@ -65,7 +65,7 @@ class Console:
     @property
     def shown(self) -> bool:
         """Whether there is a bar to be shown."""
-        return bool(self._shown)
+        return self._make is not None
 
     def start(self, total: int | None, done: int = 0) -> None:
         """Show the bar.
