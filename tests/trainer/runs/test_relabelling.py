@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from automode.backends import stacking_rule
+from automode.planner.events import Scan
 from automode.session import Session
 from automode.session.artifacts import ArtifactStore
 from automode.testing.bench import identical
@@ -118,8 +119,9 @@ def adopted(run_once: Play, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
-def new_labels(run: Any) -> NewLabels:
-    (resolved,) = run.bodies("resolved")
+def new_labels(run: Any, *, first: bool = False) -> NewLabels:
+    resolved, *others = run.bodies("resolved")
+    assert first or not others
     rows = ArtifactStore(run.path / "artifacts").get_array(resolved["relabelled"])
     return unpacked(rows)[0]
 
@@ -164,6 +166,46 @@ def test_rolling_back_brings_the_old_labels_back(run_once: Play, tmp_path: Path)
     assert run.states()[-2:] == ["adopted", "rolled_back"]
     assert max(relabelled) == new_labels(run).size
     assert relabelled[-1] == 0
+
+
+def test_a_later_cards_trials_train_with_the_labels_that_the_trunk_has(
+    run_once: Play, tmp_path: Path
+) -> None:
+    later: list[Any] = []
+    scans: list[Any] = []
+
+    def look(person: Any) -> None:
+        later.append(person.data())
+        scans.append(person.performer.scan(Scan(tail_from=0.85, probe=256, clusters=False), person.step)[0])
+
+    plain = """
+action: fork
+training_recipe: {variants: [{name: slow, lr_mul: 0.5}]}
+budget_steps: 5
+asha: {max_steps: 5}
+"""
+    run = played(
+        run_once,
+        tmp_path / "later",
+        "",
+        actions=actions(
+            card(),
+            s160=lambda person: person.submit(plain),
+            s161=lambda person: person.approve(),
+            s163=look,
+        ),
+        steps=300,
+    )
+    (told, *_) = run.bodies("adopted")
+    (data,), (scan,) = later, scans
+    labels = new_labels(run, first=True)
+    assert data.trunk_labels.packed().tolist() == labels.packed().tolist()
+    assert np.isin(labels.ids, data.selected).all()
+    assert data.selected.size == TRAIN - told["left_out"]
+    # The ledger still suspects them, the next card's list does not.
+    named = ArtifactStore(run.path / "artifacts").get_ids(scan.artifact)
+    assert scan.left_out > labels.size // 2
+    assert not np.isin(labels.ids, named).any()
 
 
 @pytest.mark.parametrize("cut", [125, 190])
