@@ -16,7 +16,8 @@ from automode.cli.sessions import RUNS, session_argument
 from automode.cli.tables import duration, safe, table
 from automode.errors import AutomodeError, ConflictError, SessionError, UsageError
 from automode.planner.card_text import submission_from_yaml
-from automode.planner.controls import VERBS, arguments_from, verb_of
+from automode.planner.controls import VERBS, HealthChecked, arguments_from, verb_of
+from automode.planner.health_report import rows_of
 from automode.session import Session
 from automode.session.database import DATABASE_NAME
 from automode.session.inbox import post, withdraw
@@ -158,3 +159,21 @@ def ls(folder: str) -> None:
 
 def _age(file: Path) -> tuple[float, str]:
     return file.stat().st_mtime, str(file)
+
+
+@click.command()
+@session_argument
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with every number.")
+def checks(session: Path, as_json: bool) -> None:
+    """Print what the health checks of a session have found."""
+    with Session.open(session) as opened:
+        found = [HealthChecked.model_validate(record.body) for record in opened.events("health_checked")]
+    if not found:
+        click.echo(f"no health checks; make them with: automode ctl {quote(str(session))} check")
+        return
+    for one in found:
+        if as_json:
+            click.echo(json.dumps(json.loads(one.model_dump_json()), ensure_ascii=False))
+            continue
+        for label, text in rows_of([one]):
+            click.echo(safe(f"step {one.step:>7}  {label}: {text}" if label else f"{'':>12}  {text}"))

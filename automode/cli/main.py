@@ -72,6 +72,7 @@ COMMANDS: Mapping[str, CommandSource] = {
     ),
     **_from(
         "control",
+        checks="Print what the health checks of a session have found.",
         ctl="Pause, step, stop, test, change or check a run that trains in another process.",
         ls="List the sessions under a folder (automode-runs), the newest last, and what each run does.",
         status="Say whether a session's run trains, is paused, is held, has ended or was killed.",

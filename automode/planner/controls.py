@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from automode.errors import UsageError
-from automode.planner.recipes import Digest, Part
+from automode.planner.recipes import Part
 
 ControlVerb = Literal[
     "pause",
@@ -175,7 +175,6 @@ class HealthChecked(Part):
     seconds: float = Field(ge=0.0)
     numbers: dict[str, float] = Field(default_factory=dict)
     worst: list[dict[str, Any]] = Field(default_factory=list, description="layers, the worst first")
-    table: Digest | None = Field(default=None, description="numbers of every layer, as an artifact")
 
 
 Control = Annotated[Controlled | LengthSet | Tested | HealthChecked, Field(discriminator="kind")]

@@ -277,7 +277,7 @@ class Commander:
             case "test":
                 return self._verbs.test(order)
             case "check":
-                raise NotExecutableError("no health checks here yet")
+                return self._verbs.check(order)
             case "fork" | "merge":
                 return self._verbs.card(order)
             case _:

@@ -7,10 +7,12 @@ Called in the training thread itself (by a callback), it returns at once and wai
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from automode.errors import UsageError
 from automode.planner.cards import PlanCard
-from automode.planner.controls import ControlVerb
+from automode.planner.controls import ALL, Check, ControlVerb, HealthChecked
+from automode.planner.health_report import HealthReport
 from automode.trainer.control import Control, Reply
 
 ACTOR: Final = "trainer"
@@ -143,6 +145,35 @@ class Controls:
         writes files in a test. The run is not touched. Arguments and errors as for :meth:`pause`.
         """
         return self._order("test", {}, actor, note, timeout)
+
+    def check(
+        self,
+        what: Check | Literal["all"] = ALL,
+        *,
+        steps: int = 3,
+        note: str = "",
+        actor: str = ACTOR,
+        timeout: float | None = None,
+    ) -> HealthReport:
+        """Check the run's health as it stands; whatever is trained or drawn for it is undone bit for bit.
+
+        Args:
+            what: ``determinism`` (steps are trained twice and compared), ``gradients``, ``activations``, ``numerics``,
+                ``throughput``, ``data_order``, or ``all`` of them.
+            steps: Batches that each check uses, at the most.
+            note: As for :meth:`pause`; the other arguments and errors likewise.
+            actor: Likewise.
+            timeout: Likewise.
+
+        Raises:
+            UsageError: Also: the training thread itself asks, which cannot wait for the answer.
+        """
+        reply = self._order("check", {"what": what, "steps": steps}, actor, note, timeout)
+        if reply.step is None:
+            raise UsageError(
+                "check: the training thread cannot wait for itself; it is made at the next boundary: `automode checks` shows it"
+            )
+        return HealthReport(findings=tuple(HealthChecked.model_validate(f) for f in reply.result["findings"]))
 
     def fork(
         self,

@@ -90,6 +90,11 @@ class DataCursor:
             found["content"] = self._content
         return found
 
+    @property
+    def began(self) -> tuple[RandomState, Parts] | None:
+        """The random states and the loader's own, as they were when the running epoch began; None between epochs."""
+        return self._start if self.epoch_begun else None
+
     def doubts(self, epoch: int) -> list[str]:
         """Say what about this place cannot be exact, as far as it is known while the run goes on.
 

@@ -64,7 +64,7 @@ class RecordingIterator:
         while self._skip:
             self._skip -= 1
             try:
-                self._skipped.append(_noted(next(self._inner)))
+                self._skipped.append(noted(next(self._inner)))
             except StopIteration:
                 self._skip = 0
         return self._skipped
@@ -74,7 +74,7 @@ class RecordingIterator:
         if self._skip:
             self.skipped()
         positions = next(self._inner)
-        self._pending.append(_noted(positions))
+        self._pending.append(noted(positions))
         return positions
 
 
@@ -89,7 +89,7 @@ def checksum_of(lists: Sequence[Sequence[Any] | None], start: int) -> int:
     return start
 
 
-def _noted(positions: Any) -> Sequence[Any] | None:
+def noted(positions: Any) -> Sequence[Any] | None:
     """Copy an index list, since a batch sampler may reuse its list; None where it is not one."""
     if isinstance(positions, (list, tuple, range)):
         if not positions or type(positions[0]) is int or isinstance(positions[0], (Integral, torch.Tensor)):

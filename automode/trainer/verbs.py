@@ -16,9 +16,11 @@ from automode.planner.approval import PLANNER
 from automode.planner.cards import CardState
 from automode.planner.controls import LengthSet, Order, SetArguments, Tested, arguments_of
 from automode.planner.events import CardProposed, Decided, RequestRefused, SetLearningRate
+from automode.planner.health_report import HealthReport
 from automode.session import Session
 from automode.trainer.checkpointing import CheckpointKeeper
 from automode.trainer.driver import Driver
+from automode.trainer.health.checking import checked
 from automode.trainer.loop import Loop
 from automode.trainer.plan import Plan
 from automode.trainer.run_parts import RunParts
@@ -180,6 +182,20 @@ class Verbs:
         self._driver.scribe.feed(body, effective_at=self._step)
         words = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         return Outcome(f"{label} on {found.scores.n} samples: {words}", {"label": label, "metrics": metrics})
+
+    def check(self, order: Order) -> Outcome:
+        """Check the run's health; it is put back bit for bit."""
+        findings = []
+        for found in checked(self._parts, self._loop, arguments_of("check", order.arguments)):
+            self._driver.scribe.feed(found, effective_at=self._step)
+            findings.append(found)
+        report = HealthReport(findings=tuple(findings))
+        words = (
+            str(report)
+            if len(findings) > 1
+            else f"{findings[0].check}: {findings[0].verdict}: {findings[0].why}"
+        )
+        return Outcome(words, {"verdict": report.verdict, **report.model_dump(mode="json")})
 
     def card(self, order: Order) -> Outcome:
         """Hand in a fork or a merge, and let it run.
