@@ -25,6 +25,7 @@ ControlVerb = Literal[
     "load",
     "test",
     "check",
+    "scan",
     "fork",
     "merge",
     "release",

@@ -175,6 +175,14 @@ class Controls:
             )
         return HealthReport(findings=tuple(HealthChecked.model_validate(f) for f in reply.result["findings"]))
 
+    def scan(self, note: str = "", *, actor: str = ACTOR, timeout: float | None = None) -> Reply:
+        """Read the sample ledger and cluster samples as automode's own scans do; nothing is decided on it.
+
+        ``result`` holds ``scanned`` (suspects, tail, estimated label noise) and ``clustered``. Arguments and errors as for
+        :meth:`pause`; UsageError where the run has no exact per-sample losses.
+        """
+        return self._order("scan", {}, actor, note, timeout)
+
     def fork(
         self,
         card: PlanCard | Mapping[str, Any] | None = None,

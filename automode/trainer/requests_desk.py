@@ -168,6 +168,8 @@ class RequestsDesk:
     def _order(self, order: Order) -> None:
         arguments_of(order.control, order.arguments)
         if self._orders is None:
-            raise UsageError(f"nobody carries out {order.control} in this run")
+            raise UsageError(
+                f"{order.control}: only a Trainer's run takes orders, and a loop of your own that is watched is none"
+            )
         self._posted.add(order.request)
         self._orders(order)

@@ -33,6 +33,7 @@ from automode.trainer.schedule import Schedule
 from automode.trainer.settings import Settings
 from automode.trainer.step_choice import step_of
 from automode.trainer.steps import TrainingStep
+from automode.trainer.test_label import labelled, next_number
 
 
 def fit(
@@ -106,8 +107,9 @@ def _test(parts: RunParts, loop: Loop) -> dict[str, float] | None:
     companions, found = loop.companions, None
     try:
         if parts.settings.do_test_after and parts.test is not None:
-            companions.tests()
-            found = companions.tested(parts.test.run(companions.see).metrics)
+            with labelled(next_number(parts.session_path)):
+                companions.tests()
+                found = companions.tested(parts.test.run(companions.see).metrics)
             parts.console.event("test: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     finally:
         companions.finished()

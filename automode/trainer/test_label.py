@@ -5,10 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
+
+from automode.session import Session
 
 ENVIRONMENT: Final = "AUTOMODE_TEST_LABEL"
 """Holds ``test_1``, ``test_2`` and so on while a test runs, numbered through the session; at other times it is as it was."""
+
+
+def next_number(session: Path) -> int:
+    """Give the number of a session's next test; those of a story that was left count too.
+
+    Args:
+        session: Its folder.
+    """
+    with Session.open(session) as opened:
+        return 1 + sum(1 for _ in opened.events("tested", include_superseded=True))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Whatever is refused is refused before anything has been touched. Pausing and goi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,16 +16,23 @@ from automode.errors import ConflictError, NotExecutableError, SessionError, Usa
 from automode.planner.approval import PLANNER
 from automode.planner.cards import CardState
 from automode.planner.controls import LengthSet, Order, SetArguments, Tested, arguments_of
-from automode.planner.events import CardProposed, Decided, RequestRefused, SetLearningRate
+from automode.planner.events import (
+    CardProposed,
+    Clustered,
+    Decided,
+    RequestRefused,
+    Scan,
+    Scanned,
+    SetLearningRate,
+)
 from automode.planner.health_report import HealthReport
-from automode.session import Session
 from automode.trainer.checkpointing import CheckpointKeeper
 from automode.trainer.driver import Driver
 from automode.trainer.health.checking import checked
 from automode.trainer.loop import Loop
 from automode.trainer.plan import Plan
 from automode.trainer.run_parts import RunParts
-from automode.trainer.test_label import labelled
+from automode.trainer.test_label import labelled, next_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,15 @@ class Outcome:
 
     told: str
     result: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _scanned(body: Scanned | Clustered) -> str:
+    if isinstance(body, Clustered):
+        losses = ", ".join(f"{loss:.3g}" for loss in body.losses)
+        return f"{body.k} clusters with mean losses {losses}"
+    noise = "" if body.noise is None else f" (label noise {body.noise:.1%})"
+    tail = "" if body.tail_mean is None else f", the tail's mean loss is {body.tail_mean:.3g}"
+    return f"{body.n} samples seen {body.visits:.1f} times each, {body.suspects} suspects{noise}{tail}"
 
 
 class Verbs:
@@ -171,10 +188,8 @@ class Verbs:
         test = self._parts.test
         if test is None:
             raise NotExecutableError("there is nothing to test on: pass test_loader to fit")
-        with Session.open(self._parts.session_path) as session:
-            number = 1 + sum(1 for _ in session.events("tested", include_superseded=True))
         companions = self._loop.companions
-        with labelled(number) as label:
+        with labelled(next_number(self._parts.session_path)) as label:
             companions.tests()
             found = test.run(companions.see)
             metrics = {name: float(value) for name, value in companions.tested(found.metrics).items()}
@@ -196,6 +211,32 @@ class Verbs:
             else f"{findings[0].check}: {findings[0].verdict}: {findings[0].why}"
         )
         return Outcome(words, {"verdict": report.verdict, **report.model_dump(mode="json")})
+
+    def scan(self, order: Order) -> Outcome:
+        """Read the sample ledger and cluster the probe samples, for a person: the planner does not hear of it.
+
+        Raises:
+            NotExecutableError: The run has no exact per-sample losses.
+        """
+        scanner, state = self._driver.performer.scanner, self._driver.state
+        if scanner is None:
+            run = state.run
+            why = None if run is None else run.why_no_ids or run.why_inexact
+            raise NotExecutableError(
+                f"this run has no exact per-sample losses to scan: {why or 'none are kept'}"
+            )
+        policy = state.policy.scan
+        # Reading the ledger enters the visits that wait for it, earlier than they would have been, which rounds otherwise.
+        probe = copy.deepcopy(self._parts.probe.state())
+        try:
+            found = replace(scanner).scan(
+                Scan(tail_from=policy.tail_from, probe=policy.probe, clusters=True), self._step
+            )
+        finally:
+            self._parts.probe.load(probe, self._parts.trunk.device)
+        return Outcome(
+            "; ".join(map(_scanned, found)), {body.kind: body.model_dump(mode="json") for body in found}
+        )
 
     def card(self, order: Order) -> Outcome:
         """Hand in a fork or a merge, and let it run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from automode import replay
+from automode import Session, replay
 from automode.errors import SessionCorruptError, SessionError, UsageError
+from automode.session.standing import standing_of
 from automode.trainer.checkpointing import CheckpointKeeper
 
 pytestmark = pytest.mark.torch
@@ -327,8 +329,6 @@ def test_a_signal_releases_a_held_run_whose_end_is_recorded_all_the_same(
         trainer.fit(**desk.script())
     sender.join()
     path = next((tmp_path / "fits" / "default").iterdir())
-    from automode.session import Session
-
     with Session.open(path) as session:
         (ended,) = session.events("run_ended")
     assert ended.body["why"] == "max_epochs"
@@ -358,3 +358,46 @@ def test_a_test_in_the_middle_sees_its_label_and_leaves_no_trace(
     told = [(r.body["step"], r.body["label"], r.body["n"]) for r in result.session.events("tested")]
     assert told == [(10, "test_1", 40), (13, "test_2", 40)]
     assert replay(result.session).differences == 0
+
+
+def test_the_test_at_the_end_has_a_label_too(desk: Any) -> None:
+    made, seen = desk.script(), []
+    made["model"].register_forward_hook(lambda *_: seen.append(os.environ.get("AUTOMODE_TEST_LABEL")))
+    run = desk.run(made, do_test_after=True)
+    run.trainer.test(timeout=desk.patience)
+    assert run.finish().test is not None
+    assert list(dict.fromkeys(seen)) == [None, "test_1", "test_2"]
+
+
+def test_a_scan_that_a_person_asks_for_leaves_no_trace_in_what_is_decided(desk: Any) -> None:
+    plain = desk.fit()
+    run = desk.run()
+    run.train(15)
+    found = run.trainer.scan(timeout=desk.patience)
+    assert found.result["scanned"]["n"] == 96
+    assert "samples seen" in found.told
+    run.train(4)
+    run.trainer.scan(timeout=desk.patience)
+    desk.same(plain, run.finish())
+
+
+def test_without_per_sample_losses_there_is_nothing_to_scan(desk: Any) -> None:
+    run = desk.run(automode=False)
+    with pytest.raises(UsageError, match="no exact per-sample losses"):
+        run.trainer.scan(timeout=desk.patience)
+
+
+def test_a_run_that_is_killed_while_it_is_paused_goes_on_from_the_pause(desk: Any, tmp_path: Path) -> None:
+    plain = desk.fit()
+    run = desk.run()
+    run.trainer.step(20, timeout=desk.patience)
+    run.trainer.pause(timeout=desk.patience)  # before the twentieth step, or it waits already
+    run.trainer.checkpoint(timeout=desk.patience)
+    # What a kill leaves behind is what the disk holds now.
+    shutil.copytree(run.path, tmp_path / "killed" / "default" / run.path.name)
+    killed = tmp_path / "killed" / "default" / run.path.name
+    with Session.open(killed) as session:
+        assert standing_of(session).condition == "killed"
+    desk.same(plain, desk.fit(folder=tmp_path / "killed", resume=killed))
+    with Session.open(killed) as session:
+        assert standing_of(session).condition == "finished"
