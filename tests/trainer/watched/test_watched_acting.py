@@ -440,3 +440,40 @@ def test_a_function_may_judge_in_place_of_a_loader(
     assert {(training, grad) for _, training, grad in asked} == {(False, False)}
     first, second = {ids for ids, _, _ in asked if len(ids) == 60}
     assert sorted(first + second) == list(range(120))
+
+
+@pytest.mark.torch
+def test_a_card_that_ends_the_run_asks_the_loop_to_stop_and_leaves_the_best_of_its_states(
+    script: Any, acting: Any, soundness: Any
+) -> None:
+    made = script(optimizer="sgd")
+    watch = acting(
+        made,
+        policy=AVERAGES | {"reasons": []},
+        loss_fn=made.loss_fn,
+        train=made.loader,
+        val=made.held_out,
+        total_steps=2000,
+    )
+    throw = thrown_off(made, 201)
+    steps = 0
+
+    def person(_: int, s: Any) -> None:
+        throw(steps, s)
+        if steps == 200:
+            submit(watch, "{action: stop}")
+        elif steps == 201:
+            approve(watch)
+
+    while not watch.should_stop and steps < 300:
+        loop(made, watch, 1, person)
+        steps += 1
+    watch.close()
+    events = soundness(watch.path)
+    assert 201 < steps < 205
+    assert str(watch.why_stop).startswith("card ")
+    (merged,) = bodies(events, "merged")
+    assert merged["method"] == "keep_best"
+    assert merged["why"] == "no validated state of before is stored"
+    assert merged["weights"]["choice"] != "raw"
+    assert states(events) == ["approved", "running", "accepted", "adopted"]
