@@ -7,7 +7,8 @@ buffer), one thread. A round gives each loop the same number of steps, one after
 of the machine hits all; the measure is CPU time a step, the median over rounds. Set-up is left out for everyone: Lightning is
 timed from ``on_train_start`` to ``on_train_end``, everything switched off; automode's loop is held between steps.
 
-``by hand, DataLoader`` is the loop of every tutorial. ``by hand, permuted`` draws one permutation an epoch, gathers all rows
+``by hand, DataLoader`` is the loop of every tutorial. ``by hand, gathered`` indexes each batch out of the tensors and notes its
+loss. ``by hand, permuted`` draws one permutation an epoch, gathers all rows
 with ``index_select`` and slices: the fastest that a person writes without touching the optimizer; it records nothing.
 automode's loop (mode off) also records loss, gradient norm and learning rate of every step in its session.
 """
@@ -76,14 +77,19 @@ def data(case: Case) -> TensorDataset:
     return TensorDataset(inputs, (inputs[:, 0] > 0).long())
 
 
-def by_hand(case: Case, batches: Callable[[], Iterator[Any]]) -> Iterator[None]:
+def by_hand(
+    case: Case, batches: Callable[[], Iterator[Any]], *, notes: list[float] | None = None
+) -> Iterator[None]:
     model, loss_fn = network(case), nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters())
     while True:
         for inputs, targets in batches():
             optimizer.zero_grad(set_to_none=True)
-            loss_fn(model(inputs), targets).backward()
+            loss = loss_fn(model(inputs), targets)
+            loss.backward()
             optimizer.step()
+            if notes is not None:
+                notes.append(loss.item())
             yield
 
 
@@ -101,6 +107,16 @@ def permuted(case: Case) -> Iterator[None]:
         return zip(*(part.split(case.batch) for part in shuffled), strict=True)
 
     return by_hand(case, batches)
+
+
+def gathered(case: Case) -> Iterator[None]:
+    inputs, targets = data(case).tensors
+
+    def batches() -> Iterator[Any]:
+        for rows in torch.randperm(len(inputs)).split(case.batch):
+            yield inputs[rows], targets[rows]
+
+    return by_hand(case, batches, notes=[])
 
 
 def automode(case: Case, folder: str, loader: Any, optimizer: Any, mode: Any = "off") -> Iterator[None]:
@@ -183,6 +199,7 @@ def loops(case: Case, folder: str) -> dict[str, Callable[[], float]]:
     held = {
         YARDSTICK: permuted(case),
         "by hand, permuted, again": permuted(case),
+        "by hand, gathered": gathered(case),
         "by hand, DataLoader": loaded(case),
         "automode, DataLoader": automode(case, folder, DataLoader, plain),
         "automode, TensorLoader": automode(case, folder, TensorLoader, plain),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from automode.trainer.gradient_norms import total_norm
 from automode.trainer.run_parts import RunParts
 
 STREAM = "epochs"
@@ -104,14 +105,12 @@ class EpochTable:
         self._epoch, self._waiting = int(state["epoch"]), state["waiting"]
 
 
-@torch.no_grad()
 def weight_norm(parameters: list[torch.nn.Parameter]) -> float:
     """Euclidean norm of all parameters that are trained; 0 where there are none."""
-    trained = [p for p in parameters if p.requires_grad and p.numel()]
-    if not trained:
-        return 0.0
-    norms = [torch.linalg.vector_norm(p, dtype=torch.float32).to("cpu") for p in trained]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    trained = [p.detach() for p in parameters if p.requires_grad and p.numel()]
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in trained):
+        trained = [p.float() for p in trained]
+    return float(total_norm(torch._foreach_norm(trained))) if trained else 0.0  # noqa: SLF001  # no public name
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import optimizer as optimizer_module
 
 from automode.errors import UsageError
+from automode.trainer.gradient_norms import grad_norms, total_norm
 
 _CANNOT = ("amsgrad", "maximize", "capturable", "differentiable")
 
@@ -106,6 +107,21 @@ class FlatAdam(torch.optim.Adam):
     # Torch wraps every optimizer's step to call hooks and to tell the profiler, at the price of a third of this one. Marked as
     # wrapped, ours is left alone, and calls torch's wrapper where somebody listens.
     step.hooked = True  # type: ignore[attr-defined]
+
+    def gradient_norm(self) -> float | Tensor:
+        """Euclidean norm of all gradients: on the CPU a float, else a 0-dimensional tensor that is not waited for."""
+        gradients = [
+            gradient
+            for group in self.param_groups
+            for parameter in group["params"]
+            if (gradient := parameter.grad) is not None
+        ]
+        if not gradients:
+            return 0.0
+        if self._buckets is None or len(self._buckets) > 1:  # of several types or devices, perhaps
+            return total_norm(grad_norms([p for group in self.param_groups for p in group["params"]]))
+        norm: Tensor = torch.linalg.vector_norm(_flatten_dense_tensors(gradients))  # type: ignore[no-untyped-call]
+        return norm.item() if norm.is_cpu else norm
 
     def _step(self) -> None:
         buckets = self._buckets

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from automode.errors import DataError, UsageError
 from automode.merges.batches import move
+from automode.trainer.flat_optimizers import FlatAdam
 from automode.trainer.gradient_norms import grad_norms, total_norm
 from automode.trainer.step_hooks import Guarded, StepHooks
 from automode.trainer.trees import is_plain
@@ -116,6 +117,7 @@ class DefaultStep:
         self._guarded = guarded
         self._plain = trunk.precision == "fp32"
         self._clipped = list(trunk.model.parameters())  # an adopted trial may bring clipping along
+        self._flat = trunk.optimizer if isinstance(trunk.optimizer, FlatAdam) else None
         self._applied = 0
         self.began = False
         self._hook = trunk.optimizer.register_step_post_hook(self._after) if scaler.is_enabled() else None
@@ -154,6 +156,8 @@ class DefaultStep:
             largest = trunk.cap_norm if largest is None else min(largest, trunk.cap_norm)
         if largest is not None:
             norm = torch.nn.utils.clip_grad_norm_(self._clipped, largest)
+        elif self._flat is not None:
+            norm = self._flat.gradient_norm()
         if self._hook is not None:
             return self._scaled(loss, norm, outputs, targets)
         if self._guarded.guard:

@@ -181,6 +181,31 @@ def test_hooks_and_closures_are_called() -> None:
     assert float(model[0].weight.grad.abs().sum()) == 0.0
 
 
+def test_the_norm_of_the_gradients_is_that_of_all_of_them_together(tmp_path: Path) -> None:
+    model = model_of()
+    optimizer = FlatAdamW([{"params": model[0].parameters()}, {"params": model[2].parameters()}])
+    assert optimizer.gradient_norm() == 0.0
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(4, 5)).square().sum().backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        assert float(optimizer.gradient_norm()) == pytest.approx(float(norm), rel=1e-6)
+        optimizer.step()
+    frames = []
+    for kind in (FlatAdamW, torch.optim.AdamW):
+        model = model_of()
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(64, 5, generator=generator)
+        result = Trainer(max_epochs=2, session_dir=tmp_path, **COMMON).fit(
+            model=model,
+            optimizer=kind(model.parameters()),
+            loss_fn=nn.CrossEntropyLoss(),
+            train_loader=DataLoader(TensorDataset(inputs, (inputs[:, 0] > 0).long()), 16),
+        )
+        frames.append(result.frame("grad_norm"))
+    assert frames[0] == pytest.approx(frames[1], rel=1e-4)
+
+
 def test_a_graph_of_the_old_weights_cannot_be_run_backward() -> None:
     model = model_of()
     optimizer = FlatAdamW(model.parameters())
