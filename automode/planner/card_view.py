@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from typing import assert_never
 
 from automode.planner.cards import PlanCard
 from automode.planner.displays import Panel
 from automode.planner.recipes import (
     Adjustment,
     MergeRecipe,
+    RelabelGiven,
+    RelabelPredicted,
     SelectAll,
     SelectIndices,
     Selection,
@@ -72,6 +75,23 @@ def _recipe_text(recipe: TrainingRecipe) -> str:
     return "; ".join(told)
 
 
+def _data_text(selection: Selection, recipe: TrainingRecipe | None) -> str:
+    told = selection_text(selection)
+    if recipe is None:
+        return told
+    if recipe.exclude is not None:
+        told += f", without {selection_text(recipe.exclude)}"
+    match recipe.relabel:
+        case None:
+            return told
+        case RelabelPredicted(confidence=share):
+            return f"{told}; new labels predicted ({share:.0%} agreeing)"
+        case RelabelGiven(ids=ids):
+            return f"{told}; {len(ids)} labels given"
+        case _:
+            assert_never(recipe.relabel)
+
+
 def _merge_text(merge: MergeRecipe) -> str:
     values = merge.model_dump(exclude={"kind"})
     told = ", ".join(f"{key} {flow(value)}" for key, value in values.items())
@@ -95,7 +115,7 @@ def _facts(card: PlanCard) -> Iterator[tuple[str, str]]:
         if card.diagnostics:
             yield "readings", ", ".join(f"{k} {flow(v)}" for k, v in card.diagnostics.items())
         return
-    yield "data", selection_text(card.selection)
+    yield "data", _data_text(card.selection, card.training_recipe)
     if card.training_recipe is not None:
         yield "variants", _recipe_text(card.training_recipe)
         if card.training_recipe.resources is not None:

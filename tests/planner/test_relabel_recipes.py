@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from automode.planner.card_text import card_summary, from_yaml
 from automode.planner.inputs import Run
 from automode.planner.pricing import price_fork
 from automode.planner.recipes import RelabelGiven, SearchSpace, TrainingRecipe
+from automode.presets import preset_text
 
 EXCLUDE = {"kind": "indices", "ids": [1, 2]}
 PREDICTED = {"kind": "predicted"}
@@ -65,3 +67,13 @@ def test_predicting_costs_a_pass_over_the_training_samples_at_the_most() -> None
 
     assert cost(exclude=EXCLUDE, relabel=PREDICTED) == 500 + 64
     assert cost(relabel={"kind": "given", "ids": [1], "labels": [0]}) == 1
+
+
+def test_a_cards_summary_says_what_is_left_out_and_where_labels_come_from() -> None:
+    card = from_yaml(preset_text("cards/label_noise"))
+    line = next(row for row in card_summary(card).splitlines() if row.strip().startswith("data"))
+    assert "every training sample, without given samples (artifact); new labels predicted" in line
+    assert "relabelled (schedule constant, labels relabel)" in card_summary(card)
+    assert card.training_recipe is not None
+    given = card.training_recipe.model_copy(update={"relabel": RelabelGiven(ids=(1, 2), labels=(0, 0))})
+    assert "; 2 labels given" in card_summary(card.model_copy(update={"training_recipe": given}))
