@@ -11,7 +11,9 @@ processes, with quartiles; differences and ratios are taken within a process.
 The bare loop fetches a batch from a ``DataLoader`` and does zero_grad, forward, loss, backward, step, and nothing else.
 ``observe`` adds, at every step, the loss, the gradient norm, the learning rate and the per-sample losses with their sample
 ids, all signals and rules, and the session's file; ``off`` records the scalars only. A scan clusters some samples and
-weighs label noise; it comes every 400 steps in a long run, and ``observe, no scans`` is without it.
+weighs label noise; it comes every 400 steps in a long run, and ``observe, no scans`` is without it. ``watch`` is the
+bare loop inside ``with watch.step()`` and ``s.loss(loss)``; ``watch, samples`` tells outputs, targets and (by
+``watch.batches()``) sample ids too, without scans and diagnostics.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from automode.planner.policy import Policy, ScanPolicy
+from automode import watch
+from automode.planner.policy import DiagnosticPolicy, Policy, ScanPolicy
 from automode.trainer.assembly import open_driver
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.run_parts import prepare
@@ -69,7 +72,7 @@ CASES = {
         widths=(256, 1024, 1024, 2), rows=4096, turn=1, turns=160, warm_up=10, target="at most 1.02 times"
     ),
 }
-LOOPS = ("bare again", "off", "observe, no scans", "observe")
+LOOPS = ("bare again", "off", "observe, no scans", "observe", "watch", "watch, samples")
 
 
 def training(case: Case) -> dict[str, Any]:
@@ -119,6 +122,37 @@ def watched_steps(case: Case, name: str, folder: str) -> tuple[Iterator[int], Ca
     return loop.steps(), end
 
 
+def hand_watched_steps(case: Case, name: str, folder: str) -> tuple[Iterator[int], Callable[[], None]]:
+    """Watch the bare loop; also how to end it."""
+    made = training(case)
+    model, optimizer, loss_fn = made["model"], made["optimizer"], made["loss_fn"]
+    samples = name.endswith("samples")
+    more: dict[str, Any] = {}
+    if samples:
+        quiet = Policy(scan=ScanPolicy(every=LONG), diagnostics=DiagnosticPolicy(enabled=False))
+        more = {"loss_fn": loss_fn, "train": made["train_loader"], "policy": quiet}
+    watched = watch(model, optimizer, session_dir=folder, console=False, **more)
+
+    def steps() -> Iterator[int]:
+        step = 0
+        while True:
+            for inputs, targets in watched.batches() if samples else made["train_loader"]:
+                with watched.step() as s:
+                    optimizer.zero_grad(set_to_none=True)
+                    outputs = model(inputs)
+                    loss = loss_fn(outputs, targets)
+                    loss.backward()
+                    if samples:
+                        s.loss(loss, outputs, targets)
+                    else:
+                        s.loss(loss)
+                    optimizer.step()
+                step += 1
+                yield step
+
+    return steps(), watched.close
+
+
 def measure(case: Case, name: str, turns: int) -> tuple[float, float]:
     """CPU microseconds a step of the bare loop and of another, in one process."""
     torch.set_num_threads(1)
@@ -126,6 +160,8 @@ def measure(case: Case, name: str, turns: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         if name == "bare again":
             other = bare_steps(case)
+        elif name.startswith("watch"):
+            other, end = hand_watched_steps(case, name, folder)
         else:
             other, end = watched_steps(case, name, folder)
         spent = [0.0, 0.0]

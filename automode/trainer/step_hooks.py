@@ -35,8 +35,8 @@ class StepHooks:
     Args:
         trunk: What is trained.
         guarded: Says whether the guard is on.
-        take: Takes the gradients' norm where the guard does not need to know it; None: the norms of the single gradients.
-        stepped: Called after each step; None: nobody wants to know.
+        take: Takes the gradients' norm where the guard does not need to know it, once between two calls of :meth:`begin`; None: the
+            norms of the single gradients, at each step anew.
         clips: Whether the trunk's ``clip_norm`` is to be kept here; no: whoever steps the optimizer does.
 
     Attributes:
@@ -45,6 +45,8 @@ class StepHooks:
         norm: Norm of the gradients that it stepped on last; None: it has not since :meth:`begin`.
         skipped: Why the guard dropped them; empty where it did not.
         due: Whether :meth:`ready` was called and no step has followed: a gradient scaler has left it out.
+        rates: Learning rate of each parameter group at the last step: by the next look a schedule may have changed it.
+        stepped: Called after each step; None: nobody wants to know.
         loss: Tells the loss of the step that runs, where that is known already, for the guard; None: it is not.
     """
 
@@ -54,7 +56,6 @@ class StepHooks:
         guarded: Guarded,
         *,
         take: Callable[[], Norm] | None = None,
-        stepped: Callable[[], None] | None = None,
         clips: bool = False,
     ) -> None:
         self.steps = 0
@@ -62,12 +63,14 @@ class StepHooks:
         self.norm: Norm | None = None
         self.skipped = ""
         self.due = False
+        self.rates: tuple[float, ...] = ()
+        self.stepped: Callable[[], None] | None = None
         self.loss: Callable[[], float | None] = _unknown
         self._trunk = trunk
         self._guarded = guarded
         self._take: Callable[[], Norm] = take or (lambda: grad_norms(trunk.parameters))
-        self._stepped = stepped
         self._clips = clips
+        self._first = take is not None
         self._hooks = (
             trunk.optimizer.register_step_pre_hook(self._before),
             trunk.optimizer.register_step_post_hook(self._after),
@@ -98,7 +101,8 @@ class StepHooks:
         trunk = self._trunk
         clip, cap = trunk.clip_norm if self._clips else None, trunk.cap_norm
         if clip is None and not self._guarded.guard:
-            self.norm = self._take()
+            if self.norm is None or not self._first:
+                self.norm = self._take()
             return
         norm = self.norm = float(total_norm(grad_norms(trunk.parameters)))
         largest = cap if clip is None else clip if cap is None else min(clip, cap)
@@ -122,8 +126,13 @@ class StepHooks:
         self.due = False
         if self.norm is None:
             self.norm = self._take()
-        if self._stepped is not None:
-            self._stepped()
+        groups = self._trunk.optimizer.param_groups
+        if len(groups) == 1:
+            self.rates = (float(groups[0]["lr"]),)
+        else:
+            self.rates = tuple([float(group["lr"]) for group in groups])
+        if self.stepped is not None:
+            self.stepped()
 
 
 def _unknown() -> float | None:

@@ -52,8 +52,8 @@ class WatchedLoop:
         self.ended: str | None = None
         self._trunk, self._probe = parts.trunk, parts.probe
         self._scaler = scaler
-        self._hooks = StepHooks(self._trunk, self.driver, take=self._norm, stepped=self._stepped, clips=True)
-        self._hooks.loss = self._loss_so_far
+        self._hooks = StepHooks(self._trunk, self.driver, take=self._probe.gradients, clips=True)
+        self._hooks.loss, self._hooks.stepped = self._loss_so_far, self._stepped
         self._parameters = trainable(self._trunk.model)
         self._total = parts.plan.total
         self._process = os.getpid()
@@ -65,7 +65,6 @@ class WatchedLoop:
         self._rows = 0
         self._ids: Any = None
         self._in_block = False
-        self._rates: tuple[float, ...] | None = None
         self._steps = 0
         self._losses: list[Any] = []
         self._seen: list[tuple[Any, Any, Any]] = []
@@ -117,6 +116,7 @@ class WatchedLoop:
         if self._losses:
             self._complete()  # of an `observe` before
         self._in_block = True
+        self._hooks.stepped = None
 
     def end(self, *, unseen: bool = False) -> None:
         """Know that the block is over.
@@ -129,7 +129,7 @@ class WatchedLoop:
         """
         if self.ended is not None:
             return
-        self._in_block = False
+        self._in_block, self._hooks.stepped = False, self._stepped
         if self._losses:
             self._complete()
         elif self._hooks.steps > self._steps:
@@ -254,11 +254,6 @@ class WatchedLoop:
 
     # A row.
 
-    def _norm(self) -> Norm:
-        """Take the norm for the optimizer's step, unless the loss came with one already."""
-        taken = self._hooks.norm
-        return self._probe.gradients() if taken is None or self._hooks.steps > self._steps else taken
-
     def _loss_so_far(self) -> float | None:
         if not self._losses:
             return None
@@ -266,9 +261,8 @@ class WatchedLoop:
         return loss.item() if isinstance(loss, Tensor) else loss
 
     def _stepped(self) -> None:
-        """The optimizer has stepped: by now the scheduler has not."""
-        self._rates = tuple([float(group["lr"]) for group in self._trunk.optimizer.param_groups])
-        if self._losses and not self._in_block:
+        """The optimizer has stepped outside of a block."""
+        if self._losses:
             self._complete()
 
     def _loss(self) -> Tensor | float:
@@ -302,7 +296,7 @@ class WatchedLoop:
             why = why or OVERFLOWED
         elif norm is None:
             norm, why = self._accumulated()
-        rates = self._rates or tuple([float(group["lr"]) for group in trunk.optimizer.param_groups])
+        rates = hooks.rates if stepped else trunk.rates()
         applied = not why
         loss, losses, seen, metrics = self._loss(), self._losses, self._seen, self._metrics
         self._losses, self._seen, self._metrics = [], [], {}
@@ -315,7 +309,7 @@ class WatchedLoop:
         full = probe.record(
             trunk.step + applied, loss, norm, rates, applied, outputs, targets, ids, metrics or None
         )
-        self._rates, self._steps = None, hooks.steps
+        self._steps = hooks.steps
         self._rows += 1
         hooks.begin()
         if applied:
