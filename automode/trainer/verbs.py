@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from automode.errors import ConflictError, NotExecutableError, SessionError, UsageError
 from automode.planner.approval import PLANNER
 from automode.planner.cards import CardState
@@ -23,7 +21,6 @@ from automode.planner.events import (
     RequestRefused,
     Scan,
     Scanned,
-    SetLearningRate,
 )
 from automode.planner.health_report import HealthReport
 from automode.trainer.checkpointing import CheckpointKeeper
@@ -32,6 +29,7 @@ from automode.trainer.health.checking import checked
 from automode.trainer.loop import Loop
 from automode.trainer.plan import Plan
 from automode.trainer.run_parts import RunParts
+from automode.trainer.setting_rates import factor_of, set_rates
 from automode.trainer.test_label import labelled, next_number
 
 
@@ -81,14 +79,14 @@ class Verbs:
         """
         asked: SetArguments = arguments_of("set", order.arguments)
         plan = self._plan(asked)
-        factor = self._factor(asked)
+        factor = factor_of(asked, self._parts.trunk)
         told: list[str] = []
         result: dict[str, Any] = {}
         if plan is not None:
             told.append(self._set_length(plan))
             result |= {"max_epochs": plan.max_epochs, "max_steps": plan.max_steps, "total_steps": plan.total}
         if factor is not None:
-            rates = self._set_rate(factor, asked.lr, order)
+            rates = set_rates(self._driver, self._parts.trunk, factor, asked.lr, order)
             told.append(f"learning rate {', '.join(f'{rate:.6g}' for rate in rates)}")
             result["rates"] = list(rates)
         return Outcome("; ".join(told), result)
@@ -131,30 +129,6 @@ class Verbs:
         )
         length = f"max_epochs={plan.max_epochs}" if plan.max_steps is None else f"max_steps={plan.max_steps}"
         return f"{length}, which is {plan.total} steps in all" if plan.total is not None else length
-
-    def _factor(self, asked: SetArguments) -> float | None:
-        if asked.lr is None:
-            return asked.lr_mul
-        now = self._parts.trunk.rates()[0]
-        if now <= 0.0:
-            raise NotExecutableError(
-                f"the learning rate is {now:g} now, so that no factor makes it {asked.lr:g}; set it once the schedule has raised it"
-            )
-        return asked.lr / now
-
-    def _set_rate(self, factor: float, rate: float | None, order: Order) -> tuple[float, ...]:
-        trunk, step = self._parts.trunk, self._step
-        before = trunk.rates()
-        why = order.note or f"asked for by {order.actor}"
-        done = self._driver.performer.good.set_rate(SetLearningRate(factor=factor, why=why), step)
-        if rate is not None:
-            # A product of floats may miss the number asked for by its last bit.
-            for group, old in zip(trunk.optimizer.param_groups, before, strict=True):
-                if old == before[0] and not isinstance(group["lr"], torch.Tensor):
-                    group["lr"] = rate
-        told = done.model_copy(update={"rates": trunk.rates(), "actor": order.actor})
-        self._driver.scribe.feed(told, effective_at=step)
-        return trunk.rates()
 
     def checkpoint(self, order: Order, *, ended: bool) -> Outcome:
         """Store the run's complete state, to stay; in a held run, name the one at its end.

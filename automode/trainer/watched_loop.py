@@ -29,6 +29,7 @@ from automode.trainer.step_hooks import Norm, StepHooks
 from automode.trainer.steps import OVERFLOWED, checked_names
 from automode.trainer.trunk import trainable
 from automode.trainer.user_warning import warn_user
+from automode.trainer.watch_orders import WatchedOrders
 
 _ENDED_BY_ERROR = "an exception has ended the session {path} at step {step}, so nothing is watched any more; the loop goes on as it is written"
 
@@ -52,6 +53,7 @@ class WatchedLoop:
         self.ended: str | None = None
         self._trunk, self._probe = parts.trunk, parts.probe
         self._scaler = scaler
+        self._orders = WatchedOrders(parts, self.driver)
         self._hooks = StepHooks(self._trunk, self.driver, take=self._probe.gradients, clips=True)
         self._hooks.loss, self._hooks.stepped = self._loss_so_far, self._stepped
         self._parameters = trainable(self._trunk.model)
@@ -285,7 +287,7 @@ class WatchedLoop:
             self._boundary()
         elif full or self._clock() >= self._due:
             self._hand_over()
-            if driver.tick(self._trunk.step):
+            if driver.tick(self._trunk.step) or self._orders:
                 self._boundary()
 
     def _note(self) -> tuple[bool, str]:
@@ -340,6 +342,7 @@ class WatchedLoop:
         with self._undisturbed():
             self._hand_over()
             self.driver.boundary(self._trunk.step)
+            self._orders.follow()
 
     def _undisturbed(self) -> AbstractContextManager[Any]:
         """Whatever context the loop's step stands in must not reach what is done between two steps."""

@@ -477,3 +477,39 @@ def test_a_card_that_ends_the_run_asks_the_loop_to_stop_and_leaves_the_best_of_i
     assert merged["why"] == "no validated state of before is stored"
     assert merged["weights"]["choice"] != "raw"
     assert states(events) == ["approved", "running", "accepted", "adopted"]
+
+
+def order(watch: Any, verb: str, **arguments: Any) -> None:
+    inbox.post(watch.path, {"control": verb, "actor": "ann", "note": "", "arguments": arguments})
+
+
+@pytest.mark.torch
+def test_a_watched_loop_can_be_ordered_to_stop_and_to_another_rate_and_to_nothing_else(
+    script: Any, acting: Any, soundness: Any, frame: Any
+) -> None:
+    made = script(rate=0.05)
+    watch = acting(made, "observe")
+    order(watch, "set", lr=0.001)
+    order(watch, "set", max_steps=9)
+    order(watch, "pause")
+    loop(made, watch, 5, lambda number, s: order(watch, "stop") if number == 3 else None)
+    assert watch.should_stop
+    assert watch.why_stop == "stopped by ann"
+    watch.close()
+    events = soundness(watch.path)
+    answers = [(body["verb"], body["refused"]) for body in bodies(events, "controlled")]
+    assert [verb for verb, _ in answers] == ["set", "set", "pause", "stop"]
+    assert answers[0][1] is None
+    assert answers[3][1] is None
+    assert "its length is in your code" in answers[1][1]
+    assert "pause needs a loop of ours" in answers[2][1]
+    assert frame(watch.path, "lr_0") == [0.05] + [0.001] * 4
+    assert bodies(events, "run_ended")[0]["why"] == "stopped by ann"
+    assert not list((watch.path / "inbox").glob("*.json"))
+    made = script(steplr=True)
+    watch = acting(made, "observe")
+    order(watch, "set", lr_mul=0.5)
+    loop(made, watch, 2)
+    watch.close()
+    (refused,) = bodies(soundness(watch.path), "controlled")
+    assert "give it as scheduler=" in refused["refused"]
