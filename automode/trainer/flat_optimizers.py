@@ -118,7 +118,8 @@ class FlatAdam(torch.optim.Adam):
         ]
         if not gradients:
             return 0.0
-        if self._buckets is None or len(self._buckets) > 1:  # of several types or devices, perhaps
+        # What decides must be the same after a cut: the ways differ in their last bits.
+        if len({(gradient.dtype, gradient.device, gradient.layout) for gradient in gradients}) > 1:
             return total_norm(grad_norms([p for group in self.param_groups for p in group["params"]]))
         norm: Tensor = torch.linalg.vector_norm(_flatten_dense_tensors(gradients))  # type: ignore[no-untyped-call]
         return norm.item() if norm.is_cpu else norm

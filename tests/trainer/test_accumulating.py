@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from automode import Trainer
 from automode.errors import UsageError
 from automode.planner.policy import Policy
+from automode.trainer.checkpointing import CheckpointKeeper
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.run_parts import prepare
 from automode.trainer.running import begin
@@ -155,6 +156,53 @@ def test_under_gradient_scaling_the_group_is_scaled_stepped_and_watched_as_by_ha
     assert all(applied) == (size == 1.0)
     if size == 1.0:
         assert all(norm < 10 for norm in observer.column("grad_norm"))
+
+
+class Cut(Exception):
+    """Ends a run as if it had been killed."""
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 6, 9, 10, 11])
+def test_a_cut_at_any_batch_of_a_group_does_not_show(
+    cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(folder: Path, **given: Any) -> Any:
+        trainer = Trainer(
+            max_epochs=2,
+            accumulate_grad_batches=EVERY,
+            automode="observe",
+            session_dir=folder,
+            **given,
+            **COMMON,
+        )
+        return trainer.fit(**script())
+
+    def after_step(keeper: CheckpointKeeper) -> None:
+        if keeper._loop.batches == cut:
+            assert keeper.save("periodic") is not None
+            raise Cut
+
+    whole = fit(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointKeeper, "after_step", after_step)
+        patch.setattr(CheckpointKeeper, "rescue", lambda *_: None)
+        with pytest.raises(Cut):
+            fit(tmp_path)
+    resumed = fit(tmp_path, resume="auto")
+    (record,) = resumed.session.events("resumed")
+    assert record.body["exact"]
+    for column in ("loss", "grad_norm"):
+        assert resumed.frame(column).tolist() == whole.frame(column).tolist()
+    assert same(list(resumed.model.parameters()), list(whole.model.parameters()))
+
+
+def test_a_run_is_resumed_with_the_groups_that_it_was_begun_with(tmp_path: Path) -> None:
+    Trainer(max_epochs=1, accumulate_grad_batches=EVERY, session_dir=tmp_path, **COMMON).fit(**script())
+    (folder,) = (tmp_path / "default").iterdir()
+    with pytest.raises(
+        UsageError, match="accumulate_grad_batches: the run to resume was begun with optimizer steps of 4"
+    ):
+        Trainer(max_epochs=2, resume=folder, session_dir=tmp_path, **COMMON).fit(**script())
 
 
 def test_no_specialist_is_trained_in_such_a_run_and_it_says_why(tmp_path: Path) -> None:
