@@ -20,6 +20,7 @@ from torch.optim import optimizer as optimizer_module
 from automode.errors import UsageError
 from automode.trainer.gradient_norms import grad_norms, total_norm
 
+_WIDE = (torch.float32, torch.float64)
 _CANNOT = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
@@ -74,8 +75,10 @@ class FlatAdam(torch.optim.Adam):
     def state_dict(self) -> dict[str, Any]:
         """Give the state as torch's class does; see there."""
         found: dict[str, Any] = super().state_dict()
-        # Each parameter's own, since torch's Adam counts up what it is given in place.
-        found["state"] = {key: {**kept, "step": kept["step"].clone()} for key, kept in found["state"].items()}
+        # Each parameter's own, since torch's Adam counts up what it is given in place; on the CPU, where its default loop wants it.
+        found["state"] = {
+            key: {**kept, "step": kept["step"].to("cpu", copy=True)} for key, kept in found["state"].items()
+        }
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -119,7 +122,8 @@ class FlatAdam(torch.optim.Adam):
         if not gradients:
             return 0.0
         # What decides must be the same after a cut: the ways differ in their last bits.
-        if len({(gradient.dtype, gradient.device, gradient.layout) for gradient in gradients}) > 1:
+        kinds = {(gradient.dtype, gradient.device, gradient.layout) for gradient in gradients}
+        if len(kinds) > 1 or gradients[0].dtype not in _WIDE or gradients[0].layout is not torch.strided:
             return total_norm(grad_norms([p for group in self.param_groups for p in group["params"]]))
         norm: Tensor = torch.linalg.vector_norm(_flatten_dense_tensors(gradients))  # type: ignore[no-untyped-call]
         return norm.item() if norm.is_cpu else norm
