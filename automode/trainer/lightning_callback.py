@@ -193,8 +193,10 @@ class AutomodeCallback(Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the held-out data that automode was given."""
-        if self.watch is not None and self._given["val"] is not None and not trainer.sanity_checking:
+        """Look at the held-out data that automode was given, while the module is trained."""
+        if self.watch is None or self.watch.loop.ended is not None or trainer.sanity_checking:
+            return
+        if self._given["val"] is not None:
             self.watch.validate()
 
 

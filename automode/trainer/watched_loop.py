@@ -49,6 +49,7 @@ class WatchedLoop:
 
     def __init__(self, parts: RunParts, scaler: Any) -> None:
         self.parts = parts
+        self._parameters = trainable(parts.trunk.model)
         self.driver = open_driver(parts)
         self.ended: str | None = None
         self._trunk, self._probe = parts.trunk, parts.probe
@@ -56,7 +57,6 @@ class WatchedLoop:
         self._orders = WatchedOrders(parts, self.driver)
         self._hooks = StepHooks(self._trunk, self.driver, take=self._probe.gradients, clips=True)
         self._hooks.loss, self._hooks.stepped = self._loss_so_far, self._stepped
-        self._parameters = trainable(self._trunk.model)
         self._total = parts.plan.total
         self._process = os.getpid()
         self._clock = time.perf_counter

@@ -195,14 +195,18 @@ class Watch:
     @property
     def samples(self) -> SampleLedger | None:
         """How each training sample has fared so far; None where :attr:`why_no_samples` says why."""
-        ledger = self.loop.parts.probe.ledger  # brought up to date, which may find a reason
-        return ledger if self.why_no_samples is None else None
+        return self.loop.parts.probe.ledger if self.why_no_samples is None else None
 
     @property
     def why_no_samples(self) -> str | None:
         """Why there are no per-sample losses; None while there are, or may yet be."""
         probe = self.loop.parts.probe
-        return probe.reason if probe.keeps_ledger else "per-sample losses need the loss_fn of watch"
+        if not probe.keeps_ledger:
+            return "per-sample losses need the loss_fn of watch"
+        ledger = probe.ledger  # brought up to date, which may find a reason
+        if probe.reason is None and probe.rows and ledger is not None and not ledger.n_seen:
+            return "no step has told its outputs, targets and ids; watch.batches() knows the ids"
+        return probe.reason
 
     @property
     def compute(self) -> Mapping[str, int]:

@@ -106,8 +106,9 @@ def test_a_run_that_is_observed_equals_the_run_that_is_not_bit_by_bit(
     made = script()
     module = Module(made, manual=manual)
     callback = automode(tmp_path, loss_fn=made.loss_fn, val=made.held_out)
-    fit(made, callback, module, **settings)
+    trainer = fit(made, callback, module, **settings)
     assert equal(made.state(), alone.state())
+    trainer.validate(module, made.held_out, verbose=False)  # after the session's end
     assert module.losses == bare.losses
     watch = callback.watch
     assert watch is not None

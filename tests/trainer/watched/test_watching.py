@@ -489,6 +489,14 @@ def test_samples_say_why_there_are_none(script: Any, watching: Any) -> None:
     assert blind.why_no_samples == "per-sample losses need the loss_fn of watch"
     blind.close()
     made = script()
+    silent = watching(made, loss_fn=made.loss_fn, train=made.loader)
+    for x, y in made.loader:
+        with silent.step() as s:
+            plainly(made, x, y, s.loss)
+    assert silent.samples is None
+    assert "watch.batches() knows the ids" in str(silent.why_no_samples)
+    silent.close()
+    made = script()
     watch = watching(made, loss_fn=made.loss_fn, train=made.loader)
     x, y = next(iter(made.loader))
     for _ in range(5):
