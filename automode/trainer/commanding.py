@@ -299,7 +299,9 @@ class Commander:
     def _resume(self) -> Outcome:
         self._not_held("resume")
         if not self.paused:
-            return Outcome("it is training already")
+            told = "it is training already" if self._pause_at is None else "training on without the pause"
+            self._pause_at = None
+            return Outcome(told, {"paused": False})
         self.paused = False
         self._control.stand(None)
         return Outcome("training goes on", {"paused": False})

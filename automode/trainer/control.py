@@ -96,6 +96,7 @@ class Control:
         self._changed = threading.Condition()
         self._thread: int | None = None
         self._waits: str | None = None
+        self._ended = False
 
     @property
     def waits(self) -> str | None:
@@ -118,13 +119,13 @@ class Control:
                 raise ConflictError(
                     "this Trainer is training already: wait for that fit, or make another Trainer"
                 )
-            self._thread = threading.get_ident()
+            self._thread, self._ended = threading.get_ident(), False
             self.wake = 0 if self._line else NEVER
 
     def close(self) -> None:
         """Take no more orders; those that wait are told so."""
         with self._changed:
-            self._thread, self._waits = None, None
+            self._thread, self._waits, self._ended = None, None, True
             self.wake = NEVER
             self._changed.notify_all()
             left, self._line = list(self._line), deque()
@@ -173,9 +174,9 @@ class Control:
         return ticket
 
     def wait_until_it_waits(self, timeout: float | None) -> bool:
-        """Wait until the run is paused or held; False where it has ended first, or the time is over."""
+        """Wait until the run, begun already or not, is paused or held; False where it has ended first, or the time is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waits is not None or self._thread is None, timeout)
+            self._changed.wait_for(lambda: self._waits is not None or self._ended, timeout)
             return self._waits is not None
 
     # For the training thread.

@@ -36,7 +36,7 @@ class Controls:
         return self._control.waits
 
     def wait_until_paused(self, timeout: float | None = None) -> bool:
-        """Wait until the run is paused or held, after :meth:`step` say.
+        """Wait until the run is paused or held, after :meth:`step` say, or for the start of a run that begins paused.
 
         Args:
             timeout: Seconds; None: as long as it takes.

@@ -7,8 +7,10 @@ import time
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from automode import replay
+from automode.cli.main import main
 from automode.errors import ConflictError, UsageError
 
 pytestmark = pytest.mark.torch
@@ -102,10 +104,26 @@ def test_a_pause_that_somebody_asks_for_stores_the_runs_state(desk: Any) -> None
 
 
 def test_pausing_twice_and_going_on_twice_do_no_harm(desk: Any) -> None:
-    run = desk.run()
+    run = desk.run(max_epochs=100_000)
     assert "already" in run.trainer.pause(timeout=desk.patience).told
-    run.trainer.step(30, timeout=desk.patience)
-    assert "already" in run.trainer.resume(timeout=desk.patience).told or run.trainer.waits == "paused"
+    run.trainer.resume(timeout=desk.patience)
+    assert "already" in run.trainer.resume(timeout=desk.patience).told
+
+
+def test_going_on_takes_a_pause_back_that_is_still_to_come(desk: Any) -> None:
+    run = desk.run(max_epochs=100_000)
+    run.trainer.step(90_000, timeout=desk.patience)
+    assert "without the pause" in run.trainer.resume(timeout=desk.patience).told
+    assert run.trainer._control.wake > 1 << 60
+
+
+def test_requests_about_cards_and_the_mode_are_answered_while_a_run_is_paused(desk: Any) -> None:
+    run = desk.run()
+    run.train(3)
+    done = CliRunner().invoke(main, ["mode", str(run.path), "propose", "--wait", "20"])
+    assert done.output.strip() == "mode: observe -> propose"
+    assert run.trainer.waits == "paused"
+    assert run.finish().mode == "propose"
 
 
 def test_orders_without_a_run_are_refused(desk: Any) -> None:
@@ -151,8 +169,6 @@ def test_the_training_thread_may_give_orders_and_does_not_wait_for_them(desk: An
     waited = threading.Event()
 
     def wake() -> None:
-        while not trainer.running:
-            time.sleep(0.001)
         if trainer.wait_until_paused(desk.patience):
             waited.set()
         trainer.resume()
