@@ -112,7 +112,7 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case Scanned():
             remember(state.scanned, body)
             lifecycle.charge(state, "scan", body.passes)
-            lifecycle.rest_from_scans(state, body.rest)
+            lifecycle.rest_from_scans(state, body.rest, body.passes)
             observing.look(state, out)
         case Clustered():
             remember(state.clustered, body)

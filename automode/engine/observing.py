@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.signals.readings import Reading
 
 COLUMNS = ("step", "time", "loss", "grad_norm", "lr_0", "applied")
+
+LEAST_PROBE: Final = 128
+"""Samples that a scan reads at least, unless the policy's own number is smaller."""
 
 
 def take_rows(state: State, rows: Rows, out: Emission) -> None:
@@ -153,7 +157,8 @@ def _scan(state: State, out: Emission) -> None:
     state.next_scan = state.step + (state.policy.scan.every or max(1, state.planning_budget // 2))
     if any(command.kind == "scan" for command in state.pending.values()):
         return
-    if state.ledger.available < state.policy.scan.probe:
+    probe = _probe(state)
+    if state.ledger.available < probe:
         return  # the caps leave nothing for reading features
     wanted = set(state.policy.reasons)
     if not wanted & {"residual_cluster", "high_loss_tail", "label_noise"}:
@@ -162,10 +167,22 @@ def _scan(state: State, out: Emission) -> None:
     out.command(
         Scan(
             tail_from=state.policy.scan.tail_from,
-            probe=state.policy.scan.probe,
+            probe=probe,
             clusters="residual_cluster" in wanted,
         )
     )
+
+
+def _probe(state: State) -> int:
+    """How many samples a scan may read, so that the least number of scans keeps to its share of the run's compute.
+
+    A scan reads half of the held-out data too. Below :data:`LEAST_PROBE` samples nobody can tell anything, and scans come
+    less often instead.
+    """
+    assert state.run is not None
+    scan = state.policy.scan
+    each = scan.cost * state.ledger.total / max(1, scan.at_least) - state.run.val_a
+    return min(scan.probe, max(LEAST_PROBE, int(each)))
 
 
 def _sweep(state: State, out: Emission) -> None:

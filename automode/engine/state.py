@@ -106,6 +106,8 @@ class State:
     next_look: int = 0
     next_scan: int = 0
     scanned_at: int = 0
+    scan_paid_at: int = 0
+    """Step at which the last scan is no more than its share of the compute so far."""
     suite: SignalSuite = field(default_factory=SignalSuite)
     rules: Sequence[Rule] = ()
     outcomes: dict[str, tuple[str, str, int]] = field(default_factory=dict)

@@ -101,8 +101,12 @@ class ScanPolicy(Part):
         ge=0,
         description="scans that a run which may act gets whatever their share of its time",
     )
+    cost: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.01,
+        description="most of the run's sample passes for scans; they are fewer and smaller where a run is short",
+    )
     probe: int = Field(
-        default=1024, ge=32, le=65536, description="fixed samples whose features are clustered"
+        default=1024, ge=32, le=65536, description="fixed samples whose features are clustered, at the most"
     )
     min_visits: Positive = Field(
         default=2.0, description="mean visits a sample before the ledger is believed"
@@ -290,7 +294,7 @@ class DiagnosticPolicy(Part):
     enabled: bool = Field(default=True, description="take them, in every mode but off")
     every: int | None = Field(default=None, ge=1, description="steps between two; null: half of B")
     share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.02,
+        default=0.005,
         description="share of the run's compute and time that they may take",
     )
     examples: int = Field(

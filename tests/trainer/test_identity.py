@@ -150,7 +150,7 @@ def test_scans_and_rules_that_run_meanwhile_change_nothing(tmp_path: Path) -> No
     losses, weights, rng, _ = bare_loop(script, epochs=30)
     made = script.build()
     policy = Policy(
-        scan=ScanPolicy(every=20, share=1.0, probe=64, min_visits=1.0),
+        scan=ScanPolicy(every=20, share=1.0, cost=1.0, probe=64, min_visits=1.0),
         pacing=PacingPolicy(warmup_steps=0),
         diagnostics=DiagnosticPolicy(every=30, share=1.0, examples=32, probe=16),
     )
