@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from automode import Trainer
 
-RATES, DECAYS, CHOOSING = (1e-3, 3e-3, 1e-2, 3e-2), (0.01, 0.3), (500, 501)
+RATES, DECAYS, CHOOSING = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.01, 0.3), (500, 501)
 HARM = 0.01
 Floats = npt.NDArray[np.float64]
 

@@ -46,7 +46,6 @@ _SIGNS: Final = (
 _FIRED_BY: Final = {
     "loss_plateau": TrendState.PLATEAU,
     "merge_cadence": "FINISH",
-    "learning_rate_probe": "PROBE",
 }
 
 
@@ -105,12 +104,16 @@ def read_curve(
         loss: Raw losses, one a row, oldest first; NaN and infinity are findings and no errors.
         grad_norm: Global gradient norms before clipping, as many.
         lr: Learning rates, as many.
-        policy: Thresholds and rules; None: the default policy. Its ``trend.budget`` counts rows.
+        policy: Thresholds and rules; None: the default policy. Its ``trend.budget`` counts rows. The probe of the learning rate is
+            left out: it comes at its time whatever the curve does, and would only stand in the way of what the curve says.
 
     Raises:
         UsageError: The columns are not equally long.
     """
     policy = policy or Policy()
+    policy = policy.model_copy(
+        update={"reasons": tuple(r for r in policy.reasons if r != "learning_rate_probe")}
+    )
     n = len(loss)
     for name, column in (("grad_norm", grad_norm), ("lr", lr)):
         if column is not None and len(column) != n:

@@ -102,16 +102,19 @@ def spending_cap(policy: Policy, funds: Funds) -> float | Held:
     return max(0.0, min(shared, free))
 
 
-def unaffordable(priced: WorstCase, cap: float, funds: Funds, policy: Policy) -> Held | None:
-    """Hold what costs more sample passes than the cap."""
+def unaffordable(
+    priced: WorstCase, cap: float, funds: Funds, policy: Policy, *, share: float | None = None
+) -> Held | None:
+    """Hold what costs more sample passes than the cap; ``share`` is the proposal's own part in it."""
     if ceil(priced.passes) <= floor(cap):  # the ledger counts whole passes
         return None
+    own = "" if share is None else f", and {share:.0%} of the run for this reason"
     return Held(
         code="over_cap",
         why=(
             f"it would take up to {priced.passes:,.0f} sample passes, and {cap:,.0f} may be spent on it "
             f"({policy.pacing.exploration_share:.0%} of the {funds.remaining:,.0f} that remain, and within "
-            f"{policy.pacing.total_share:.0%} of the run's {funds.total:,.0f} less the {funds.spent:,.0f} spent)"
+            f"{policy.pacing.total_share:.0%} of the run's {funds.total:,.0f} less the {funds.spent:,.0f} spent{own})"
         ),
     )
 
@@ -160,7 +163,7 @@ def choose_ladder(
 
     def misfit(first: int, count: int) -> Held | None:
         worst = priced(first, count)
-        return unaffordable(worst, cap, funds, view.policy) or no_time(
+        return unaffordable(worst, cap, funds, view.policy, share=proposal.share) or no_time(
             worst, view.remaining, view.run, view.policy
         )
 

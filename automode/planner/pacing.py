@@ -138,6 +138,8 @@ def admit(
         if proposal.action != "adjust":
             return cap
         cap = 0.0
+    if proposal.share is not None:
+        cap = min(cap, proposal.share * funds.total)
     if proposal.action != "fork":
         priced = price_of(proposal.action, proposal.merge_recipe, run)
         held = unaffordable(priced, cap, funds, policy) or no_time(priced, view.remaining, run, policy)

@@ -19,17 +19,18 @@ from automode.planner.recipes import Digest, Fraction, Part, Positive
 if TYPE_CHECKING:
     from automode.planner.displays import Panel
 
-PLANNER_VERSION: Final = 3
+PLANNER_VERSION: Final = 4
 """Part of the policy digest: raised whenever the same inputs may lead to another decision."""
 
-ALL_REASONS: Final[tuple[Reason, ...]] = (
+DEFAULT_REASONS: Final[tuple[Reason, ...]] = (
     "instability_spike",
     "loss_plateau",
     "residual_cluster",
-    "high_loss_tail",
     "label_noise",
+    "learning_rate_probe",
     "merge_cadence",
 )
+"""The rules that helped more than they cost in measurement; the others are there for a policy that names them."""
 
 
 class TrendPolicy(Part):
@@ -154,6 +155,7 @@ class ProbePolicy(Part):
 
     from_: Fraction = Field(default=0.05, alias="from", description="no probe before this share of the run")
     until: Fraction = Field(default=0.15, description="no probe after this share of the run")
+    share: Fraction = Field(default=0.08, description="most of the run's compute that the probe may take")
 
     @model_validator(mode="after")
     def _ordered(self) -> ProbePolicy:
@@ -333,7 +335,7 @@ class Policy(Part):
     name: str = Field(
         default="default", min_length=1, max_length=64, description="what you call it; no part of the digest"
     )
-    reasons: tuple[Reason, ...] = Field(default=ALL_REASONS, description="rules that may propose")
+    reasons: tuple[Reason, ...] = Field(default=DEFAULT_REASONS, description="rules that may propose")
     budget: Literal["within", "on_top"] = Field(
         default="within", description="pay for automode out of the run's own steps, or on top of them"
     )

@@ -37,7 +37,11 @@ class View:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """What a rule would do. Pacing turns it into a card, or holds it."""
+    """What a rule would do. Pacing turns it into a card, or holds it.
+
+    Attributes:
+        share: Most of the whole run's compute that the card may take, below the policy's caps; None: they alone hold.
+    """
 
     reason: Reason
     action: Action
@@ -48,6 +52,7 @@ class Proposal:
     merge_recipe: MergeRecipe | None = None
     adjustment: Adjustment | None = None
     risk: Risk = "low"
+    share: float | None = None
     diagnostics: Mapping[str, Diagnostic] = field(default_factory=dict)
 
 
