@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Final
 
-from automode.engine import lifecycle
+from automode.engine import lifecycle, scanning
 from automode.engine.emission import Emission
 from automode.engine.state import State
 from automode.planner.diagnostics import cost_of
@@ -50,4 +50,4 @@ def diagnosed(state: State, body: Diagnosed) -> None:
     state.diagnosis_passes += ceil(body.passes)
     lifecycle.charge(state, "scan", body.passes)
     state.next_diagnosis = max(state.next_diagnosis, state.step + body.rest)
-    lifecycle.rest_from_scans(state, max(0, state.next_scan - state.step) + body.rest)
+    scanning.rest(state, max(0, state.next_scan - state.step) + body.rest)

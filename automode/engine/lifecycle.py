@@ -49,26 +49,6 @@ OPEN: Final = WAITING
 """States in which a card still waits for something other than compute."""
 
 
-def rest_from_scans(state: State, rest: int, passes: float = 0.0) -> None:
-    """Put the next scan off for so many steps, though a run that may act gets its least number of scans all the same.
-
-    Args:
-        state: Changed in place.
-        rest: Steps in which the time taken is no more than its share.
-        passes: What a scan took; until that is no more than its share of the compute, nothing brings the next one forward.
-    """
-    assert state.run is not None
-    scan = state.policy.scan
-    if passes:
-        state.scan_paid_at = state.step + ceil(passes / (scan.cost * state.passes_per_step))
-    state.next_scan = max(state.next_scan, state.step + rest)
-    if scan.at_least and state.mode in ("propose", "act"):
-        state.next_scan = min(
-            state.next_scan, state.scanned_at + max(1, state.run.total_steps // scan.at_least)
-        )
-    state.next_scan = max(state.next_scan, state.scan_paid_at)
-
-
 def charge(
     state: State, purpose: Purpose, passes: float, *, card: str | None = None, trial: int | None = None
 ) -> None:

@@ -13,7 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import assert_never
 
-from automode.engine import adjusting, deciding, diagnosing, guarding, lifecycle, observing, resuming, running
+from automode.engine import (
+    adjusting,
+    deciding,
+    diagnosing,
+    guarding,
+    lifecycle,
+    observing,
+    resuming,
+    running,
+    scanning,
+)
 from automode.engine.emission import Emission
 from automode.engine.guards import Guards
 from automode.engine.state import State, remember
@@ -112,7 +122,7 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case Scanned():
             remember(state.scanned, body)
             lifecycle.charge(state, "scan", body.passes)
-            lifecycle.rest_from_scans(state, body.rest, body.passes)
+            scanning.rest(state, body.rest, body.passes)
             observing.look(state, out)
         case Clustered():
             remember(state.clustered, body)

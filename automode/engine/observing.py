@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
 
 import numpy as np
 
-from automode.engine import diagnosing, guarding, lifecycle
+from automode.engine import diagnosing, guarding, lifecycle, scanning
 from automode.engine.emission import Emission
 from automode.engine.state import State
 from automode.errors import ReplayDifferenceError
 from automode.planner.approval import Lifetime, sweep
 from automode.planner.cards import PlanCard
 from automode.planner.diagnostics import summary
-from automode.planner.events import ReadingChanged, Rows, RuleEvaluated, Scan
+from automode.planner.events import ReadingChanged, Rows, RuleEvaluated
 from automode.planner.pacing import Held, admit, held_back, in_order
 from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.signals.readings import Reading
 
 COLUMNS = ("step", "time", "loss", "grad_norm", "lr_0", "applied")
-
-LEAST_PROBE: Final = 128
-"""Samples that a scan reads at least, unless the policy's own number is smaller."""
 
 
 def take_rows(state: State, rows: Rows, out: Emission) -> None:
@@ -63,7 +59,7 @@ def take_rows(state: State, rows: Rows, out: Emission) -> None:
         look(state, out)
         if step >= state.next_look:
             state.next_look = step + state.look_every
-            _scan(state, out)
+            scanning.ask(state, out)
             diagnosing.ask(state, out)
         next_look = state.next_look
     if steps:
@@ -147,42 +143,6 @@ def view_of(state: State) -> View:
         clustered=state.clustered,
         counts=state.counts,
     )
-
-
-def _scan(state: State, out: Emission) -> None:
-    """Ask for the ledger to be read, at a cadence, one scan at a time."""
-    assert state.run is not None
-    if state.step < state.next_scan or not (state.run.has_ids and state.run.exact_losses):
-        return
-    state.next_scan = state.step + (state.policy.scan.every or max(1, state.planning_budget // 2))
-    if any(command.kind == "scan" for command in state.pending.values()):
-        return
-    probe = _probe(state)
-    if state.ledger.available < probe:
-        return  # the caps leave nothing for reading features
-    wanted = set(state.policy.reasons)
-    if not wanted & {"residual_cluster", "high_loss_tail", "label_noise"}:
-        return
-    state.scanned_at = state.step
-    out.command(
-        Scan(
-            tail_from=state.policy.scan.tail_from,
-            probe=probe,
-            clusters="residual_cluster" in wanted,
-        )
-    )
-
-
-def _probe(state: State) -> int:
-    """How many samples a scan may read, so that the least number of scans keeps to its share of the run's compute.
-
-    A scan reads half of the held-out data too. Below :data:`LEAST_PROBE` samples nobody can tell anything, and scans come
-    less often instead.
-    """
-    assert state.run is not None
-    scan = state.policy.scan
-    each = scan.cost * state.ledger.total / max(1, scan.at_least) - state.run.val_a
-    return min(scan.probe, max(LEAST_PROBE, int(each)))
 
 
 def _sweep(state: State, out: Emission) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from automode.engine import observing
+from automode.engine import scanning
 from automode.engine.comparing import SCANNED, pairs_of, scan_limits
 from automode.planner.card_text import from_yaml
 from automode.planner.cards import PlanCard
@@ -93,5 +93,5 @@ def test_a_pair_says_that_it_rests_on_scans() -> None:
 
 
 def test_the_reasons_that_rest_on_scans_are_those_that_scans_are_taken_for() -> None:
-    text = inspect.getsource(observing)
+    text = inspect.getsource(scanning)
     assert all(f'"{reason}"' in text for reason in SCANNED) or "SCANNED" in text
