@@ -66,9 +66,10 @@ def _text(seed: int, symbols: int = 12, length: int = 8, rows: int = 1000 + VAL 
     rng = np.random.default_rng([seed, 4])
     table = rng.dirichlet(np.full(symbols, 0.1), size=(symbols, symbols)).cumsum(axis=-1)
     stream = [0, 1]
-    for u in rng.random(4 * rows + length):
+    for u in rng.random(8 * rows + length):
         stream.append(min(symbols - 1, int(np.searchsorted(table[stream[-2], stream[-1]], u))))
-    windows = np.lib.stride_tricks.sliding_window_view(stream, length + 1)
+    # No window twice: held-out ones must not be among those trained on.
+    windows = np.unique(np.lib.stride_tricks.sliding_window_view(stream, length + 1), axis=0)
     picked = torch.from_numpy(windows[rng.permutation(len(windows))[:rows]].copy())
     return picked[:, :-1], picked[:, -1]
 
