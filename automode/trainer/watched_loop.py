@@ -109,7 +109,7 @@ class WatchedLoop:
 
     def begin(self) -> None:
         """Know that a block begins."""
-        if self._is_over():
+        if self.ended is not None and self._is_over():
             return
         if self._in_block:
             raise UsageError(
@@ -152,7 +152,7 @@ class WatchedLoop:
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
         """Take a loss, in a block or without one."""
-        if self._is_over():
+        if self.ended is not None and self._is_over():
             return
         if not self._in_block and self._losses:
             self._complete()  # the optimizer did not step on the loss before: it accumulates
@@ -240,9 +240,7 @@ class WatchedLoop:
         self.parts.console.close()
 
     def _is_over(self) -> bool:
-        """Tell whether the session has ended; one that was closed is not told anything any more."""
-        if self.ended is None:
-            return False
+        """Whether to let a loop go on whose session has ended: one that was closed is not told anything any more."""
         if not self._failed:
             raise UsageError(
                 f"this watch was closed at step {self._trunk.step}; make another one to watch on"
@@ -300,7 +298,8 @@ class WatchedLoop:
             norm, why = self._accumulated()
         rates = hooks.rates if stepped else trunk.rates()
         applied = not why
-        loss, losses, seen, metrics = self._loss(), self._losses, self._seen, self._metrics
+        losses, seen, metrics = self._losses, self._seen, self._metrics
+        loss = losses[0] if len(losses) == 1 else self._loss()
         self._losses, self._seen, self._metrics = [], [], {}
         outputs = targets = ids = None
         if len(seen) == 1 == len(losses):
