@@ -69,7 +69,8 @@ def _text(seed: int, symbols: int = 12, length: int = 8, rows: int = 1000 + VAL 
     for u in rng.random(8 * rows + length):
         stream.append(min(symbols - 1, int(np.searchsorted(table[stream[-2], stream[-1]], u))))
     # No window twice: held-out ones must not be among those trained on.
-    windows = np.unique(np.lib.stride_tricks.sliding_window_view(stream, length + 1), axis=0)
+    windows = np.lib.stride_tricks.sliding_window_view(stream, length + 1)
+    windows = windows[np.unique(windows[:, :-1], axis=0, return_index=True)[1]]
     picked = torch.from_numpy(windows[rng.permutation(len(windows))[:rows]].copy())
     return picked[:, :-1], picked[:, -1]
 
