@@ -161,6 +161,7 @@ def replay_with(session: Session | str | os.PathLike[str], policy: Policy) -> Wh
     if not isinstance(session, Session):
         with Session.open(session) as opened:
             return replay_with(opened, policy)
+    _policy(session)
     return what_if(_items(session), policy, rules=chosen(policy, _plugins(session)))
 
 
@@ -196,10 +197,27 @@ def recovered(session: Session, until: int) -> Recovered:
 
 def _rules(session: Session) -> tuple[Rule, ...]:
     """The rules that took part, those of third parties among them."""
+    policy, offered = _policy(session), _plugins(session)
+    return chosen(policy, offered) if offered and policy is not None else BUILT_IN
+
+
+def _policy(session: Session) -> Policy | None:
+    """The policy that the session ran under; None where it has not begun.
+
+    Raises:
+        SessionError: This version cannot read it.
+    """
     for record in session.events(kind="session_started"):
-        offered = _plugins(session)
-        return chosen(Policy.model_validate(record.body["policy"]), offered) if offered else BUILT_IN
-    return BUILT_IN
+        try:
+            return Policy.model_validate(record.body["policy"])
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise SessionError(
+                f"the session's policy cannot be read (`{where}`: {first['msg']}): version {record.body.get('planner_version')} of "
+                f"the planner wrote it, and this is version {PLANNER_VERSION}; replay it with the automode that recorded it"
+            ) from error
+    return None
 
 
 def _plugins(session: Session) -> list[Rule]:

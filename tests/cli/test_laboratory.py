@@ -13,7 +13,10 @@ import pytest
 
 from automode.cli.loss_plot import Mark, MarkRow, curve_of, html_page, text_plot
 from automode.errors import UsageError
-from automode.planner.policy import PLANNER_VERSION
+from automode.planner.events import Envelope, Run, SessionStarted
+from automode.planner.policy import PLANNER_VERSION, Policy
+from automode.session import SessionStore
+from automode.session.replaying import to_record
 
 
 @pytest.fixture
@@ -61,6 +64,29 @@ def test_the_same_policy_differs_in_nothing(cli: Any, flat: Any) -> None:
             "asha.max_steps",
         }
     assert "a card there had to leave time for an answer, and nothing waits in a what-if" in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--policy", "default"]])
+def test_a_policy_of_another_version_is_named_and_no_traceback(
+    cli: Any, tmp_path: Path, arguments: list[str]
+) -> None:
+    policy = Policy().dump()
+    policy["pacing"]["max_running"] = 2
+    started = SessionStarted(
+        session="old",
+        seed=1,
+        mode="observe",
+        asked_mode="observe",
+        policy=policy,
+        policy_digest=Policy().digest,
+        planner_version=1,
+        run=Run(total_steps=10, batch=1, val_a=1, val_b=1, task="classification"),
+    )
+    with SessionStore.create(tmp_path / "old", header={}) as store:
+        store.write([to_record(Envelope(seq=1, role="input", body=started))], durable=True)
+    out = cli("replay", tmp_path / "old", *arguments, code=1).output
+    assert "`pacing.max_running`: Extra inputs are not permitted" in out
+    assert "replay it with the automode that recorded it" in out
 
 
 def test_the_loss_is_drawn_with_both_sets_of_cards(cli: Any, flat: Any, tmp_path: Path) -> None:
