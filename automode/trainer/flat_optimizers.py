@@ -55,6 +55,8 @@ class FlatAdam(torch.optim.Adam):
 
     _decoupled = False
     _buckets: list[_Bucket] | None = None
+    _every: list[Tensor] | None = None
+    _alike = False
 
     def __init__(
         self,
@@ -70,7 +72,7 @@ class FlatAdam(torch.optim.Adam):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see torch."""
         super().add_param_group(param_group)
-        self._buckets = None
+        self._buckets = self._every = None
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as torch's class does; see there."""
@@ -113,19 +115,18 @@ class FlatAdam(torch.optim.Adam):
 
     def gradient_norm(self) -> float | Tensor:
         """Euclidean norm of all gradients: on the CPU a float, else a 0-dimensional tensor that is not waited for."""
-        gradients = [
-            gradient
-            for group in self.param_groups
-            for parameter in group["params"]
-            if (gradient := parameter.grad) is not None
-        ]
+        parameters = self._every
+        if parameters is None:
+            parameters = self._every = [p for group in self.param_groups for p in group["params"]]
+            # What decides how norms are taken must be the same after a cut: the ways differ in their last bits.
+            self._alike = len({(p.dtype, p.device) for p in parameters}) == 1 and parameters[0].dtype in _WIDE
+        gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
         if not gradients:
             return 0.0
-        # What decides must be the same after a cut: the ways differ in their last bits.
-        kinds = {(gradient.dtype, gradient.device, gradient.layout) for gradient in gradients}
-        if len(kinds) > 1 or gradients[0].dtype not in _WIDE or gradients[0].layout is not torch.strided:
-            return total_norm(grad_norms([p for group in self.param_groups for p in group["params"]]))
-        norm: Tensor = torch.linalg.vector_norm(_flatten_dense_tensors(gradients))  # type: ignore[no-untyped-call]
+        if not self._alike or gradients[0].layout is not torch.strided:
+            return total_norm(grad_norms(parameters))
+        flat: Tensor = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
+        norm: Tensor = torch.linalg.vector_norm(flat)
         return norm.item() if norm.is_cpu else norm
 
     def _step(self) -> None:
