@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import Subset
 
 from automode.trainer.health.ground import Finding, Ground
-from automode.trainer.live_state import LiveState
+from automode.trainer.live_state import LiveState, Parts
+from automode.trainer.random_state import RandomState
 from automode.trainer.recording_sampler import checksum_of, noted
 from automode.trainer.tensor_loader import TensorLoader
 
@@ -23,9 +24,10 @@ def check(ground: Ground) -> Finding:
     given: Any = loader.loader
     if isinstance(given, list | tuple):
         return Finding(verdict="good", why="the batches are a list, which is read in its order")
-    if isinstance(given, TensorLoader) or not loader.recorded:
-        why = loader.reason or "a TensorLoader draws an epoch's order in one piece; a resumption compares it"
-        return Finding(verdict="unknown", why=f"index lists are not seen here: {why}")
+    if not loader.recorded:
+        return Finding(
+            verdict="unknown", why=f"index lists are not seen here: {loader.reason or 'none are noted'}"
+        )
     began = cursor.began
     if began is None:
         return Finding(
@@ -36,18 +38,10 @@ def check(ground: Ground) -> Finding:
     count, drawn = loader.ahead()
     with ground.undisturbed():
         try:
-            batch_sampler, generator = _copied(given)
-        except Exception as error:
+            lists = _asked_anew(ground, given, random, live)
+        except Exception as error:  # whatever the user's sampler does when it is copied
             why = f"the sampler cannot be copied ({type(error).__name__}: {error}); resume checks its order all the same"
             return Finding(verdict="unknown", why=why)
-        random.restore()
-        proxy = SimpleNamespace(generator=generator, batch_sampler=batch_sampler)
-        if hasattr(batch_sampler, "sampler"):
-            proxy.sampler = batch_sampler.sampler
-        LiveState(proxy).put(live, samplers=True)
-        lists = _drawn(
-            given, batch_sampler, generator, again=given.persistent_workers and ground.loop.epoch > 0
-        )
         read = [noted(positions) for positions in islice(lists, cursor.read)]
         ahead = [noted(positions) for positions in islice(lists, count)]
     numbers = {"batches": float(cursor.read), "drawn_ahead": float(count)}
@@ -60,6 +54,22 @@ def check(ground: Ground) -> Finding:
         "draws from generators or counters that cannot be found, and a resumed run will be approximate"
     )
     return Finding(verdict="bad", why=why, numbers=numbers)
+
+
+def _asked_anew(ground: Ground, given: Any, random: RandomState, live: Parts) -> Iterator[Sequence[Any]]:
+    """Give the epoch's index lists, drawn from the states that it began with."""
+    if isinstance(given, TensorLoader):  # each of its epochs has an order of its own
+        random.restore()
+        LiveState(given).put(live, samplers=True)
+        return (positions for positions, _ in given.epoch(ground.parts.cursor.read))
+    batch_sampler, generator = _copied(given)
+    random.restore()
+    proxy = SimpleNamespace(generator=generator, batch_sampler=batch_sampler)
+    if hasattr(batch_sampler, "sampler"):
+        proxy.sampler = batch_sampler.sampler
+    LiveState(proxy).put(live, samplers=True)
+    again = given.persistent_workers and ground.loop.epoch > 0
+    return _drawn(given, batch_sampler, generator, again=again)
 
 
 def _copied(given: Any) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from automode.cli.main import main
 from automode.errors import UsageError
 from automode.planner.controls import CHECKS
 from automode.trainer.flat_optimizers import FlatAdam
+from automode.trainer.tensor_loader import TensorLoader
 
 pytestmark = pytest.mark.torch
 
@@ -180,19 +181,27 @@ def loaders(data: TensorDataset) -> dict[str, tuple[DataLoader[Any], str]]:
     return {
         "weighted": (DataLoader(data, batch_size=8, sampler=WeightedRandomSampler([1.0] * 96, 96)), "good"),
         "generator": (DataLoader(data, batch_size=8, shuffle=True, generator=generator), "good"),
+        "tensors": (TensorLoader(data, batch_size=8, shuffle=True, generator=generator), "good"),
         "hidden": (DataLoader(data, batch_size=8, sampler=Hidden()), "bad"),
     }
 
 
-@pytest.mark.parametrize("name", ["weighted", "generator", "hidden"])
+@pytest.mark.parametrize("name", ["weighted", "generator", "tensors", "hidden"])
 def test_an_order_that_cannot_be_drawn_again_is_found(name: str, desk: Any) -> None:
-    made = desk.script()
-    made["train_loader"], verdict = loaders(made["train_loader"].dataset)[name]
-    run = desk.run(made)
+    def made() -> tuple[dict[str, Any], str]:
+        script = desk.script()
+        script["train_loader"], verdict = loaders(script["train_loader"].dataset)[name]
+        return script, verdict
+
+    plain = desk.fit(made()[0])
+    script, verdict = made()
+    run = desk.run(script)
     run.train(15)
     found = run.trainer.check("data_order", timeout=desk.patience)["data_order"]
     assert found.verdict == verdict
     assert found.numbers["batches"] == 3.0
+    if verdict == "good":
+        desk.same(plain, run.finish())
 
 
 def test_what_cannot_be_checked_says_why_and_the_run_goes_on(desk: Any) -> None:
