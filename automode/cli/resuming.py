@@ -12,7 +12,7 @@ import click
 
 from automode.cli.sessions import session_argument
 from automode.cli.tables import safe
-from automode.errors import ConflictError, SessionError, UsageError
+from automode.errors import ConflictError, NotExecutableError, SessionError, UsageError
 from automode.session import Session
 from automode.session.taking_up import ENVIRONMENT, checkpointed, command_of, is_finished
 from automode.session.writer_lock import WriterLock
@@ -41,6 +41,12 @@ def _of(folder: Path) -> tuple[list[str], str, str]:
     """Give the command line, its folder and where the run stands; refuse a run that cannot go on."""
     with Session.open(folder) as session:
         records, started, finished = checkpointed(session), command_of(session.header), is_finished(session)
+        watched = session.header.get("watched", False)
+    if watched:
+        raise NotExecutableError(
+            f"{folder} is of a loop that was watched, which automode cannot resume: its place in the data is in its own code; run its "
+            "script again for a session of its own"
+        )
     if finished:
         raise ConflictError(
             f"{folder} has come to its end, so nothing is left to resume; to train on, give its script a larger max_epochs and "

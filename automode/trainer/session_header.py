@@ -46,6 +46,7 @@ def header_of(parts: RunParts, mode: Mode) -> dict[str, Any]:
             "held_out": data_of(parts.request.val_loader),
         },
         "seed": parts.seed,
+        "watched": parts.hand_written is not None,
         "command": sys.argv,
         "started": started(),
     }

@@ -513,3 +513,12 @@ def test_a_watched_loop_can_be_ordered_to_stop_and_to_another_rate_and_to_nothin
     watch.close()
     (refused,) = bodies(soundness(watch.path), "controlled")
     assert "give it as scheduler=" in refused["refused"]
+
+
+@pytest.mark.torch
+def test_a_watched_session_is_not_resumed_and_the_command_line_says_why(script: Any, acting: Any) -> None:
+    watch = acting(script(), "observe")
+    watch.close()
+    answer = CliRunner().invoke(main, ["resume", str(watch.path), "--yes"])
+    assert answer.exit_code == 1
+    assert "its place in the data is in its own code" in answer.output
