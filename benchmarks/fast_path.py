@@ -1,6 +1,6 @@
 """The fast path for tensors: automode's loop with TensorLoader and FlatAdamW against loops by hand, DataLoader and Lightning.
 
-    python benchmarks/fast_path.py [--rounds 30] [--case tiny]
+    python benchmarks/fast_path.py [--rounds 20] [--case tiny]
 
 Every loop trains the same network on the same data in memory, with AdamW at its defaults (``flat`` has the same arithmetic, in one
 buffer), one thread. A round gives each loop the same number of steps, one after the other in turning order, so that a busy moment
@@ -239,7 +239,7 @@ def report(name: str, case: Case, spent: dict[str, list[float]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--case", choices=CASES, help="only this network")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -232,3 +232,36 @@ def test_known_drops_are_counted_in_batches(length: int | None, expected: tuple[
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4] if length is None else [2, 6])
     assert known_drops(scheduler, "step", length, 40, batches_per_step=4) == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_comes_to_the_same_weights_bit_by_bit(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    made, other = script(), script()
+    Trainer(max_epochs=2, accumulate_grad_batches=EVERY, clip_norm=0.05, session_dir=tmp_path, **COMMON).fit(
+        **made
+    )
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = other["model"]
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            loss: Tensor = other["loss_fn"](self.network(batch[0]), batch[1])
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return other["optimizer"]
+
+    pl.Trainer(
+        max_epochs=2,
+        accumulate_grad_batches=EVERY,
+        gradient_clip_val=0.05,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Module(), other["train_loader"])
+    assert same(weights_of(made), weights_of(other))

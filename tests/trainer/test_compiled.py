@@ -44,7 +44,7 @@ def fit(folder: Path, backend: str | None, **given: Any) -> FitResult:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_model_trains_as_it_does_without_and_a_cut_does_not_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
