@@ -281,7 +281,7 @@ class Commander:
             case "scan":
                 return self._verbs.scan(order)
             case "fork" | "merge":
-                return self._verbs.card(order)
+                return self._verbs.card(order, ended=self.held)
             case _:
                 assert_never(order.control)
 

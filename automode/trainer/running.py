@@ -225,6 +225,7 @@ def _train(
     finally:
         loop.close()
     if commander is not None and commander.held and commander.signals.received is not None:
+        loop.companions.finished()
         commander.signals.leave(f"released at step {trunk.step}; the run is complete")
     return None
 

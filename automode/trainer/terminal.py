@@ -52,7 +52,8 @@ class Terminal:
         """Begin to take keys.
 
         Returns:
-            Whether keys can be had: there is a terminal, it is this process's, and this is the main thread.
+            Whether keys can be had: there is a terminal, it is this process's, nobody else takes keys from it, and this is the
+            main thread.
         """
         if threading.current_thread() is not threading.main_thread():
             return False
@@ -113,7 +114,12 @@ class Terminal:
             try:
                 if not self._ours():
                     return False
-                self._before = termios.tcgetattr(self._given)
+                before = termios.tcgetattr(self._given)
+                if (
+                    not before[3] & termios.ICANON
+                ):  # somebody else takes keys from it, and gives it back as it was
+                    return False
+                self._before = before
                 wanted = termios.tcgetattr(self._given)
                 wanted[3] &= ~(termios.ICANON | termios.ECHO)
                 wanted[6][termios.VMIN], wanted[6][termios.VTIME] = 1, 0

@@ -212,12 +212,22 @@ class Verbs:
             "; ".join(map(_scanned, found)), {body.kind: body.model_dump(mode="json") for body in found}
         )
 
-    def card(self, order: Order) -> Outcome:
+    def card(self, order: Order, *, ended: bool) -> Outcome:
         """Hand in a fork or a merge, and let it run.
 
         Raises:
             ConflictError: The run refuses the card, or its approval.
         """
+        try:
+            return self._card(order)
+        except ConflictError as error:
+            if not ended:
+                raise
+            raise ConflictError(
+                f"{error}; this run has come to its end: make it longer first (set max_epochs=N), or load an earlier state"
+            ) from error
+
+    def _card(self, order: Order) -> Outcome:
         asked = arguments_of(order.control, order.arguments)
         if order.control == "fork":
             body = self._fork(asked) if asked.card is None else dict(asked.card)

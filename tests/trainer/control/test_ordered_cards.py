@@ -67,6 +67,17 @@ def test_a_whole_card_says_everything_and_must_be_of_the_kind_ordered(acting: An
         acting.trainer.fork(actor="planner", timeout=desk.patience)
 
 
+def test_a_held_run_has_no_steps_for_a_fork_and_says_what_to_do(acting: Any, desk: Any) -> None:
+    made = {**acting.made, **desk.script(), "val_loader": acting.made["val_loader"]}
+    stopped(acting, desk)
+    run = desk.run(made, automode="propose", policy="aggressive", hold=True)
+    run.trainer.resume(timeout=desk.patience)
+    run.trainer.wait_until_paused(desk.patience)
+    with pytest.raises(ConflictError, match="make it longer first"):
+        run.trainer.fork(timeout=desk.patience)
+    run.trainer.release(timeout=desk.patience)
+
+
 def test_a_fork_that_does_not_fit_is_refused_with_the_reason(acting: Any, desk: Any) -> None:
     with pytest.raises(ConflictError, match="cannot run"):
         acting.trainer.fork(budget_steps=50_000, max_steps=150_000, timeout=desk.patience)

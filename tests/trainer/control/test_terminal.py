@@ -225,6 +225,16 @@ print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     assert shown.settings == shown.before
 
 
+def test_a_terminal_that_somebody_takes_keys_from_is_left_to_them(screen: Any) -> None:
+    second = "two = terminal.Terminal()\nprint('two', two.open(), flush=True)\ntwo.close()\n"
+    shown = screen(BEGIN + TAKE.replace("    while True:", f"    exec({second!r})\n    while True:"))
+    shown.until("two False")
+    assert taken(shown.before, shown.settings)
+    shown.type("e")
+    assert shown.process.wait(PATIENCE) == 0
+    assert shown.settings == shown.before
+
+
 def test_without_a_terminal_there_are_no_keys() -> None:
     with Path(os.devnull).open() as nothing:
         done = subprocess.run(
