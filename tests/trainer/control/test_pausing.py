@@ -66,14 +66,15 @@ def test_a_paused_run_sleeps(desk: Any) -> None:
 def test_an_order_takes_effect_within_a_step_or_a_tick(desk: Any) -> None:
     run = desk.run(max_epochs=100_000)
     run.trainer.resume(timeout=desk.patience)
-    slowest = 0.0
+    took = []
     for _ in range(5):
         time.sleep(0.02)
         began = time.perf_counter()
         run.trainer.pause(timeout=desk.patience)
-        slowest = max(slowest, time.perf_counter() - began)
+        took.append(time.perf_counter() - began)
         run.trainer.resume(timeout=desk.patience)
-    assert slowest < 0.2 + 0.3  # steps of this run take a millisecond; the rest is for a busy machine
+    # Steps of this run take a millisecond. The median, since a busy machine may hold up any one of them.
+    assert sorted(took)[2] < 0.2
 
 
 def test_a_stopped_run_ends_in_order_and_goes_on_as_if_it_had_never_been_stopped(desk: Any) -> None:
