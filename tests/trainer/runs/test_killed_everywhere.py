@@ -188,7 +188,7 @@ def test_a_card_that_a_stop_has_cut_short_goes_on_when_the_run_does(
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_a_kill_at_any_call_changes_no_decision(nursery: Nursery, whole: Path, tmp_path: Path) -> None:
     expected, once = story(whole), sum(segments(whole).values())
     for call in range(1, calls(whole) + 1):
@@ -206,7 +206,7 @@ def test_a_kill_at_any_call_changes_no_decision(nursery: Nursery, whole: Path, t
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", range(8))
 def test_chains_of_kills_change_no_decision(seed: int, nursery: Nursery, whole: Path, tmp_path: Path) -> None:
     chance = random.Random(seed)
@@ -220,7 +220,7 @@ def test_chains_of_kills_change_no_decision(seed: int, nursery: Nursery, whole: 
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_kills_beside_worker_processes_change_no_outcome(nursery: Nursery, tmp_path: Path) -> None:
     whole = tmp_path / "whole" / "session"
     assert nursery.train(whole, backend="process") == 0
