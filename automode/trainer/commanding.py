@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, assert_never
 
 from automode.errors import AutomodeError, ConflictError, NotExecutableError, SessionError
-from automode.planner.controls import ControlVerb, LoadArguments, Order, StepArguments, arguments_of
+from automode.planner.controls import LoadArguments, Order, StepArguments, arguments_of, verb_of
 from automode.planner.events import Controlled
 from automode.trainer.checkpointing import CheckpointKeeper
 from automode.trainer.control import NEVER, Control, Reply, Ticket
@@ -90,6 +90,7 @@ class Commander:
         self._pause_at: int | None = None
         self._after: tuple[str, int] = ("", 0)
         self._unstored = False
+        self._then = time.monotonic()
         self._first = loop.batches - driver.rows
         driver.requests.orders_to(self._from_the_inbox)
 
@@ -125,6 +126,7 @@ class Commander:
         Returns:
             Whether training goes on in this state; False: see :attr:`switch`.
         """
+        self._then = time.monotonic()
         self._loop.flush()
         self._as_before()
         self._take_orders()
@@ -134,11 +136,13 @@ class Commander:
             self._note("pause", actor=actor, note=f"after {steps} steps")
         if self.paused and not self._leaving:
             self._wait()
+        self._stand_still()
         self._control.look_again(self._next())
         return self.switch is None
 
     def hold(self) -> None:
         """Keep a finished run until it is released; a signal releases it too."""
+        self._then = time.monotonic()
         self._loop.flush()
         self.held = True
         self._note("hold", actor="hold")
@@ -180,23 +184,26 @@ class Commander:
         console, step = self._parts.console, self._parts.trunk.step
         how = "held" if self.held else "paused"
         console.waits(how)
+        self._control.stand(how)
         if self._unstored and self._keeper is not None:
             # A person who pauses may be about to switch the machine off.
             self._keeper.save_once("pause")
         self._unstored = False
-        then = time.monotonic()
-        self._control.stand(how)
         self._take_orders()
         while (self.paused or self.held) and not self._leaving:
             self._control.wait(LOOK_SECONDS)
-            now = time.monotonic()
-            self._driver.scribe.away(now - then)
-            then = now
+            self._stand_still()
             if self._driver.tick(step):
                 self._loop.boundary()
             self._take_orders()
         console.waits(None)
         self._control.stand(None)
+
+    def _stand_still(self) -> None:
+        """Take the time since the last call off the run's clock: it did not train."""
+        now = time.monotonic()
+        self._driver.scribe.away(now - self._then)
+        self._then = now
 
     def _next(self) -> int:
         """Batches from which on there is something to do here without being asked."""
@@ -211,7 +218,7 @@ class Commander:
             return
         for done in self._driver.requests.orders_again(self._driver.rows):
             order = Order(
-                control=_ordered(done.verb),
+                control=verb_of(done.verb),
                 actor=done.actor,
                 note=done.note,
                 arguments=done.arguments,
@@ -389,8 +396,3 @@ class Commander:
         """Record it durably, with what has been fed on its way; nothing else happens between the steps for it."""
         self._driver.scribe.feed(body, effective_at=body.step)
         self._driver.scribe.write()
-
-
-def _ordered(verb: Any) -> ControlVerb:
-    assert verb != "hold"
-    return verb  # type: ignore[no-any-return]
