@@ -194,7 +194,12 @@ def test_a_kill_at_any_call_changes_no_decision(nursery: Nursery, whole: Path, t
     for call in range(1, calls(whole) + 1):
         folder = tmp_path / f"at{call}" / "session"
         folder.parent.mkdir()
-        assert nursery.train(folder, kill=call) == KILLED
+        status = nursery.train(folder, kill=call)
+        if status == 0:
+            # What the clock decides (a flush, a look into the inbox) makes the number of calls differ by a few.
+            assert call > 0.9 * calls(whole), f"only {call} calls"
+            break
+        assert status == KILLED
         begun = resumable(folder)
         if not (begun and ended(folder)):
             assert nursery.train(folder) == 0, f"killed at call {call}"
