@@ -302,7 +302,7 @@ def test_a_run_that_abstains_lists_its_suspects_for_review(run_once: Play, tmp_p
     given = train.tensors[1].numpy()
     policy = {
         "reasons": ["label_noise"],
-        "scan": {"every": 80, "probe": 256, "share": None},
+        "scan": {"every": 80, "probe": 256, "share": None, "cost": 1.0},
         "noise": {"least_found": 1.0},  # suspects are .85 of the estimate, so that these two never fit
     }
     run = played(run_once, tmp_path / "abstains", "", actions={}, policy=policy, automode="observe")
