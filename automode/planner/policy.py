@@ -78,7 +78,7 @@ class ScanPolicy(Part):
         description="scans that a run which may act gets whatever their share of its time",
     )
     cost: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.01,
+        default=0.015,
         description="most of the run's sample passes for scans; they are fewer and smaller where a run is short",
     )
     probe: int = Field(

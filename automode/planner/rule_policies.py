@@ -63,7 +63,7 @@ class ProbePolicy(Part):
 
     from_: Fraction = Field(default=0.05, alias="from", description="no probe before this share of the run")
     until: Fraction = Field(default=0.15, description="no probe after this share of the run")
-    share: Fraction = Field(default=0.08, description="most of the run's compute that the probe may take")
+    share: Fraction = Field(default=0.04, description="most of the run's compute that the probe may take")
 
     @model_validator(mode="after")
     def _ordered(self) -> ProbePolicy:

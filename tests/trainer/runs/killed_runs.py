@@ -39,6 +39,7 @@ POLICY = Policy.model_validate(
         "trend": {"budget": 40, "gain": 0.95},
         "scan": {"every": 9, "probe": 32, "share": None, "cost": 1.0, "tail_ratio": 1.01},
         "averages": {"finish_at": 0.7},
+        "probe": {"share": 1.0},
         "diagnostics": {"enabled": False},
         "pacing": {
             "min_rung": 2,
