@@ -1,0 +1,44 @@
+"""Scans keep to their share of the run's compute, whatever else would bring the next one forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from automode.planner.policy import Policy
+
+
+@pytest.mark.parametrize("cost", [0.005, 0.02, 0.1])
+def test_scans_take_no_more_than_their_share_of_the_compute_and_one_scan_on_top(
+    cost: float, make_world: Any, plateau_rows: Any
+) -> None:
+    policy = Policy.model_validate({"reasons": ["label_noise"], "scan": {"every": 20, "cost": cost}})
+    world = make_world(policy=policy, mode="act", scanned={"passes": 600.0})
+    world.start()
+    world.rows(plateau_rows)
+    state = world.state
+    scans = len(state.scanned)
+    budget = cost * state.step * state.passes_per_step
+    assert 600.0 * (scans - 1) <= budget
+    # Not much less either: rules look every 20 steps, so that a scan waits for up to 19 steps more.
+    between = max(20.0, 600.0 / (cost * state.passes_per_step) + 20.0)
+    assert scans >= int(state.step / between)
+
+
+def test_a_short_run_is_read_through_fewer_samples_but_never_through_too_few(
+    make_world: Any, plateau_rows: Any
+) -> None:
+    def probe(**scan: Any) -> int:
+        world = make_world(policy=Policy.model_validate({"reasons": ["label_noise"], "scan": scan}))
+        world.start()
+        world.rows(plateau_rows)
+        (size,) = {e.body.probe for e in world.commands if e.body.kind == "scan"}
+        return int(size)
+
+    assert probe(cost=1.0) == 1024
+    assert probe(cost=1.0, probe=64) == 64
+    assert probe(cost=1e-6) == 128
+    assert (
+        probe(cost=0.005) == 280
+    )  # of 576,000 passes half a per cent for six scans, less the 200 held-out samples
