@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from automode.planner.events import Envelope
 from automode.planner.policy import Policy
 
 
@@ -21,8 +22,8 @@ def test_scans_take_no_more_than_their_share_of_the_compute_and_one_scan_on_top(
     scans = len(state.scanned)
     budget = cost * state.step * state.passes_per_step
     assert 600.0 * (scans - 1) <= budget
-    # Not much less either: rules look every 20 steps, so that a scan waits for up to 19 steps more.
-    between = max(20.0, 600.0 / (cost * state.passes_per_step) + 20.0)
+    # Not much less either: rules look every 20 steps, so that a scan is up to two looks late.
+    between = max(20.0, 600.0 / (cost * state.passes_per_step)) + 40.0
     assert scans >= int(state.step / between)
 
 
@@ -33,7 +34,7 @@ def test_a_short_run_is_read_through_fewer_samples_but_never_through_too_few(
         world = make_world(policy=Policy.model_validate({"reasons": ["label_noise"], "scan": scan}))
         world.start()
         world.rows(plateau_rows)
-        (size,) = {e.body.probe for e in world.commands if e.body.kind == "scan"}
+        (size,) = {e.body.probe for e in world.log if isinstance(e, Envelope) and e.body.kind == "scan"}
         return int(size)
 
     assert probe(cost=1.0) == 1024
