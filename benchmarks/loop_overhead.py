@@ -10,7 +10,8 @@ processes, with quartiles; differences and ratios are taken within a process.
 
 The bare loop fetches a batch from a ``DataLoader`` and does zero_grad, forward, loss, backward, step, and nothing else.
 ``observe`` adds, at every step, the loss, the gradient norm, the learning rate and the per-sample losses with their sample
-ids, all signals and rules, and the session's file; ``off`` records the scalars only. A scan clusters some samples and
+ids, all signals and rules, and the session's file; ``act`` also reads every gradient norm before the step that it may have to
+leave out (one rule is on, and nothing fires; averages of the weights apart); ``off`` records the scalars only. A scan clusters some samples and
 weighs label noise; it comes every 400 steps in a long run, and ``observe, no scans`` is without it. ``watch`` is the
 bare loop inside ``with watch.step()`` and ``s.loss(loss)``; ``watch, samples`` tells outputs, targets and (by
 ``watch.batches()``) sample ids too, without scans and diagnostics.
@@ -38,7 +39,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from automode import watch
-from automode.planner.policy import DiagnosticPolicy, Policy, ScanPolicy
+from automode.planner.policy import AveragePolicy, DiagnosticPolicy, Policy, ScanPolicy
 from automode.trainer.assembly import open_driver
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.run_parts import prepare
@@ -72,7 +73,16 @@ CASES = {
         widths=(256, 1024, 1024, 2), rows=4096, turn=1, turns=160, warm_up=10, target="at most 1.02 times"
     ),
 }
-LOOPS = ("bare again", "off", "observe, no scans", "observe", "watch", "watch, samples")
+LOOPS = (
+    "bare again",
+    "off",
+    "observe, no scans",
+    "observe",
+    "act",
+    "act, averages",
+    "watch",
+    "watch, samples",
+)
 
 
 def training(case: Case) -> dict[str, Any]:
@@ -109,8 +119,13 @@ def watched_steps(case: Case, name: str, folder: str) -> tuple[Iterator[int], Ca
     """Open a run as ``Trainer.fit`` does, held between two steps; also how to end it."""
     mode: Any = name.partition(",")[0]
     policy = Policy(scan=ScanPolicy(every=LONG)) if "no scans" in name else Policy()
+    made = training(case)
+    if mode == "act":
+        averages = AveragePolicy(enabled="averages" in name)
+        policy = Policy(reasons=("instability_spike",), averages=averages)
+        made["val_loader"] = training(case)["train_loader"]
     settings = Settings(max_steps=LONG, automode=mode, session_dir=folder, progress=False, console=False)
-    parts = prepare(settings, policy, FitRequest(**training(case)), None)
+    parts = prepare(settings, policy, FitRequest(**made), None)
     driver = open_driver(parts)
     loop = begin(parts, driver)
 
