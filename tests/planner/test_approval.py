@@ -234,6 +234,7 @@ class CardLife(RuleBasedStateMachine):
                 CardState.RUNNING,
                 CardState.ACCEPTED,
                 CardState.ADOPTED,
+                CardState.APPLIED,
             }
         if verb == "edit" and self.record.card.rev > rev_before:
             assert self.record.state is CardState.PROPOSED
