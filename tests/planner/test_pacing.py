@@ -25,7 +25,7 @@ from automode.planner.pacing import (
     quote,
 )
 from automode.planner.policy import Policy
-from automode.planner.pricing import WorstCase, worst_case
+from automode.planner.pricing import WorstCase, price_fork, worst_case
 from automode.planner.recipes import Base, MergeSwa, TrainingRecipe, Variant
 from automode.planner.rules import PRIORITY
 from automode.planner.rules.base import Proposal, View
@@ -64,8 +64,10 @@ def view_of(
     )
 
 
-def fork(reason: Reason = "loss_plateau", recipe: TrainingRecipe = THREE) -> Proposal:
-    return Proposal(reason=reason, action="fork", because="1 %.", training_recipe=recipe)
+def fork(
+    reason: Reason = "loss_plateau", recipe: TrainingRecipe = THREE, share: float | None = None
+) -> Proposal:
+    return Proposal(reason=reason, action="fork", because="1 %.", training_recipe=recipe, share=share)
 
 
 MERGE = Proposal(reason="merge_cadence", action="merge", because="75 %.", merge_recipe=MergeSwa())
@@ -149,6 +151,19 @@ def test_a_small_run_gets_a_short_ladder_without_the_extra_rung() -> None:
     assert card.asha is not None
     assert card.asha.max_steps == 3 * card.budget_steps
     assert card.budget_steps >= 20
+
+
+@given(st.floats(0.001, 0.2))
+def test_a_proposal_s_own_share_of_the_run_holds_below_the_policy_s_caps(share: float) -> None:
+    view = view_of()
+    answer = try_admit(fork(share=share), view)
+    if isinstance(answer, Held):
+        assert answer.code == "over_cap"
+        assert f"{share:.0%} of the run for this reason" in answer.why
+        shortest = price_fork(recipe=THREE, levels=(20, 60), reduction_factor=3, run=view.run)
+        assert shortest.passes > floor(share * 4000 * 96)
+    else:
+        assert answer.cost.sample_passes <= share * 4000 * 96
 
 
 def test_what_does_not_fit_is_held_with_the_numbers() -> None:
