@@ -12,7 +12,7 @@ from automode.engine import deciding, lifecycle
 from automode.engine.emission import Emission
 from automode.engine.state import Execution, State
 from automode.engine.trials import control_weights, finished_trials, weights_of
-from automode.planner.cards import CardState
+from automode.planner.cards import CardState, PlanCard
 from automode.planner.events import (
     CardStarted,
     CommandFailed,
@@ -31,6 +31,7 @@ from automode.planner.events import (
     TrialsNoted,
 )
 from automode.planner.pricing import worst_case
+from automode.planner.recipes import MergeDistill
 from automode.scheduler import ASHA
 
 MAX_EXPERTS = 3
@@ -228,7 +229,7 @@ def combine(state: State, execution: Execution, out: Emission, *, cause: int | N
         execution.waiting_for.add(
             out.command(FitGate(card=card.id, control=control, experts=experts), cause=cause)
         )
-    if card.merge_recipe is not None:
+    if card.merge_recipe is not None and not _taught_by_mixture(card):
         execution.waiting_for.add(
             out.command(
                 Merge(card=card.id, method=card.merge_recipe.kind, control=control, members=experts),
@@ -247,11 +248,33 @@ def combined(state: State, body: GateFitted | Merged, command_id: str | None, ou
         return
     if isinstance(body, GateFitted):
         execution.gate = body
+        _teach(state, execution, body, out)
     else:
         execution.merged = body
     execution.waiting_for.discard(command_id or "")
     if not execution.waiting_for:
         deciding.choose(state, execution, out)
+
+
+def _taught_by_mixture(card: PlanCard) -> bool:
+    merge = card.merge_recipe
+    return isinstance(merge, MergeDistill) and merge.teacher == "mixture"
+
+
+def _teach(state: State, execution: Execution, fitted: GateFitted, out: Emission) -> None:
+    """Begin a distillation that has waited for the mixture which teaches it."""
+    card = state.cards[execution.card].card
+    if not _taught_by_mixture(card) or fitted.checkpoint is None:
+        return
+    experts = tuple(weights_of(report) for report in finished_trials(execution, state)[:MAX_EXPERTS])
+    merge = Merge(
+        card=card.id,
+        method="distill",
+        control=control_weights(execution),
+        members=experts,
+        gate=fitted.checkpoint,
+    )
+    execution.waiting_for.add(out.command(merge))
 
 
 def command_failed(state: State, body: CommandFailed, command_id: str | None, out: Emission) -> None:

@@ -81,6 +81,8 @@ def distill(
     anneal: bool = True,
     seed: int = 0,
     forward: Forward = forward_inputs,
+    clip_norm: float | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> DistillReport:
     """Train a student in place towards a teacher's outputs.
 
@@ -99,6 +101,8 @@ def distill(
         anneal: let every rate decay linearly to 0 over the steps.
         seed: for randomness inside the student.
         forward: how the student reads a batch.
+        clip_norm: largest norm of the gradient over all parameters; None: as it is.
+        after_step: called with the number of steps taken (from 1) after each of them; it may read the student.
 
     Raises:
         MergeError: a setting is out of range, no batch came, outputs differ in shape, or the loss is not finite.
@@ -118,6 +122,8 @@ def distill(
         anneal=anneal,
         seed=seed,
         forward=forward,
+        clip_norm=clip_norm,
+        after_step=after_step,
     )
     bad = next((index for index, value in enumerate(losses) if not math.isfinite(value)), None)
     if bad is not None:
@@ -148,9 +154,12 @@ def _descend(
     anneal: bool,
     seed: int,
     forward: Forward,
+    clip_norm: float | None,
+    after_step: Callable[[int], None] | None,
 ) -> tuple[list[float], int]:
     """Take one step for each batch; return the losses and the number of samples read."""
     rates = [float(group["lr"]) for group in stepper.param_groups]
+    parameters = [parameter for group in stepper.param_groups for parameter in group["params"]]
     losses: list[Tensor] = []
     samples = 0
     with training_flags_kept(student), forked_random_state(seed, device_of(student)), torch.enable_grad():
@@ -163,7 +172,11 @@ def _descend(
             loss = distance(forward(student, batch), target, task=task, temperature=temperature)
             stepper.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, clip_norm)
             stepper.step()
+            if after_step is not None:
+                after_step(step + 1)
             losses.append(loss.detach())
             samples += batch_size(batch)
     stepper.zero_grad(set_to_none=True)

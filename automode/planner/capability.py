@@ -16,6 +16,8 @@ from automode.planner.inputs import Run, Task
 from automode.planner.policy import Policy
 from automode.planner.recipes import (
     Adjustment,
+    GateRecipe,
+    MergeDistill,
     MergeRecipe,
     Resources,
     SearchSpace,
@@ -97,7 +99,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("merge_recipe", "greedy"),
     Ability("merge_recipe", "interpolate"),
     Ability("merge_recipe", "fisher_soup"),
-    Ability("merge_recipe", "distill", False, "no executor distils yet: use interpolate, or a gate"),
+    Ability("merge_recipe", "distill"),
     Ability("merge_recipe", "adapter_fuse", False, "no executor fuses adapters yet: use interpolate"),
     Ability("acceptance.metric", "utility"),
     Ability(
@@ -144,6 +146,8 @@ def refusals(planned: Planned, run: Run, *, min_held_out: int = 2) -> list[str]:
             found.append(f"gate_recipe: a router mixes classes or values, and this run's task is {run.task}")
     if planned.merge_recipe is not None:
         found += _merge(planned.merge_recipe, planned.action, planned.training_recipe)
+        if isinstance(planned.merge_recipe, MergeDistill):
+            found += _distillation(planned.merge_recipe, planned.gate_recipe, run)
     return found
 
 
@@ -296,3 +300,12 @@ def _merge(merge: MergeRecipe, action: str, recipe: TrainingRecipe | None) -> It
         yield "merge_recipe: swa averages the trunk's own trajectory: use it with action merge, or merge by interpolate"
     if action == "merge" and merge.kind != "swa":
         yield f"merge_recipe: {merge.kind} merges specialists, and a merge card has none: use swa, or action fork"
+
+
+def _distillation(merge: MergeDistill, gate: GateRecipe | None, run: Run) -> Iterator[str]:
+    if run.task not in ROUTED:
+        yield f"merge_recipe: distill teaches classes or values, and this run's task is {run.task}: use interpolate"
+    if not run.has_ids:
+        yield f"merge_recipe: distill needs sample ids: {run.why_no_ids or 'this loader gives none'}"
+    if merge.teacher == "mixture" and gate is None:
+        yield "merge_recipe: teacher mixture needs a `gate_recipe`, whose router mixes the teachers: add one, or use ensemble"

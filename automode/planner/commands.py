@@ -89,6 +89,7 @@ class Merge(Part):
     members: tuple[Weights, ...] = Field(
         default=(), description="specialists; for a run that is stopped, its best validated state"
     )
+    gate: Digest | None = Field(default=None, description="the fitted mixture that teaches; null: none does")
     at_end: bool = False
 
 

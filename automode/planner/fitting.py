@@ -21,7 +21,7 @@ from automode.planner.pricing import (
     step_passes,
     worst_case,
 )
-from automode.planner.recipes import Asha, Cost
+from automode.planner.recipes import Asha, Cost, MergeDistill
 from automode.planner.rules.base import Proposal, View
 
 MARGIN_SHARE: Final = 0.05
@@ -83,7 +83,7 @@ def quote(card: PlanCard, *, policy: Policy, run: Run, funds: Funds, remaining_s
         cap = 0.0
     held = unaffordable(priced, cap, funds, policy) or no_time(priced, remaining_steps, run, policy)
     if held is not None:
-        return held
+        return _with_the_students_part(held, card, priced)
     return card.model_copy(update={"cost": stated_cost(priced, funds, run, card.action)})
 
 
@@ -192,6 +192,18 @@ def choose_ladder(
     )
 
 
+def _with_the_students_part(held: Held, card: PlanCard, priced: WorstCase) -> Held:
+    """Say of a distillation that does not fit how much of it is the student: it is granted by who asks for it, or not at all."""
+    merge = card.merge_recipe
+    if not isinstance(merge, MergeDistill):
+        return held
+    why = (
+        f"{held.why}; distilling takes {priced.merge:,.0f} of the passes ({merge.steps} steps of the student, and every teacher's "
+        "answers), and the control as many steps more: grant it by `pacing.exploration_share`, or give the student fewer steps"
+    )
+    return Held(code=held.code, why=why)
+
+
 def stated_cost(priced: WorstCase, funds: Funds, run: Run, action: str) -> Cost:
     """Word a price as it stands on a card's face."""
     passes = float(ceil(priced.passes))
@@ -200,7 +212,7 @@ def stated_cost(priced: WorstCase, funds: Funds, run: Run, action: str) -> Cost:
     return Cost(
         sample_passes=passes,
         share_of_remaining=_told(passes / funds.remaining) if funds.remaining > 0 else 0.0,
-        memory_mib=None if memory is None else _told(memory),
+        memory_mib=None if memory is None else _told(memory + priced.copies * (run.model_mib or 0.0)),
         seconds=None if seconds is None else _told(passes / step_passes(run) * seconds),
     )
 

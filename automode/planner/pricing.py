@@ -62,6 +62,7 @@ class WorstCase:
         merge: Making and judging the merged states.
         resource_steps: Training steps of all segments, the repeat included; the scheduler's own budget.
         control_steps: Trunk steps until the control has had the compute of the candidate that it is compared with.
+        copies: Copies of the weights that are in memory beside those of one trial.
     """
 
     train: float = 0.0
@@ -72,6 +73,7 @@ class WorstCase:
     merge: float = 0.0
     resource_steps: int = 0
     control_steps: int = 0
+    copies: int = 0
 
     @property
     def passes(self) -> float:
@@ -138,8 +140,11 @@ def price_fork(
     looks = 1 if gate is None else experts + 1  # a mixture answers with every expert
     gate_passes = _gate(gate, experts, run)
     top = levels[-1]
-    several = gate is not None or isinstance(merge, MergeUniform | MergeGreedy | MergeFisherSoup)
+    several = gate is not None or isinstance(
+        merge, MergeUniform | MergeGreedy | MergeFisherSoup | MergeDistill
+    )
     together = experts * top if several else top
+    taught = student_passes(merge, experts + 1, run)
     return WorstCase(
         train=train_steps * per_step,
         retry=retry_steps * per_step,
@@ -150,7 +155,8 @@ def price_fork(
         gate=gate_passes,
         merge=_merge(merge, experts, run),
         resource_steps=train_steps + retry_steps,
-        control_steps=together + ceil(gate_passes / per_step),
+        control_steps=together + ceil((gate_passes + taught) / per_step),
+        copies=experts + 1 if taught else 0,
     )
 
 
@@ -249,6 +255,21 @@ def _merge(merge: MergeRecipe | None, experts: int, run: Run) -> float:
         case MergeFisherSoup():
             return judged + run.refresh + FISHER_PASSES * members * merge.samples
         case MergeDistill():
-            return judged + run.refresh + merge.steps * run.batch * (TRAIN_PASSES + members)
+            states = 1 + (TRUNK_AVERAGES if run.averages else 0)
+            return student_passes(merge, members, run) + _judged(states, run) + members * run.refresh
         case _:
             assert_never(merge)
+
+
+def student_passes(merge: MergeRecipe | None, members: int, run: Run) -> float:
+    """Price a student's steps: its own, and the pass of every teacher (and of the router) over the same samples.
+
+    Args:
+        merge: How the card merges; what is no distillation has no student.
+        members: The teachers, the control among them.
+        run: Sizes.
+    """
+    if not isinstance(merge, MergeDistill):
+        return 0.0
+    teachers = members + (run.router if merge.teacher == "mixture" else 0.0)
+    return merge.steps * run.batch * (TRAIN_PASSES + teachers)

@@ -11,6 +11,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from automode.planner.merge_recipes import (
+    MergeAdapterFuse,
+    MergeDistill,
+    MergeFisherSoup,
+    MergeGreedy,
+    MergeInterpolate,
+    MergeRecipe,
+    MergeSwa,
+    MergeUniform,
+)
 from automode.planner.parts import Digest, Fraction, Name, Part, Positive
 from automode.planner.resources import Resources
 from automode.planner.variants import DRAWN, EarlyStopping, SearchSpace, Variant
@@ -254,77 +264,6 @@ class GateRecipe(Part):
     )
     epochs: int = Field(default=5, ge=1, le=1000, description="passes over val-A")
     top1: bool = Field(default=False, description="answer with the best expert alone, not with the mixture")
-
-
-class MergeSwa(Part):
-    """Averages along the trunk's own trajectory (Izmailov et al. 2018, arXiv:1803.05407): EMA at two horizons and the tail."""
-
-    kind: Literal["swa"] = "swa"
-
-
-class MergeUniform(Part):
-    """The plain mean of the control and the finished specialists."""
-
-    kind: Literal["uniform"] = "uniform"
-
-
-class MergeGreedy(Part):
-    """Greedy soup (Wortsman et al. 2022, arXiv:2203.05482), scored on the first held-out half."""
-
-    kind: Literal["greedy"] = "greedy"
-
-
-class MergeInterpolate(Part):
-    """The best point between the control and the best specialist, by the first held-out half (WiSE-FT)."""
-
-    kind: Literal["interpolate"] = "interpolate"
-    weights: tuple[Fraction, ...] = Field(
-        default=(0.25, 0.5, 0.75, 1.0),
-        min_length=1,
-        max_length=16,
-        description="shares of the specialist that are tried",
-    )
-
-
-class MergeFisherSoup(Part):
-    """Fisher-weighted average (Matena and Raffel 2022, arXiv:2111.09832)."""
-
-    kind: Literal["fisher_soup"] = "fisher_soup"
-    samples: int = Field(
-        default=256,
-        ge=1,
-        le=1_000_000,
-        description="training samples that each state's Fisher information is estimated on",
-    )
-    floor: Positive = Field(
-        default=1e-3, le=1.0, description="smallest Fisher value, as a share of its tensor's mean"
-    )
-
-
-class MergeDistill(Part):
-    """One network taught by the routed specialists (Hinton et al. 2015, arXiv:1503.02531)."""
-
-    kind: Literal["distill"] = "distill"
-    temperature: Positive = Field(default=2.0, description="of the teachers' softmax")
-    steps: int = Field(default=200, ge=1, description="training steps of the student")
-
-
-class MergeAdapterFuse(Part):
-    """The sum of low-rank deltas B A, for specialists that trained adapters only."""
-
-    kind: Literal["adapter_fuse"] = "adapter_fuse"
-
-
-MergeRecipe = Annotated[
-    MergeSwa
-    | MergeUniform
-    | MergeGreedy
-    | MergeInterpolate
-    | MergeFisherSoup
-    | MergeDistill
-    | MergeAdapterFuse,
-    Field(discriminator="kind"),
-]
 
 
 class Asha(Part):

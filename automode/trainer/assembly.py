@@ -30,6 +30,7 @@ from automode.session.replaying import recovered
 from automode.trainer.backing import backend_of
 from automode.trainer.combining import Combiner
 from automode.trainer.diagnosing import diagnoser_of
+from automode.trainer.distilling import Distiller
 from automode.trainer.driver import Driver
 from automode.trainer.earlier import read_earlier
 from automode.trainer.evidence import Evidence
@@ -316,7 +317,26 @@ def performer_of(
         per_sample=held.per_sample if held.exact else None,
         cards={},
     )
-    return performer, training
+    return _with_distiller(performer, held), training
+
+
+def _with_distiller(performer: Performer, held: Held) -> Performer:
+    runner, combiner, evidence = performer.runner, performer.combiner, performer.evidence
+    assert runner is not None
+    assert evidence is not None
+    if combiner is None or held.task not in ("classification", "regression"):
+        return performer
+    combiner.distiller = Distiller(
+        trunk=performer.trunk,
+        states=performer.states,
+        checkpoints=performer.checkpoints,
+        evidence=evidence,
+        source=runner.source,
+        batch_size=runner.batch_size,
+        cards=runner.cards,
+        task=held.task,
+    )
+    return performer
 
 
 def _ledger(parts: RunParts) -> Callable[[], SampleLedger] | None:

@@ -223,7 +223,10 @@ class CardAgain:
         command, merged = recorded.merge
         if command.control is not None:
             members = tuple(self._mapped(w) for w in command.members)
-            mapped = command.model_copy(update={"control": self._mapped(command.control), "members": members})
+            ours = {"control": self._mapped(command.control), "members": members}
+            if command.gate is not None:
+                ours["gate"] = self._ours.get(command.gate, command.gate)
+            mapped = command.model_copy(update=ours)
             again = self._combiner.merge(recorded.card, mapped, merged.step)
         else:
             assert merged.control is not None

@@ -20,7 +20,8 @@ from automode.merges.moe import MixtureOfExperts, last_layer
 from automode.merges.soups import fisher_average, greedy
 from automode.planner.cards import PlanCard
 from automode.planner.events import Evaluate, Evaluated, FitGate, GateFitted, Merge, Merged, Task, Weights
-from automode.planner.recipes import GateRecipe, MergeFisherSoup, MergeInterpolate
+from automode.planner.recipes import GateRecipe, MergeDistill, MergeFisherSoup, MergeInterpolate
+from automode.trainer.distilling import Distiller
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.evidence import EVERYTHING, Evidence, Part, metrics_of
 from automode.trainer.random_state import seeded_rng
@@ -41,7 +42,12 @@ class Combiner:
         training: A fresh pass over some training batches, for Fisher information.
         task: What the targets are.
         seed: The session's seed.
+
+    Attributes:
+        distiller: Trains students; None where no specialist can be trained.
     """
+
+    distiller: Distiller | None = None
 
     def __init__(
         self,
@@ -175,6 +181,8 @@ class Combiner:
         """Merge the control and the specialists as the card says, score the result on val-A, and make it durable."""
         assert command.control is not None
         recipe = card.merge_recipe
+        if isinstance(recipe, MergeDistill):
+            return self._distil(card, command, step)
         references = (command.control, *command.members)
         states = [self._states.load(reference)[0] for reference in references]
         model = self._states.shell()
@@ -222,6 +230,12 @@ class Combiner:
             step=step,
             passes=passes,
         )
+
+    def _distil(self, card: PlanCard, command: Merge, step: int) -> Merged:
+        if self.distiller is None:
+            raise NotExecutableError("this run gives no training samples by id, so no student can be trained")
+        mixture = None if command.gate is None else self.mixture(command.gate)
+        return self.distiller.distil(card, command, step, mixture)
 
     def _fisher(
         self, states: list[dict[str, Tensor]], recipe: MergeFisherSoup

@@ -120,6 +120,12 @@ def test_new_labels_can_be_trained_on_and_merged_where_every_variant_takes_them(
     assert refusals(fork(training_recipe=alike, merge_recipe=MergeInterpolate()), run_of()) == []
 
 
+def test_specialists_can_be_distilled_by_their_mean_or_by_their_router() -> None:
+    assert refusals(fork(merge_recipe=MergeDistill()), run_of()) == []
+    routed = fork(merge_recipe=MergeDistill(teacher="mixture"), gate_recipe=GateRecipe())
+    assert refusals(routed, run_of(task="regression")) == []
+
+
 @pytest.mark.parametrize(
     ("planned", "run", "words"),
     [
@@ -141,7 +147,21 @@ def test_new_labels_can_be_trained_on_and_merged_where_every_variant_takes_them(
             run_of(),
             ["merge_recipe: some variants take new labels and some do not"],
         ),
-        (fork(merge_recipe=MergeDistill()), run_of(), ["merge_recipe: distill cannot run"]),
+        (
+            fork(merge_recipe=MergeDistill()),
+            run_of(task="sequence"),
+            ["merge_recipe: distill teaches classes or values", "task is sequence"],
+        ),
+        (
+            fork(merge_recipe=MergeDistill()),
+            run_of(has_ids=False, why_no_ids="iterable"),
+            ["merge_recipe: distill needs sample ids: iterable"],
+        ),
+        (
+            fork(merge_recipe=MergeDistill(teacher="mixture")),
+            run_of(),
+            ["teacher mixture needs a `gate_recipe`"],
+        ),
         (fork(merge_recipe=MergeSwa()), run_of(), ["swa averages the trunk's own trajectory"]),
         (
             Proposal(reason="manual", action="merge", because="1", merge_recipe=MergeInterpolate()),

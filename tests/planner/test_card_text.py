@@ -108,7 +108,7 @@ training_recipe:
     - {name: flat, lr_mul: 0.5, optimizer: sam, sam_rho: 0.05}
   early_stopping: {patience: 3, min_delta: 0.01}
 gate_recipe: {kind: switch_softmax, temperature: 1.0, load_balance: 0.01, epochs: 5, top1: false}
-merge_recipe: {kind: distill, temperature: 2.0, steps: 200}
+merge_recipe: {kind: distill, temperature: 2.0, steps: 200, teacher: ensemble, student: control, lr_mul: 1.0}
 budget_steps: 120                                   # the first rung
 asha: {reduction_factor: 3, max_steps: 1080}
 cost: {sample_passes: 310000, share_of_remaining: 0.11}
@@ -306,7 +306,14 @@ merges = st.one_of(
     st.sampled_from([MergeSwa(), MergeUniform(), MergeGreedy(), MergeAdapterFuse()]),
     st.builds(MergeInterpolate, weights=st.lists(fractions, min_size=1, max_size=16).map(tuple)),
     st.builds(MergeFisherSoup, samples=st.integers(1, 10**6), floor=st.floats(0, 1, exclude_min=True)),
-    st.builds(MergeDistill, temperature=positives, steps=st.integers(1, 10**9)),
+    st.builds(
+        MergeDistill,
+        temperature=positives,
+        steps=st.integers(1, 10**9),
+        teacher=st.sampled_from(["ensemble", "mixture"]),
+        student=st.sampled_from(["control", "specialist"]),
+        lr_mul=positives,
+    ),
 )
 common = {
     "id": st.text("0123456789abcdef", min_size=8, max_size=8)

@@ -22,6 +22,7 @@ from automode.planner.pricing import (
 )
 from automode.planner.recipes import (
     GateRecipe,
+    MergeDistill,
     MergeFisherSoup,
     MergeGreedy,
     MergeInterpolate,
@@ -125,6 +126,8 @@ def test_a_routers_control_gets_the_sum_of_its_experts_and_the_router() -> None:
         (MergeUniform(), 100 + 160 + 160, 30),
         (MergeGreedy(), 3 * (100 + 160) + 160, 30),
         (MergeFisherSoup(samples=64), 100 + 160 + 160 + 4 * 2 * 64, 30),
+        # Two teachers answer for each of the student's samples, and may need norm statistics of their own.
+        (MergeDistill(steps=20), 20 * 10 * (3 + 2) + 100 + 2 * 160, 30 + 20 * 10 * 5 // 30 + 1),
     ],
 )
 def test_merges_of_one_specialist_with_the_control(
@@ -134,6 +137,18 @@ def test_merges_of_one_specialist_with_the_control(
     worst = price_fork(recipe=recipe_of(3), levels=(10, 30), reduction_factor=3, run=run, merge=merge)
     assert worst.merge == passes
     assert worst.control_steps == control
+
+
+def test_a_student_is_priced_with_every_answer_of_its_teachers_and_stated_with_their_memory() -> None:
+    merge = MergeDistill(steps=20, teacher="mixture")
+    routed = {"recipe": recipe_of(9), "levels": (10, 30), "reduction_factor": 3, "gate": GateRecipe(epochs=1)}
+    run = run_of(averages=True, refresh=160, router=0.5)
+    worst = price_fork(**routed, run=run, merge=merge)
+    plain = price_fork(**routed, run=run)
+    student = 20 * 10 * (3 + 4 + 0.5)
+    assert worst.merge == student + 4 * 100 + 3 * 160 + 4 * 160
+    assert worst.control_steps == 3 * 30 + -(-int(plain.gate + student) // 30)
+    assert (plain.copies, worst.copies) == (0, 4)
 
 
 def test_a_stop_judges_last_and_best_states_on_everything_that_is_held_out() -> None:

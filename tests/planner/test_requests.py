@@ -222,7 +222,14 @@ def test_an_edit_that_changes_nothing_does_nothing() -> None:
         ({"budget_steps": -1}, ["budget_steps", "greater than or equal to 0"]),
         ({"budgetsteps": 3}, ["budgetsteps", "Extra inputs"]),
         ({"budget_steps": 61}, ["must lie between 1 and asha.max_steps (60)"]),
-        ({"merge_recipe": {"kind": "distill"}}, ["cannot run (cannot_run)", "distill"]),
+        (
+            {"merge_recipe": {"kind": "distill", "steps": 100_000}},
+            ["cannot run (over_cap)", "distilling takes", "grant it by `pacing.exploration_share`"],
+        ),
+        (
+            {"merge_recipe": {"kind": "distill", "teacher": "mixture"}},
+            ["cannot run (cannot_run)", "gate_recipe"],
+        ),
         ({"asha": {"reduction_factor": 3, "max_steps": 3000}}, ["cannot run (over_cap)"]),
     ],
 )

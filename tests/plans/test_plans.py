@@ -22,7 +22,9 @@ from automode.presets import preset_names, preset_text
 
 POLICIES = ("aggressive", "conservative", "default", "observe-only")
 REASONS = get_args(Reason)
-TEMPLATES = (*REASONS, "stop")
+OWN = ("manual", "distill")
+"""Templates of cards that only a person makes: their reason is manual."""
+TEMPLATES = (*REASONS, *OWN[1:], "stop")
 PLANNED = tuple(reason for reason in REASONS if reason != "manual")
 
 RUN = Run(
@@ -49,7 +51,7 @@ def body(text: str) -> str:
 
 def card_of(reason: str) -> PlanCard:
     text = preset_text(f"cards/{reason}")
-    if reason != "manual":
+    if reason not in OWN:
         return from_yaml(text)
     # What automode fills in is taken from another template.
     given = from_yaml(preset_text("cards/loss_plateau")).dump() | {"gate_recipe": None}
@@ -63,7 +65,8 @@ def test_there_is_a_template_of_every_kind_and_nothing_else() -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_is_a_card_of_its_kind_that_this_version_can_run(name: str) -> None:
     card = card_of(name)
-    assert name in (card.reason, card.action)
+    merge = None if card.merge_recipe is None else card.merge_recipe.kind
+    assert name in (card.reason, card.action, merge)
     assert refusals(card, RUN, min_held_out=30) == []
 
 
@@ -73,8 +76,10 @@ def test_a_template_survives_reading_and_writing(name: str) -> None:
     assert body(to_yaml(from_yaml(text))) == body(text)
 
 
-def test_the_template_of_an_own_card_leaves_out_what_automode_fills_in() -> None:
-    given = submission_from_yaml(preset_text("cards/manual"))
+@pytest.mark.parametrize("name", OWN)
+def test_the_template_of_an_own_card_leaves_out_what_automode_fills_in(name: str) -> None:
+    given = submission_from_yaml(preset_text(f"cards/{name}"))
+    assert given["reason"] == "manual"
     assert not set(given) & {"id", "rev", "session", "step", "created_by", "cost", "base"}
 
 
