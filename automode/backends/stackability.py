@@ -38,6 +38,8 @@ def why_variant_alone(job: SegmentJob) -> str | None:
         return "a sharpness-aware step takes two gradients at different weights"
     if job.variant.precision == "bf16":
         return "it trains in bf16"
+    if job.variant.adapter is not None:
+        return "it trains adapters"
     return None
 
 

@@ -83,6 +83,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     ),
     Ability("variant.labels", "keep"),
     Ability("variant.labels", "relabel"),
+    Ability("variant.adapter", "*"),
     Ability("training_recipe.replay", "*"),
     Ability("training_recipe.variants", "*"),
     Ability("training_recipe.search", "*"),
@@ -100,7 +101,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("merge_recipe", "interpolate"),
     Ability("merge_recipe", "fisher_soup"),
     Ability("merge_recipe", "distill"),
-    Ability("merge_recipe", "adapter_fuse", False, "no executor fuses adapters yet: use interpolate"),
+    Ability("merge_recipe", "adapter_fuse"),
     Ability("acceptance.metric", "utility"),
     Ability(
         "acceptance.metric",
@@ -295,6 +296,14 @@ def _merge(merge: MergeRecipe, action: str, recipe: TrainingRecipe | None) -> It
         yield (
             "merge_recipe: some variants take new labels and some do not, so that the trunk would not know which to go on with: "
             "give all variants the same `labels`, or leave the merge out"
+        )
+    whole = [] if recipe is None else [v.name for v in recipe.variants if v.adapter is None]
+    if recipe is not None and recipe.search is not None:
+        whole.append("those of `search`")
+    if merge.kind == "adapter_fuse" and whole:
+        yield (
+            f"merge_recipe: adapter_fuse sums low-rank deltas, and whole networks are trained by {', '.join(whole)}: give every variant an "
+            "`adapter`, or use interpolate"
         )
     if action == "fork" and merge.kind == "swa":
         yield "merge_recipe: swa averages the trunk's own trajectory: use it with action merge, or merge by interpolate"

@@ -80,9 +80,19 @@ class MergeDistill(Part):
 
 
 class MergeAdapterFuse(Part):
-    """The sum of low-rank deltas B A, for specialists that trained adapters only."""
+    """The sum of low-rank deltas B A, for specialists that trained adapters only, each times one weight."""
 
     kind: Literal["adapter_fuse"] = "adapter_fuse"
+    weights: tuple[Positive, ...] = Field(
+        default=(0.5, 1.0),
+        min_length=1,
+        max_length=16,
+        description="weights that are tried, the same for every adapter; the best by the first held-out half",
+    )
+    onto: Literal["base", "control"] = Field(
+        default="base",
+        description="what the sum is added to: the fork that the adapters were trained on, or the control",
+    )
 
 
 MergeRecipe = Annotated[

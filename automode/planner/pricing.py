@@ -141,7 +141,7 @@ def price_fork(
     gate_passes = _gate(gate, experts, run)
     top = levels[-1]
     several = gate is not None or isinstance(
-        merge, MergeUniform | MergeGreedy | MergeFisherSoup | MergeDistill
+        merge, MergeUniform | MergeGreedy | MergeFisherSoup | MergeDistill | MergeAdapterFuse
     )
     together = experts * top if several else top
     taught = student_passes(merge, experts + 1, run)
@@ -246,11 +246,11 @@ def _merge(merge: MergeRecipe | None, experts: int, run: Run) -> float:
     match merge:
         case None | MergeSwa():
             return 0.0
-        case MergeUniform() | MergeAdapterFuse():
+        case MergeUniform():
             return judged + run.refresh
         case MergeGreedy():
             return (2 * members - 1) * judged + run.refresh
-        case MergeInterpolate():
+        case MergeInterpolate() | MergeAdapterFuse():
             return len(merge.weights) * judged + run.refresh
         case MergeFisherSoup():
             return judged + run.refresh + FISHER_PASSES * members * merge.samples

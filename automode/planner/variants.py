@@ -22,6 +22,23 @@ DRAWN: Final = "draw"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+class Adapter(Part):
+    """Low-rank deltas on linear layers, trained in place of the weights (Hu et al. 2022, arXiv:2106.09685).
+
+    The fork stays frozen, and what is offered is the fork with the deltas ``alpha / rank * B A`` merged in. A step is priced as any other.
+    Rank-stabilised scales, trained biases and DoRA are no part of it: no sum of deltas could say them.
+    """
+
+    rank: int = Field(default=8, ge=1, le=65_536, description="of the deltas; smaller than a layer's sides")
+    alpha: Positive = Field(default=16.0, le=1e6, description="the deltas are scaled by alpha / rank")
+    targets: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="names of linear layers, `*` for any letters; null: all that are no smaller than the rank",
+    )
+
+
 class Variant(Part):
     """One way of training the specialist. Defaults mean: exactly as the trunk trains."""
 
@@ -57,6 +74,9 @@ class Variant(Part):
     labels: Literal["keep", "relabel"] = Field(
         default="keep",
         description="the labels that the data have, or the new ones of `relabel`, with which excluded samples come back",
+    )
+    adapter: Adapter | None = Field(
+        default=None, description="train low-rank adapters on the frozen fork; null: train all of it"
     )
 
 

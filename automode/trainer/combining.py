@@ -20,7 +20,14 @@ from automode.merges.moe import MixtureOfExperts, last_layer
 from automode.merges.soups import fisher_average, greedy
 from automode.planner.cards import PlanCard
 from automode.planner.events import Evaluate, Evaluated, FitGate, GateFitted, Merge, Merged, Task, Weights
-from automode.planner.recipes import GateRecipe, MergeDistill, MergeFisherSoup, MergeInterpolate
+from automode.planner.recipes import (
+    GateRecipe,
+    MergeAdapterFuse,
+    MergeDistill,
+    MergeFisherSoup,
+    MergeInterpolate,
+)
+from automode.trainer.adapting import best_fused
 from automode.trainer.distilling import Distiller
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.evidence import EVERYTHING, Evidence, Part, metrics_of
@@ -215,6 +222,11 @@ class Combiner:
                 merged, spent = self._fisher(states, recipe)
                 passes += spent
                 value = score(merged)
+            case "adapter_fuse":
+                assert isinstance(recipe, MergeAdapterFuse)
+                onto = states[0] if recipe.onto == "control" else None
+                adapted = [self._checkpoints.load(member.checkpoint)[:2] for member in command.members]
+                value, merged = best_fused(onto, adapted, recipe.weights, score)
             case method:
                 raise NotExecutableError(f"this version cannot merge specialists by {method!r}")
         passes += self._states.put(model, merged, averaged=True)

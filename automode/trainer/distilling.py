@@ -26,6 +26,7 @@ from automode.planner.cards import PlanCard
 from automode.planner.commands import Merge
 from automode.planner.inputs import Merged, Weights
 from automode.planner.recipes import MergeDistill
+from automode.trainer.adapting import ADAPTER
 from automode.trainer.card_data import CardData
 from automode.trainer.evidence import Evidence
 from automode.trainer.optimizers import scale_rates
@@ -183,7 +184,7 @@ class Distiller:
                 optimizer.load_state_dict(rest["optimizer"])
                 for group, kept in zip(optimizer.param_groups, groups, strict=True):
                     group.update(kept)
-            else:
+            elif rest.get("kind") != ADAPTER:  # whose moments are of other parameters; the control's go on
                 optimizer.state.clear()
         for group in optimizer.param_groups:
             scale_rates(group, recipe.lr_mul)

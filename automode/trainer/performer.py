@@ -46,6 +46,7 @@ from automode.planner.events import (
 )
 from automode.planner.recipes import Variant
 from automode.session.rng_state import pack_rng
+from automode.trainer.adapting import rehearse
 from automode.trainer.card_data import CardData
 from automode.trainer.combining import Combiner
 from automode.trainer.diagnosing import Diagnoser
@@ -208,6 +209,9 @@ class Performer:
             raise NotExecutableError("this run has no sample ids, so no specialist can be trained")
         assert card.training_recipe is not None
         chosen = self.selector.select(card)
+        for spec in dict.fromkeys(variant.adapter for variant in chosen.variants):
+            if spec is not None:
+                rehearse(self.states.shell(), spec)
         self.runner.cards[card.id] = CardData(
             recipe=card.training_recipe,
             selected=chosen.selected,
@@ -278,7 +282,7 @@ class Performer:
         """Put accepted weights into the trunk, with the optimizer state of the trial that made them; keep what was there.
 
         The trunk takes over the trial's factors on rate and weight decay and its clipping. An annealed rate is not taken
-        over: the trunk goes on at its own, which re-warms what was annealed.
+        over: the trunk goes on at its own, which re-warms what was annealed. Of adapters, their merged weights are all that is.
         """
         if command.into == "export":
             self._export(card, command)
@@ -286,7 +290,8 @@ class Performer:
                 card=card.id, checkpoint=command.weights.checkpoint, before=None, step=step, into="export"
             )
         variant = command.variant
-        factor = 1.0 if variant is None or variant.schedule == "anneal" else variant.lr_mul
+        own = variant is None or variant.schedule == "anneal" or variant.adapter is not None
+        factor = 1.0 if variant is None or own else variant.lr_mul
         before = self._save("before", step, clip_norm=self.trunk.clip_norm, rate_factor=factor)
         try:
             state, rest = self.states.load(command.weights)
@@ -336,6 +341,12 @@ class Performer:
 
     def _take_over(self, variant: Variant, rest: dict[str, Any], factor: float) -> None:
         trunk = self.trunk
+        if trunk.averages is not None and "averages" in rest:
+            trunk.averages.load_state_dict(rest["averages"])
+        if (
+            variant.adapter is not None
+        ):  # its rates, decay and moments are of other parameters than the trunk's
+            return
         if rest.get("kind") == type(trunk.optimizer).__name__:
             groups = [
                 {k: v for k, v in group.items() if k != "params"} for group in trunk.optimizer.param_groups
@@ -345,8 +356,6 @@ class Performer:
                 group.update(kept)
         else:
             trunk.optimizer.state.clear()
-        if trunk.averages is not None and "averages" in rest:
-            trunk.averages.load_state_dict(rest["averages"])
         for group in trunk.optimizer.param_groups:
             scale_rates(group, factor)
             if "weight_decay" in group:

@@ -21,7 +21,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from automode.backends.base import SegmentDone, SegmentJob
 from automode.errors import NotExecutableError
 from automode.planner.recipes import EarlyStopping
+from automode.planner.variants import Adapter
 from automode.session.rng_state import pack_rng, unpack_rng
+from automode.trainer.adapting import ADAPTER, Adapted, unmerged
 from automode.trainer.card_data import CardData
 from automode.trainer.optimizers import apply_variant, drive, scale_schedule, sharpness_aware_gradients
 from automode.trainer.per_sample import PerSampleLoss
@@ -124,10 +126,11 @@ class SpecialistSegment:
         with forked_rng():
             weights, rest, _ = runner.checkpoints.load(job.checkpoint)
             self._model, optimizer, self._scheduler = copy_of(runner.trunk)
-            self._model.load_state_dict(weights)
+            self._model.load_state_dict(weights if ADAPTER not in rest else unmerged(weights, rest[ADAPTER]))
+            self._adapted = None if job.variant.adapter is None else self._adapt(job.variant.adapter)
             self._averages = copy.deepcopy(runner.trunk.averages)
             self._take_over(optimizer, rest)
-            self._trained = trainable(self._model)
+            self._trained = trainable(self._model) if self._adapted is None else self._adapted.parameters
             if job.from_resource == 0:
                 seed_everything(_mixed(data.entropy))
             else:
@@ -138,6 +141,14 @@ class SpecialistSegment:
         self._patience = Patience(data.recipe.early_stopping, job.to_resource - job.from_resource)
         self._diverged = False
 
+    def _adapt(self, spec: Adapter) -> Adapted:
+        return Adapted(self._model, spec, self._data.entropy)
+
+    def _applied(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """What the variant trains with."""
+        applied = apply_variant(optimizer, self._job.variant)
+        return applied if self._adapted is None else self._adapted.relink(applied)
+
     def _take_over(self, optimizer: torch.optim.Optimizer, rest: Mapping[str, Any]) -> None:
         """Load optimizer, schedule and averages: from the trunk's snapshot at the fork, later from the specialist's own."""
         job = self._job
@@ -145,14 +156,16 @@ class SpecialistSegment:
             self._averages.load_state_dict(rest["averages"])
         if job.from_resource == 0:
             optimizer.load_state_dict(rest["optimizer"])
-            self._optimizer = apply_variant(optimizer, job.variant)
+            self._optimizer = self._applied(optimizer)
             if self._scheduler is not None and "scheduler" in rest:
                 self._scheduler.load_state_dict(rest["scheduler"])
                 scale_schedule(self._scheduler, job.variant.lr_mul)
                 drive(self._scheduler, self._optimizer)
             self._base_rates = [float(g["lr"]) for g in self._optimizer.param_groups]
             return
-        self._optimizer = apply_variant(optimizer, job.variant)
+        self._optimizer = self._applied(optimizer)
+        if self._adapted is not None:
+            self._adapted.load(rest[ADAPTER])
         self._optimizer.load_state_dict(rest["optimizer"])
         if self._scheduler is not None and "scheduler" in rest:
             drive(self._scheduler, self._optimizer)
@@ -193,7 +206,12 @@ class SpecialistSegment:
         """
         job, runner = self._job, self._runner
         if self._averages is not None:
-            self._averages.update(trainable(self._model), self._data.step + self._steps, now=True)
+            self._averages.update(self._trained, self._data.step + self._steps, now=True)
+        beside: dict[str, Any] = {"kind": type(self._optimizer).__name__}
+        if self._adapted is not None:  # from here on the network is a plain one again
+            merged, kept = self._adapted.take_off(finite=not self._diverged)
+            self._model.load_state_dict(merged)
+            beside = {"kind": ADAPTER, ADAPTER: kept}
         candidates = candidates_of(self._model, self._averages)
         if self._ema is not None:
             candidates["ema"] = candidates["raw"] | self._ema
@@ -203,7 +221,7 @@ class SpecialistSegment:
             self._passes += passes
         digest = runner.checkpoints.save(
             candidates["raw"],
-            self._rest(),
+            self._rest() | beside,
             {
                 "kind": "trial",
                 "card": job.card,
@@ -229,7 +247,6 @@ class SpecialistSegment:
             "steps": self._steps,
             "resource": self._resource,
             "rng": self._packed_rng(),
-            "kind": type(self._optimizer).__name__,
         }
         if self._scheduler is not None:
             rest["scheduler"] = self._scheduler.state_dict()
@@ -316,7 +333,10 @@ class SpecialistSegment:
             self._averages.update(self._trained, step)
         decay = self._job.variant.ema
         if decay is not None:
-            self._ema = _moving_average(self._ema, self._model, decay)
+            named = (
+                dict(self._model.named_parameters()) if self._adapted is None else self._adapted.parameters
+            )
+            self._ema = _moving_average(self._ema, named, decay)
 
 
 class Patience:
@@ -351,8 +371,10 @@ class Patience:
 
 
 @torch.no_grad()
-def _moving_average(average: dict[str, Tensor] | None, model: nn.Module, decay: float) -> dict[str, Tensor]:
-    floats = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point()}
+def _moving_average(
+    average: dict[str, Tensor] | None, named: Mapping[str, Tensor], decay: float
+) -> dict[str, Tensor]:
+    floats = {n: p.detach() for n, p in named.items() if p.is_floating_point()}
     if average is None:
         return {n: p.clone() for n, p in floats.items()}
     for name, p in floats.items():

@@ -14,6 +14,7 @@ from automode.planner.policy import Policy
 from automode.planner.recipes import (
     Acceptance,
     GateRecipe,
+    MergeAdapterFuse,
     MergeDistill,
     MergeInterpolate,
     MergeRecipe,
@@ -120,6 +121,17 @@ def test_new_labels_can_be_trained_on_and_merged_where_every_variant_takes_them(
     assert refusals(fork(training_recipe=alike, merge_recipe=MergeInterpolate()), run_of()) == []
 
 
+def test_adapters_can_be_trained_and_fused() -> None:
+    adapted = {"adapter": {"rank": 4, "targets": ["encoder.*"]}}
+    assert refusals(fork(adapted), run_of()) == []
+    assert refusals(fork(adapted, merge_recipe=MergeAdapterFuse()), run_of()) == []
+    drawn = search(lr_mul={"kind": "choice", "choices": [1.0, 2.0]})
+    assert (
+        "those of `search`"
+        in refusals(fork(training_recipe=drawn.training_recipe, merge_recipe=MergeAdapterFuse()), run_of())[0]
+    )
+
+
 def test_specialists_can_be_distilled_by_their_mean_or_by_their_router() -> None:
     assert refusals(fork(merge_recipe=MergeDistill()), run_of()) == []
     routed = fork(merge_recipe=MergeDistill(teacher="mixture"), gate_recipe=GateRecipe())
@@ -156,6 +168,11 @@ def test_specialists_can_be_distilled_by_their_mean_or_by_their_router() -> None
             fork(merge_recipe=MergeDistill()),
             run_of(has_ids=False, why_no_ids="iterable"),
             ["merge_recipe: distill needs sample ids: iterable"],
+        ),
+        (
+            fork(merge_recipe=MergeAdapterFuse()),
+            run_of(),
+            ["adapter_fuse sums low-rank deltas, and whole networks are trained by v"],
         ),
         (
             fork(merge_recipe=MergeDistill(teacher="mixture")),

@@ -22,6 +22,7 @@ from automode.planner.pricing import (
 )
 from automode.planner.recipes import (
     GateRecipe,
+    MergeAdapterFuse,
     MergeDistill,
     MergeFisherSoup,
     MergeGreedy,
@@ -124,6 +125,7 @@ def test_a_routers_control_gets_the_sum_of_its_experts_and_the_router() -> None:
         (None, 0, 30),
         (MergeInterpolate(weights=(0.5, 1.0)), 2 * (100 + 160) + 160, 30),
         (MergeUniform(), 100 + 160 + 160, 30),
+        (MergeAdapterFuse(weights=(0.5, 1.0)), 2 * (100 + 160) + 160, 30),
         (MergeGreedy(), 3 * (100 + 160) + 160, 30),
         (MergeFisherSoup(samples=64), 100 + 160 + 160 + 4 * 2 * 64, 30),
         # Two teachers answer for each of the student's samples, and may need norm statistics of their own.

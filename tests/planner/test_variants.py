@@ -185,3 +185,16 @@ def test_a_cards_price_counts_written_out_and_drawn_variants_alike() -> None:
     three = TrainingRecipe(variants=tuple(Variant(name=n, ema=0.9) for n in "abc"))
     alike = card.model_copy(update={"training_recipe": three})
     assert worst_case(card, run) == worst_case(alike, run)
+
+
+def test_an_adapter_has_nothing_that_could_not_be_merged_exactly() -> None:
+    low = Variant.model_validate({"name": "low", "adapter": {"rank": 4, "targets": ["encoder.*"]}})
+    assert low.adapter is not None
+    assert (low.adapter.rank, low.adapter.alpha, low.adapter.targets) == (4, 16.0, ("encoder.*",))
+    assert Variant(name="v").adapter is None
+    for name in ("use_rslora", "use_dora", "bias"):
+        with pytest.raises(ValidationError, match=rf"adapter.{name}\n  Extra inputs are not permitted"):
+            Variant.model_validate({"name": "low", "adapter": {"rank": 4, name: True}})
+    for wrong in ({"rank": 0}, {"alpha": 0.0}, {"targets": []}, {"targets": [""]}, {"ranks": 3}):
+        with pytest.raises(ValidationError):
+            Variant.model_validate({"name": "low", "adapter": wrong})

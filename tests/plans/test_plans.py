@@ -22,7 +22,7 @@ from automode.presets import preset_names, preset_text
 
 POLICIES = ("aggressive", "conservative", "default", "observe-only")
 REASONS = get_args(Reason)
-OWN = ("manual", "distill")
+OWN = ("manual", "distill", "adapter_fuse")
 """Templates of cards that only a person makes: their reason is manual."""
 TEMPLATES = (*REASONS, *OWN[1:], "stop")
 PLANNED = tuple(reason for reason in REASONS if reason != "manual")
