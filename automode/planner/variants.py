@@ -205,7 +205,7 @@ class SearchSpace(Part):
 
     @model_validator(mode="after")
     def _drawable(self) -> SearchSpace:
-        known = set(Variant.model_fields) - {"name"}
+        known = set(Variant.model_fields) - {"name", "adapter"}  # no single value can be drawn for these
         unknown = sorted(set(self.parameters) - known)
         if unknown:
             raise ValueError(
