@@ -52,6 +52,7 @@ COMMANDS: Mapping[str, CommandSource] = {
         lineage="Draw the family tree of the weights.",
         log="Print the session's events in order.",
     ),
+    **_from("ledger", ledger="Show or export how each training sample has fared, all of them or a slice."),
     **_from("reviewing", suspects="List the samples that are probably mislabelled, for you to review."),
     **_from("laboratory", replay="Decide everything again and compare (exit code 1 on a difference)."),
     **_from(

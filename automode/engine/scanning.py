@@ -33,6 +33,7 @@ def ask(state: State, out: Emission) -> None:
             tail_from=state.policy.scan.tail_from,
             probe=probe,
             clusters="residual_cluster" in wanted,
+            details=state.policy.scan.details,
         )
     )
 

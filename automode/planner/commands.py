@@ -8,6 +8,7 @@ from pydantic import Field
 
 from automode.planner.inputs import Weights
 from automode.planner.recipes import Digest, Part, Resources, Selection, Variant
+from automode.planner.scans import Detail
 
 
 class AskApproval(Part):
@@ -34,6 +35,7 @@ class Scan(Part):
     tail_from: float
     probe: int
     clusters: bool
+    details: tuple[Detail, ...] = ()
 
 
 class Resolve(Part):

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from automode.planner.cards import Reason, Risk
 from automode.planner.recipes import Digest, Fraction, Part, Positive
 from automode.planner.rule_policies import GapPolicy, NoisePolicy, ProbePolicy, SlicePolicy, SpikePolicy
+from automode.planner.scans import Detail
 
 if TYPE_CHECKING:
     from automode.planner.displays import Panel
@@ -99,6 +100,11 @@ class ScanPolicy(Part):
     stable_ari: Fraction = Field(default=0.7, description="least agreement of two scans, adjusted Rand index")
     max_noise: Fraction = Field(
         default=0.2, description="label-noise estimate above which samples are not mined"
+    )
+    details: tuple[Detail, ...] = Field(
+        default=(),
+        max_length=2,
+        description="what the ledger's export holds of the samples that a scan reads, beside their losses",
     )
 
 

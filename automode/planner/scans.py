@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
 from automode.planner.recipes import Digest, Part
+
+Detail: TypeAlias = Literal["gradient_norm", "embedding"]
+"""What a scan may keep of the samples that it reads, for the ledger's export; nothing is decided by it."""
 
 
 class Scanned(Part):

@@ -22,6 +22,7 @@ from typing import IO, Any
 from automode.errors import SessionCorruptError, SessionError, UsageError
 from automode.session import database
 from automode.session.durable_files import sync_file, sync_folder, temporary_name
+from automode.session.ledger_file import LEDGER_NAME
 from automode.session.records import dump_json, load_json
 from automode.session.session import LOG_NAME, Session
 
@@ -33,7 +34,7 @@ MAX_MANIFEST = 64 * 2**20
 
 _MANIFEST = "manifest.json"
 _NAMES = re.compile(
-    r"session\.db|log\.jsonl|artifacts/([0-9a-f]{64})\.npy"
+    r"session\.db|log\.jsonl|ledger\.safetensors|artifacts/([0-9a-f]{64})\.npy"
     r"|checkpoints/([0-9a-f]{64})/(?:weights\.safetensors|rest\.pt|(manifest\.json))"
 )
 _CHUNK = 1 << 20
@@ -143,7 +144,7 @@ def _copy_database(source: Path, target: Path) -> None:
 
 
 def _members(folder: Path, *, checkpoints: bool) -> Iterator[tuple[str, Path]]:
-    found = [folder / LOG_NAME, *(folder / "artifacts").glob("*.npy")]
+    found = [folder / LOG_NAME, folder / LEDGER_NAME, *(folder / "artifacts").glob("*.npy")]
     if checkpoints:
         found.extend((folder / "checkpoints").glob("*/*"))
     for path in sorted(found):

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from automode.errors import SessionCorruptError, SessionError
-from automode.session import database, frames
+from automode.session import database, frames, ledger_file
 from automode.session.log_rows import decode_record
 from automode.session.records import TRUNK, CardRow, CheckpointRow, LineageRow, Record, Role, load_json
 from automode.session.replay_feed import ReplayItem, replay_items
+from automode.session.sample_table import SampleTable, read_ledger
 from automode.session.session_view import session_panel
 from automode.session.suspects import Suspects, read_suspects
 
@@ -198,6 +199,15 @@ class Session:
         """
         return read_suspects(self, step)
 
+    def ledger(self) -> SampleTable:
+        """How each training sample has fared, as of the last scan, the run's end, or the last stored state of the run.
+
+        Raises:
+            UsageError: The session holds no sample ledger; the message says why.
+            SessionCorruptError: It is damaged.
+        """
+        return read_ledger(self)
+
     def iter_replay(self) -> Iterator[ReplayItem]:
         """The log as the live run saw it, superseded parts left out.
 
@@ -240,6 +250,7 @@ class Session:
             for stream in self.streams():
                 frames.read(connection, stream, None, include_superseded=True)
             deque(self.iter_replay(), maxlen=0)
+            ledger_file.read_file(self.path)
             for expected, record in enumerate(self.events(include_superseded=True), start=1):
                 if record.seq != expected:
                     raise SessionCorruptError(

@@ -25,6 +25,7 @@ from automode.plugins import plugins
 from automode.session import Session, SessionStore
 from automode.session.artifacts import ArtifactStore
 from automode.session.checkpoints import CheckpointStore
+from automode.session.ledger_file import forget_later
 from automode.session.logs import SessionLog
 from automode.session.replaying import recovered
 from automode.trainer.backing import backend_of
@@ -43,6 +44,7 @@ from automode.trainer.relabelling import Relabeller
 from automode.trainer.resume_point import ResumePoint
 from automode.trainer.run_parts import RunParts
 from automode.trainer.safeguarding import GoodStates, why_no_rate
+from automode.trainer.sample_keeper import SampleKeeper
 from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.sample_source import FixedPass
 from automode.trainer.scanning import Scanner
@@ -119,6 +121,7 @@ def resume_driver(parts: RunParts, point: ResumePoint) -> Driver:
             checkpoints.sweep()
             # What was stored and not recorded before the kill: nobody will ever ask for it.
             checkpoints.collect(recorded)
+            forget_later(store.path, point.step)
             driver.resume(
                 Resumed(
                     checkpoint=point.checkpoint,
@@ -292,6 +295,17 @@ def performer_of(
             artifacts=artifacts,
             task=held.task,
             seed=seed,
+            per_sample=held.per_sample,
+        )
+        performer.samples = SampleKeeper(
+            folder=folder,
+            trunk=trunk,
+            ledger=ledger,
+            scanner=performer.scanner,
+            source=source,
+            train_ids=np.sort(train_ids),
+            slices=_functions(parts),
+            listed=tuple(name for name in parts.slices if name not in _functions(parts)),
         )
     performer.selector = Selector(
         train_ids=train_ids,

@@ -55,6 +55,7 @@ from automode.trainer.evidence import Evidence
 from automode.trainer.new_labels import NewLabels
 from automode.trainer.optimizers import restore_rates, scale_rates, scale_schedule
 from automode.trainer.safeguarding import GoodStates
+from automode.trainer.sample_keeper import SampleKeeper
 from automode.trainer.sample_source import Ids
 from automode.trainer.scanning import Scanner
 from automode.trainer.selecting import Selector
@@ -82,6 +83,7 @@ class Performer:
         runner: Trains specialists; None where forks are refused.
         selector: Turns selections into ids; None without sample ids.
         scanner: Reads the sample ledger and clusters; None without exact per-sample losses.
+        samples: Leaves the sample ledger in the session; None where there is none.
         combiner: Fits gates and merges; None without held-out data.
         good: Good states of the trunk, and what puts one back.
         diagnoser: Takes diagnostics.
@@ -99,6 +101,7 @@ class Performer:
     runner: SpecialistRunner | None = None
     selector: Selector | None = None
     scanner: Scanner | None = None
+    samples: SampleKeeper | None = None
     combiner: Combiner | None = None
     is_val_a: Callable[[Ids], np.ndarray[Any, np.dtype[np.bool_]]] | None = None
 
@@ -194,6 +197,8 @@ class Performer:
 
     def save_final(self, step: int) -> str:
         """Store what the run leaves behind."""
+        if self.samples is not None:
+            self.samples.at_end(step)
         return self._save("final", step)
 
     def _save(self, kind: str, step: int, **more: Any) -> str:
@@ -239,7 +244,10 @@ class Performer:
         """Read the sample ledger, and cluster the probe samples where asked."""
         if self.scanner is None:
             raise NotExecutableError("this run has no exact per-sample losses to scan")
-        return self.scanner.scan(command, step)
+        found = self.scanner.scan(command, step)
+        if self.samples is not None:
+            self.samples.at_scan(step)
+        return found
 
     # Candidates.
 

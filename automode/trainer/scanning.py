@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from automode.errors import NotExecutableError
 from automode.planner.events import Clustered, Scan, Scanned, Task
 from automode.session.artifacts import ArtifactStore
 from automode.trainer.clusters import Clusters, agreement, fit_clusters, losses_by_cluster
 from automode.trainer.embedding import embeddings
+from automode.trainer.last_layer import gradient_norms
 from automode.trainer.noise import (
     NoiseEvidence,
     confident_rate,
@@ -21,6 +23,7 @@ from automode.trainer.noise import (
     probabilities_of,
     weigh,
 )
+from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.reviewing import review
 from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.sample_source import Ids, SampleSource
@@ -28,6 +31,21 @@ from automode.trainer.trunk import Trunk
 
 READ_BATCH = 256
 Batches = Callable[[], Iterable[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Details:
+    """What the policy's ``scan.details`` asked for, of the samples that the last scan read.
+
+    Attributes:
+        ids: The samples, ascending.
+        columns: Values by name, one a sample.
+        why_not: By name, why what was asked for is not there.
+    """
+
+    ids: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    columns: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    why_not: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,8 +61,10 @@ class Scanner:
         artifacts: Where id lists and centroids go.
         task: What the targets are.
         seed: Of the probe's choice, the projection and the starts of k-means.
+        per_sample: The loss of each sample, for gradient norms; None where it is not known.
         noise: The last verdict on label noise.
         clusters: The last clusters.
+        details: What the last scan found of its samples beside their losses.
     """
 
     trunk: Trunk
@@ -55,8 +75,10 @@ class Scanner:
     artifacts: ArtifactStore
     task: Task
     seed: int
+    per_sample: PerSampleLoss | None = None
     noise: NoiseEvidence | None = None
     clusters: Clusters | None = None
+    details: Details = field(default_factory=Details)
     _probe: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def scan(self, command: Scan, step: int) -> list[Scanned | Clustered]:
@@ -65,6 +87,8 @@ class Scanner:
         features, _, labels, passes = self._read(probe)
         noise, spent = self._weigh_noise(probe, features, labels)
         self.noise = noise
+        self.details, more = self._detailed(command, probe, features)
+        spent += more
         listed: str | None = None
         if noise.suspects.size and labels is not None:
             table, more = review(
@@ -102,6 +126,27 @@ class Scanner:
         features, outputs, targets = embeddings(self.trunk.model, self.trunk.step_fn, batches, seed=self.seed)
         labels = labels_of(targets) if self.task == "classification" else None
         return features, outputs, labels, float(ids.size)
+
+    def _detailed(
+        self, command: Scan, probe: Ids, features: npt.NDArray[np.float64]
+    ) -> tuple[Details, float]:
+        """Take what was asked for beside the losses; what cannot be had has a reason, and is no failure of the scan."""
+        columns: dict[str, npt.NDArray[np.float64]] = {}
+        if "embedding" in command.details:
+            columns |= {f"embedding_{i}": features[:, i] for i in range(features.shape[1])}
+        if "gradient_norm" not in command.details:
+            return Details(ids=probe, columns=columns), 0.0
+        why = "the loss of single samples is not known"
+        if self.per_sample is not None:
+            batches = (self.source.batch(probe[i : i + READ_BATCH]) for i in range(0, probe.size, READ_BATCH))
+            try:
+                columns["gradient_norm"] = gradient_norms(
+                    self.trunk.model, self.trunk.step_fn, self.per_sample, batches
+                )
+                return Details(ids=probe, columns=columns), float(probe.size)
+            except NotExecutableError as error:
+                why = str(error)
+        return Details(ids=probe, columns=columns, why_not={"gradient_norm": why}), 0.0
 
     def _weigh_noise(
         self, probe: Ids, features: npt.NDArray[np.float64], labels: npt.NDArray[np.int64] | None
