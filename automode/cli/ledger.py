@@ -77,7 +77,7 @@ def ledger(
     out: str | None,
     overwrite: bool,
 ) -> None:
-    """Show or export the sample ledger, or any part of it.
+    """Show or export how each training sample has fared, all of them or a slice.
 
     Visits, mean, last and average loss, mean margin (AUM), flips and forgetting of every training sample, whether it is a suspect, left
     out or relabelled, and the slices that it belongs to. The ledger is that of the run's end, of the last scan, or of the last

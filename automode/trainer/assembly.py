@@ -46,7 +46,7 @@ from automode.trainer.run_parts import RunParts
 from automode.trainer.safeguarding import GoodStates, why_no_rate
 from automode.trainer.sample_keeper import SampleKeeper
 from automode.trainer.sample_ledger import SampleLedger
-from automode.trainer.sample_source import FixedPass
+from automode.trainer.sample_source import FixedPass, Ids, SampleSource
 from automode.trainer.scanning import Scanner
 from automode.trainer.schedule import known_drops
 from automode.trainer.selecting import Selector
@@ -286,27 +286,7 @@ def performer_of(
         return performer, training
     ledger = _ledger(parts) if held.exact else None
     if ledger is not None:
-        performer.scanner = Scanner(
-            trunk=trunk,
-            ledger=ledger,
-            source=source,
-            train_ids=train_ids,
-            val_a=None if held_out is None else lambda: (batch for batch, _ in held_out.batches("A")),
-            artifacts=artifacts,
-            task=held.task,
-            seed=seed,
-            per_sample=held.per_sample,
-        )
-        performer.samples = SampleKeeper(
-            folder=folder,
-            trunk=trunk,
-            ledger=ledger,
-            scanner=performer.scanner,
-            source=source,
-            train_ids=np.sort(train_ids),
-            slices=_functions(parts),
-            listed=tuple(name for name in parts.slices if name not in _functions(parts)),
-        )
+        _add_scanner(performer, parts, held, ledger, source, train_ids, folder)
     performer.selector = Selector(
         train_ids=train_ids,
         ledger=ledger,
@@ -351,6 +331,37 @@ def _with_distiller(performer: Performer, held: Held) -> Performer:
         task=held.task,
     )
     return performer
+
+
+def _add_scanner(
+    performer: Performer,
+    parts: RunParts,
+    held: Held,
+    ledger: Callable[[], SampleLedger],
+    source: SampleSource,
+    train_ids: Ids,
+    folder: Path,
+) -> None:
+    """Add what reads the ledger and the samples, and what leaves them in the session's folder."""
+    held_out = parts.held_out if held.why_no_evidence is None else None
+    performer.scanner = Scanner(
+        trunk=parts.trunk,
+        ledger=ledger,
+        source=source,
+        train_ids=train_ids,
+        val_a=None if held_out is None else lambda: (batch for batch, _ in held_out.batches("A")),
+        artifacts=ArtifactStore(folder / "artifacts"),
+        task=held.task,
+        seed=parts.seed,
+        per_sample=held.per_sample,
+    )
+    functions = _functions(parts)
+    performer.samples = SampleKeeper(
+        folder=folder,
+        scanner=performer.scanner,
+        slices=functions,
+        listed=tuple(name for name in parts.slices if name not in functions),
+    )
 
 
 def _ledger(parts: RunParts) -> Callable[[], SampleLedger] | None:

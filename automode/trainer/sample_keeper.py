@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,7 @@ from automode.errors import AutomodeError
 from automode.session.ledger_file import ledger_columns, write_file
 from automode.session.sample_table import SampleTable
 from automode.trainer.random_state import forked_rng
-from automode.trainer.sample_ledger import SampleLedger
-from automode.trainer.sample_source import Ids, SampleSource
 from automode.trainer.scanning import READ_BATCH, Scanner
-from automode.trainer.trunk import Trunk
 from automode.trainer.user_warning import warn_user
 from automode.trainer.validation import SliceFn
 
@@ -37,21 +34,13 @@ class SampleKeeper:
 
     Attributes:
         folder: The session's.
-        trunk: Knows what is left out and relabelled.
-        ledger: Gives the ledger, up to date.
-        scanner: Knows suspects, and what the policy asked for beside the losses.
-        source: Training samples by id.
-        train_ids: Every training sample, ascending.
+        scanner: Reads the ledger and the samples; knows suspects, and what the policy asked for beside the losses.
         slices: Slices that are functions of (inputs, targets).
         listed: Names of slices that are lists of held-out samples.
     """
 
     folder: Path
-    trunk: Trunk
-    ledger: Callable[[], SampleLedger]
     scanner: Scanner
-    source: SampleSource
-    train_ids: Ids
     slices: Mapping[str, SliceFn]
     listed: tuple[str, ...]
     _members: dict[str, npt.NDArray[np.bool_]] | None = None
@@ -60,7 +49,7 @@ class SampleKeeper:
 
     def at_scan(self, step: int) -> None:
         """Store the ledger after a scan, where it is small enough to be written so often."""
-        if self.train_ids.size * _BYTES_A_SAMPLE <= MOST_BYTES:
+        if self.scanner.train_ids.size * _BYTES_A_SAMPLE <= MOST_BYTES:
             self._keep(step, "scan")
 
     def at_end(self, step: int) -> None:
@@ -77,19 +66,19 @@ class SampleKeeper:
                 warn_user(f"the sample ledger could not be stored in the session: {error}", RuntimeWarning)
 
     def _table(self, step: int, moment: str) -> SampleTable:
-        ledger = self.ledger()
-        ids = np.union1d(self.train_ids, ledger.seen())
+        ledger = self.scanner.ledger()
+        ids = np.union1d(self.scanner.train_ids, ledger.seen())
         columns = ledger_columns(ledger.state()["columns"], ids, has_margins=ledger.has_margins)
         noise, details = self.scanner.noise, self.scanner.details
         if noise is not None:
             columns["suspect"] = np.isin(ids, noise.suspects).astype(np.float64)
-        columns["left_out"] = np.isin(ids, self.trunk.excluded).astype(np.float64)
-        columns["relabelled"] = np.isin(ids, self.trunk.relabelled.ids).astype(np.float64)
+        columns["left_out"] = np.isin(ids, self.scanner.trunk.excluded).astype(np.float64)
+        columns["relabelled"] = np.isin(ids, self.scanner.trunk.relabelled.ids).astype(np.float64)
         for name, values in details.columns.items():
             columns[name] = np.full(ids.size, np.nan)
             columns[name][np.searchsorted(ids, details.ids)] = values
         members, unknown = self._found()
-        inside = np.isin(ids, self.train_ids)
+        inside = np.searchsorted(ids, self.scanner.train_ids)
         slices = {}
         for name, mask in members.items():
             slices[name] = np.zeros(ids.size, dtype=np.bool_)
@@ -122,18 +111,19 @@ class SampleKeeper:
         """Ask every slice's function about all training samples, unless reading them would take too long."""
         assert self._why_no_slice is not None
         parts: dict[str, list[npt.NDArray[np.bool_]]] = {name: [] for name in self.slices}
+        train_ids = self.scanner.train_ids
         began = time.perf_counter()
         with forked_rng(), torch.no_grad():
-            for start in range(0, self.train_ids.size, READ_BATCH):
-                inputs, targets = self.source.batch(self.train_ids[start : start + READ_BATCH])
+            for start in range(0, train_ids.size, READ_BATCH):
+                inputs, targets = self.scanner.source.batch(train_ids[start : start + READ_BATCH])
                 for name, function in self.slices.items():
                     mask = torch.as_tensor(function(inputs, targets)).cpu().numpy().astype(np.bool_)
                     parts[name].append(mask)
-                done = min(self.train_ids.size, start + READ_BATCH)
-                needed = (time.perf_counter() - began) / done * self.train_ids.size
-                if needed > MOST_SECONDS and done < self.train_ids.size:
+                done = min(train_ids.size, start + READ_BATCH)
+                needed = (time.perf_counter() - began) / done * train_ids.size
+                if needed > MOST_SECONDS and done < train_ids.size:
                     why = (
-                        f"reading all {self.train_ids.size} training samples to ask it would take about {needed:.0f} s, and no more "
+                        f"reading all {train_ids.size} training samples to ask it would take about {needed:.0f} s, and no more "
                         f"than {MOST_SECONDS:g} are taken from the run"
                     )
                     self._why_no_slice |= dict.fromkeys(self.slices, why)
