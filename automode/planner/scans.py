@@ -56,6 +56,10 @@ class Clustered(Part):
     errors: tuple[float, ...] = Field(description="standard error of each mean")
     tops: tuple[str, ...] = Field(default=(), description="in words, what each cluster mostly holds")
     noise: tuple[float, ...] = Field(default=(), description="share of suspects in each cluster")
+    likelihoods: dict[int, float] = Field(
+        default_factory=dict,
+        description="mean held-out log-likelihood a sample of a mixture of so many, which chose k",
+    )
     ari: float | None = Field(default=None, description="agreement with the scan before, on the same samples")
     artifact: Digest | None = None
     passes: float = Field(default=0.0, ge=0)

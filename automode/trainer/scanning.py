@@ -31,6 +31,8 @@ from automode.trainer.trunk import Trunk
 
 READ_BATCH = 256
 Batches = Callable[[], Iterable[Any]]
+HeldOutRead = tuple[npt.NDArray[np.float64], list[Any], list[Any]]
+"""Features [n, d], and the outputs and targets of each batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,9 @@ class Scanner:
         """Answer a Scan command."""
         probe = self._probe_of(command.probe)
         features, _, labels, passes = self._read(probe)
-        noise, spent = self._weigh_noise(probe, features, labels)
+        held = self._held_out() if labels is not None or command.clusters else None
+        spent = 0.0 if held is None else float(len(held[0]))
+        noise = self._weigh_noise(probe, features, labels, held)
         self.noise = noise
         self.details, more = self._detailed(command, probe, features)
         spent += more
@@ -103,7 +107,8 @@ class Scanner:
             listed, spent = self.artifacts.put_array(table), spent + more
         found: list[Scanned | Clustered] = [self._scanned(command, step, noise, passes + spent, listed)]
         if command.clusters:
-            clustered = self._cluster(step, probe, features, labels, noise)
+            unseen = None if held is None else held[0]
+            clustered = self._cluster(step, probe, features, labels, noise, unseen)
             if clustered is not None:
                 found.append(clustered)
         return found
@@ -148,24 +153,30 @@ class Scanner:
                 why = str(error)
         return Details(ids=probe, columns=columns, why_not={"gradient_norm": why}), 0.0
 
+    def _held_out(self) -> HeldOutRead | None:
+        """Features, outputs and targets of val-A; None where there is none."""
+        if self.val_a is None:
+            return None
+        return embeddings(self.trunk.model, self.trunk.step_fn, self.val_a(), seed=self.seed)
+
     def _weigh_noise(
-        self, probe: Ids, features: npt.NDArray[np.float64], labels: npt.NDArray[np.int64] | None
-    ) -> tuple[NoiseEvidence, float]:
-        rate, passes = None, 0.0
-        if self.val_a is not None and labels is not None:
-            _, outputs, targets = embeddings(
-                self.trunk.model, self.trunk.step_fn, self.val_a(), seed=self.seed
-            )
-            held = labels_of(targets)
-            probabilities = probabilities_of(outputs)
-            if probabilities is not None and held is not None:
-                rate = confident_rate(probabilities, held)
-                passes = float(held.size)
+        self,
+        probe: Ids,
+        features: npt.NDArray[np.float64],
+        labels: npt.NDArray[np.int64] | None,
+        held: HeldOutRead | None,
+    ) -> NoiseEvidence:
+        rate = None
+        if held is not None and labels is not None:
+            _, outputs, targets = held
+            given, probabilities = labels_of(targets), probabilities_of(outputs)
+            if probabilities is not None and given is not None:
+                rate = confident_rate(probabilities, given)
         ledger = self.ledger()
         seen = ledger.seen()
         margins = np.asarray(ledger.column("margin", seen), dtype=np.float64)
         disagreement = neighbour_disagreement(features, labels) if labels is not None else None
-        return weigh(rate=rate, ids=seen, margins=margins, probe=probe, disagreement=disagreement), passes
+        return weigh(rate=rate, ids=seen, margins=margins, probe=probe, disagreement=disagreement)
 
     def _scanned(
         self, command: Scan, step: int, noise: NoiseEvidence, passes: float, listed: str | None
@@ -203,9 +214,12 @@ class Scanner:
         features: npt.NDArray[np.float64],
         labels: npt.NDArray[np.int64] | None,
         noise: NoiseEvidence,
+        held_out: npt.NDArray[np.float64] | None,
     ) -> Clustered | None:
         before = self.clusters
-        fitted = fit_clusters(features, seed=self.seed)
+        fitted = fit_clusters(
+            features, seed=self.seed, held_out=held_out, before=None if before is None else before.k
+        )
         if fitted is None:
             return None
         self.clusters = fitted
@@ -221,6 +235,7 @@ class Scanner:
             losses=means,
             errors=errors,
             tops=_tops(fitted.labels, labels, fitted.k),
+            likelihoods=dict(fitted.likelihoods),
             noise=tuple(float(suspect[fitted.labels == c].mean()) for c in range(fitted.k)),
             ari=agreement(None if before is None else before.labels, fitted.labels),
             artifact=self.artifacts.put_array(fitted.packed()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from automode.trainer.clusters import Clusters, agreement, fit_clusters, losses_by_cluster
+from automode.trainer.clusters import Clusters, _likeliest, agreement, fit_clusters, losses_by_cluster
 
 
 def blobs(k: int, n: int = 300, d: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -14,14 +14,26 @@ def blobs(k: int, n: int = 300, d: int = 6, seed: int = 0) -> tuple[np.ndarray, 
     return 12 * rng.standard_normal((k, d))[truth] + rng.standard_normal((n, d)), truth
 
 
-@pytest.mark.parametrize("k", [2, 3, 4])
-def test_separate_regimes_are_found(k: int) -> None:
-    """Regimes lie 12 standard deviations apart and the seed is fixed, so that this cannot fail by chance."""
+@pytest.mark.parametrize("k", [3, 6])
+@pytest.mark.parametrize("known", [True, False], ids=["held out", "set aside"])
+def test_as_many_regimes_are_found_as_make_unseen_samples_likeliest(k: int, known: bool) -> None:
+    """Regimes lie 12 standard deviations apart and the seeds are fixed, so that this cannot fail by chance."""
     features, truth = blobs(k)
-    found = fit_clusters(features, seed=1)
+    unseen = blobs(k, seed=0, n=600)[0][300:] if known else None
+    found = fit_clusters(features[:300], seed=1, held_out=unseen)
     assert found is not None
     assert found.k == k
     assert agreement(truth, found.labels) == pytest.approx(1.0)
+    assert found.likelihoods[k] == max(found.likelihoods.values())
+    assert set(found.likelihoods) == {3, 6}
+
+
+def test_the_number_stays_until_another_is_clearly_likelier() -> None:
+    scores = {3: np.array([1.0, 2.0, 3.0, 4.0]), 6: np.array([2.0, 1.5, 4.0, 3.9])}
+    assert _likeliest(scores, None) == 6
+    assert _likeliest(scores, 3) == 3
+    assert _likeliest({3: scores[3], 6: scores[3] + [1.0, 1.1, 0.9, 1.0]}, 3) == 6
+    assert _likeliest(scores, 4) == 6
 
 
 def test_the_partition_follows_the_seed_and_the_features_alone() -> None:
