@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from automode.cli.asking import ask
+from automode.cli.asking import Seconds, ask
 from automode.cli.files import read_text
 from automode.cli.sessions import card_argument, card_of, find_card, session_argument
 from automode.errors import CardError, ConflictError, UsageError
@@ -39,7 +39,7 @@ def person(command: F) -> F:
     """Add the options that every request takes."""
     wait = click.option(
         "--wait",
-        type=click.FloatRange(min=0.0),
+        type=Seconds(),
         default=WAIT,
         show_default=True,
         help="Seconds to wait for the answer.",

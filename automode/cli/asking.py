@@ -6,6 +6,7 @@ Only the run changes its session: what is asked for lies in the session's inbox 
 from __future__ import annotations
 
 import getpass
+import math
 import time
 from typing import Any, Final
 
@@ -14,12 +15,26 @@ import click
 from automode.errors import AutomodeError, ConflictError, UsageError
 from automode.planner.approval import PLANNER
 from automode.session import Record, Session
-from automode.session.inbox import post
+from automode.session.inbox import post, refusal_of
 from automode.session.standing import why_nobody_hears
 from automode.session.writer_lock import held
 
 POLL: Final = 0.05
 """Seconds between two looks for an answer; the run looks five times a second, between two steps."""
+
+
+class Seconds(click.FloatRange):
+    """A time to wait: a number that is not negative, infinity among them."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0.0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a word as click does, and refuse what is no number."""
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return seconds
 
 
 def ask(session: Session, request: dict[str, Any], actor: str | None, wait: float) -> None:
@@ -84,6 +99,9 @@ def answer_to(session: Session, request: str, after: int) -> list[Record] | None
         (r for r in session.events(kind="decided", after=after) if r.body["request"] == request), None
     )
     if decided is None:
+        unread = refusal_of(session.path, request)
+        if unread is not None:
+            raise AutomodeError(f"refused by the run: {unread}")
         return None
     answer = [r for r in session.events(after=decided.seq) if r.cause == decided.seq and r.role != "input"]
     refused = next((fact for fact in answer if fact.kind == "request_refused"), None)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import click
 
 from automode.cli.answering import actor_option, note_option, told
-from automode.cli.asking import POLL, name_of
+from automode.cli.asking import POLL, Seconds, name_of
 from automode.cli.sessions import RUNS, session_argument
 from automode.cli.tables import duration, safe, table
 from automode.errors import AutomodeError, ConflictError, SessionError, UsageError
@@ -20,7 +20,7 @@ from automode.planner.controls import VERBS, HealthChecked, arguments_from, verb
 from automode.planner.health_report import rows_of
 from automode.session import Session
 from automode.session.database import DATABASE_NAME
-from automode.session.inbox import post, withdraw
+from automode.session.inbox import post, refusal_of, withdraw
 from automode.session.standing import Standing, standing_of, why_nobody_hears
 
 WAIT: Final = 60.0
@@ -34,7 +34,7 @@ WAIT: Final = 60.0
 @click.option("--file", help="Of fork and merge: a card of your own (YAML, - for standard input).")
 @click.option(
     "--wait",
-    type=click.FloatRange(min=0.0),
+    type=Seconds(),
     default=WAIT,
     show_default=True,
     help="Seconds to wait for the outcome; 0: only post the order.",
@@ -82,9 +82,9 @@ def _outcome(session: Session, verb: str, posted: str, after: int, wait: float) 
         for record in session.events(kind="controlled", include_superseded=True, after=after):
             if record.body["request"] == posted:
                 return record.body
-        refusal = session.path / "inbox" / "refused" / f"{posted}.json.reason.txt"
-        if refusal.is_file():
-            raise AutomodeError(f"{verb} refused by the run: {refusal.read_text(encoding='utf-8').strip()}")
+        refusal = refusal_of(session.path, posted)
+        if refusal is not None:
+            raise AutomodeError(f"{verb} refused by the run: {refusal}")
         deaf = why_nobody_hears(session)
         if deaf is not None and withdraw(session.path, posted):
             raise ConflictError(f"{verb}: {deaf}; the order is taken back")

@@ -15,7 +15,7 @@ from typing import Any, Final
 import click
 
 from automode.cli.answering import actor_option, edit_of, note_option, tell_difference, told
-from automode.cli.asking import answer_to, news, post_and_wait
+from automode.cli.asking import Seconds, answer_to, news, post_and_wait
 from automode.cli.reading import ASKS, CARDS_WAIT
 from automode.cli.sessions import card_of, find_card, session_argument, session_named
 from automode.cli.tables import duration, safe
@@ -119,7 +119,7 @@ def _remarks(session: Session, row: CardRow, lineage: LineageRow | None) -> list
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0.0),
+    type=Seconds(),
     default=TIMEOUT,
     show_default=True,
     help="Seconds to wait for each answer of the run.",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from automode.errors import UsageError
+from automode.planner.plain_data import plain, problems_of
 from automode.planner.recipes import Part
 
 ControlVerb = Literal[
@@ -32,6 +33,7 @@ ControlVerb = Literal[
 ]
 Check = Literal["determinism", "gradients", "activations", "numerics", "throughput", "data_order"]
 Verdict = Literal["good", "doubtful", "bad", "unknown"]
+Count = Annotated[int, Field(ge=1, le=10**15)]
 
 VERBS: Final[tuple[ControlVerb, ...]] = get_args(ControlVerb)
 CHECKS: Final[tuple[Check, ...]] = get_args(Check)
@@ -48,14 +50,14 @@ class _NoArguments(Part):
 class StepArguments(Part):
     """How far to train before pausing again."""
 
-    n: int = Field(default=1, ge=1, description="training steps")
+    n: Count = Field(default=1, description="training steps")
 
 
 class SetArguments(Part):
     """What to change; at most one of the two lengths, and one of the two ways to say the rate."""
 
-    max_epochs: int | None = Field(default=None, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
+    max_epochs: Count | None = None
+    max_steps: Count | None = None
     lr: float | None = Field(default=None, gt=0.0, allow_inf_nan=False, description="of the first group")
     lr_mul: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
 
@@ -88,8 +90,8 @@ class CardArguments(Part):
 
     card: dict[str, Any] | None = None
     lr_mul: float | None = Field(default=None, gt=0.0, allow_inf_nan=False, description="of the only variant")
-    budget_steps: int | None = Field(default=None, ge=1, description="the first rung")
-    max_steps: int | None = Field(default=None, ge=1, description="the last rung")
+    budget_steps: Count | None = Field(default=None, description="the first rung")
+    max_steps: Count | None = Field(default=None, description="the last rung")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> CardArguments:
@@ -203,6 +205,22 @@ def arguments_of(verb: ControlVerb, arguments: Mapping[str, Any]) -> Any:
         what = f"{verb}: {where}" if where else verb
         came = f", got {first['input']!r}" if where else ""
         raise UsageError(f"{what}: {first['msg'].removeprefix('Value error, ')}{came}") from None
+
+
+def order_of(
+    verb: ControlVerb, arguments: Mapping[str, Any], *, actor: str, note: str = "", request: str = ""
+) -> Order:
+    """Make an order of what somebody asks for, in a form that the log can hold.
+
+    Raises:
+        UsageError: There is no such argument, it cannot have that value, or the actor or the note is no text.
+    """
+    asked = arguments_of(verb, arguments).model_dump(exclude_unset=True)
+    given = {"control": verb, "actor": actor, "note": note, "request": request}
+    try:
+        return Order.model_validate(plain({**given, "arguments": asked}, verb))
+    except ValidationError as error:
+        raise UsageError(f"{verb}: {problems_of(error)}") from None
 
 
 def arguments_from(verb: ControlVerb, words: Sequence[str]) -> dict[str, Any]:

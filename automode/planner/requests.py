@@ -17,6 +17,7 @@ from automode.planner.approval import CardRecord, move, staleness
 from automode.planner.cards import STOP_Z, CardState, PlanCard, card_id, difference
 from automode.planner.events import CardMoved, CardProposed, Decided, Mode, ModeChanged, RequestRefused, Run
 from automode.planner.fitting import Held
+from automode.planner.plain_data import problems_of
 from automode.planner.recipes import Base
 
 Quote = Callable[[PlanCard], PlanCard | Held]
@@ -330,8 +331,4 @@ def _validated(data: Mapping[str, Any]) -> PlanCard:
     try:
         return PlanCard.model_validate(data)
     except ValidationError as error:
-        parts = [
-            f"{'.'.join(str(p) for p in e['loc']) or 'card'}: {e['msg']}"
-            for e in error.errors(include_url=False, include_context=False)
-        ]
-        raise _RefusedError(f"the card cannot be taken: {'; '.join(parts)}") from None
+        raise _RefusedError(f"the card cannot be taken: {problems_of(error)}") from None

@@ -6,6 +6,7 @@ made; each stays in the folder until `Inbox.done`, so that a run that dies befor
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -26,6 +27,7 @@ POLL_SECONDS = 0.2
 
 _FOLDER = "inbox"
 _REFUSED = "refused"
+_REASON = ".reason.txt"
 # Nanoseconds since the epoch, process, counter, chance: sorted by name they are in order of creation.
 _REQUEST_ID = re.compile(r"[0-9]{20}-[0-9]{7}-[0-9]{8}-[0-9a-f]{8}")
 _counter = itertools.count()
@@ -81,6 +83,19 @@ def withdraw(session_path: str | os.PathLike[str], request_id: str) -> bool:
         except FileNotFoundError:
             return False
     return True
+
+
+def refusal_of(session_path: str | os.PathLike[str], request_id: str) -> str | None:
+    """Say why a run has set a request aside that it could not even read; None where it has not.
+
+    Args:
+        session_path: The session folder.
+        request_id: As :func:`post` gave it.
+    """
+    reason = Path(session_path) / _FOLDER / _REFUSED / f"{request_id}.json{_REASON}"
+    with contextlib.suppress(OSError):
+        return reason.read_text(encoding="utf-8", errors="replace").strip() or None
+    return None
 
 
 class Inbox:
@@ -174,7 +189,9 @@ class Inbox:
             while os.path.lexists(target):
                 target = refused / f"{name}.{secrets.token_hex(4)}"
             (self.folder / name).rename(target)
-            target.with_name(f"{target.name}.reason.txt").write_text(reason + "\n", encoding="utf-8")
+            target.with_name(f"{target.name}{_REASON}").write_text(
+                reason + "\n", encoding="utf-8", errors="backslashreplace"
+            )
         except FileNotFoundError:
             return
         except OSError:

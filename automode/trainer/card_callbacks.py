@@ -17,6 +17,7 @@ from automode.engine import State
 from automode.errors import CardError
 from automode.planner.cards import CardState, PlanCard, difference
 from automode.planner.events import Decided, Verb
+from automode.planner.plain_data import plain
 from automode.session.inbox import post
 from automode.trainer.random_state import forked_rng
 from automode.trainer.requests_desk import Request
@@ -108,8 +109,8 @@ class CardHandle:
         return self.card
 
     def _ask(self, verb: Verb, note: str, **more: Any) -> None:
-        fields = {"verb": verb, "card": self.card.id, "actor": ACTOR, "note": note, "rev": None, "body": None}
-        fields |= {"mode": None} | more
+        fields = {"verb": verb, "card": self.card.id, "actor": ACTOR, "rev": None, "body": None}
+        fields |= plain({"mode": None, "note": note} | more, verb)
         if self._asked is None:
             post(self._session, fields)
             return

@@ -132,7 +132,7 @@ class Commander:
         self._take_orders()
         if self._pause_at is not None and self._loop.batches >= self._pause_at and self.switch is None:
             actor, steps = self._after
-            self._pause()
+            self.paused, self._pause_at = True, None
             self._note("pause", actor=actor, note=f"after {steps} steps")
         if self.paused and not self._leaving:
             self._wait()
@@ -240,20 +240,22 @@ class Commander:
     def _carry_out(self, ticket: Ticket) -> None:
         """Carry out one order; whatever goes wrong is told, and the run goes on."""
         try:
-            with forked_rng():
-                outcome = self._do(ticket)
-        except Exception as error:
-            known = error if isinstance(error, AutomodeError) else None
-            told = NotExecutableError(f"{type(error).__name__}: {error}") if known is None else known
-            self._record(ticket.order, refused=str(told)[:2000])
-            self._parts.console.event(f"{ticket.order.control} refused: {told}")
-            ticket.fail(told)
-            return
+            try:
+                with forked_rng():
+                    outcome = self._do(ticket)
+            except Exception as error:
+                ours = isinstance(error, AutomodeError)
+                told = error if ours else NotExecutableError(f"{type(error).__name__}: {error}")
+                self._record(ticket.order, refused=str(told)[:2000])
+                self._parts.console.event(f"{ticket.order.control} refused: {told}")
+                ticket.fail(told)
+                return
+            if outcome is not None:
+                self._done(ticket, outcome)
         except BaseException:
+            # Whoever waits must not wait for ever, also where the answer could not be recorded.
             ticket.fail(ConflictError(f"{ticket.order.control}: the run was ended meanwhile"))
             raise
-        if outcome is not None:
-            self._done(ticket, outcome)
 
     def _done(self, ticket: Ticket, outcome: Outcome) -> None:
         order, step = ticket.order, self._parts.trunk.step
@@ -292,14 +294,11 @@ class Commander:
             case _:
                 assert_never(order.control)
 
-    def _pause(self) -> None:
-        self.paused, self._pause_at = True, None
-
     def _pause_now(self) -> Outcome:
         self._not_held("pause")
         if self.paused:
             return Outcome("it is paused already")
-        self._pause()
+        self.paused, self._pause_at = True, None
         self._unstored = True
         return Outcome("paused; its state stays as it is", {"paused": True})
 

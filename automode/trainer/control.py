@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from automode.errors import ConflictError
-from automode.planner.controls import ControlVerb, Order, arguments_of
+from automode.errors import ConflictError, UsageError
+from automode.planner.controls import ControlVerb, Order, order_of
 
 NEVER: Final = sys.maxsize
 _count = itertools.count(1)
@@ -83,6 +83,21 @@ class Ticket:
         return self._reply
 
 
+def patience(timeout: float | None) -> float | None:
+    """Give the seconds that a lock can be waited for; None: as long as it takes.
+
+    Raises:
+        UsageError: It is no number of seconds.
+    """
+    if timeout is None:
+        return None
+    if not isinstance(timeout, int | float) or not timeout >= 0.0:
+        raise UsageError(
+            f"timeout must be a number of seconds, or None to wait as long as it takes, got {timeout!r}"
+        )
+    return min(timeout, threading.TIMEOUT_MAX)
+
+
 class Control:
     """Takes orders while a run trains.
 
@@ -142,14 +157,12 @@ class Control:
             UsageError: The arguments make no sense.
             AutomodeError: The run refused.
         """
-        arguments_of(verb, arguments)
-        order = Order(
-            control=verb, actor=actor, note=note, arguments=dict(arguments), request=self.request_id()
-        )
+        order = order_of(verb, arguments, actor=actor, note=note, request=self.request_id())
+        seconds = patience(timeout)
         ticket = self.post(order)
         if self._thread == threading.get_ident():
             return Reply(verb=verb, step=None, told="at the next step boundary")
-        return ticket.wait(timeout)
+        return ticket.wait(seconds)
 
     @staticmethod
     def request_id() -> str:
@@ -176,7 +189,7 @@ class Control:
     def wait_until_it_waits(self, timeout: float | None) -> bool:
         """Wait until the run, begun already or not, is paused or held; False where it has ended first, or the time is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waits is not None or self._ended, timeout)
+            self._changed.wait_for(lambda: self._waits is not None or self._ended, patience(timeout))
             return self._waits is not None
 
     # For the training thread.

@@ -243,4 +243,6 @@ class Controls:
 def _body(card: PlanCard | Mapping[str, Any] | None) -> dict[str, Any]:
     if card is None:
         return {}
+    if not isinstance(card, PlanCard | Mapping):
+        raise UsageError(f"card must be a PlanCard or a mapping, got {type(card).__name__}")
     return {"card": card.dump() if isinstance(card, PlanCard) else dict(card)}

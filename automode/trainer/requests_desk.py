@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from automode.errors import SessionError, UsageError
-from automode.planner.controls import Order, arguments_of
+from automode.planner.controls import Order, order_of
 from automode.planner.events import Controlled, Decided
+from automode.planner.plain_data import plain, problems_of
 from automode.session.inbox import Inbox
 
 Request = Decided | Controlled
@@ -157,19 +158,23 @@ class RequestsDesk:
         if request in self._known:  # its file was left behind by the attempt that followed it
             return
         try:
+            body = {**plain(body, "the request"), "request": request}
             if "control" in body:
-                self._order(Order.model_validate({**body, "request": request}))
+                self._order(Order.model_validate(body))
             else:
-                self._waiting.append(Decided.model_validate({**body, "request": request}))
-        except (ValueError, UsageError) as error:
-            self._log.warning("request_refused", request=request, why=str(error)[:500])
-            self._inbox.refuse(request, str(error))
+                self._waiting.append(Decided.model_validate(body))
+        except (ValidationError, UsageError) as error:
+            why = str(error) if isinstance(error, UsageError) else problems_of(error)
+            self._log.warning("request_refused", request=request, why=why[:500])
+            self._inbox.refuse(request, why)
 
     def _order(self, order: Order) -> None:
-        arguments_of(order.control, order.arguments)
+        asked = order_of(
+            order.control, order.arguments, actor=order.actor, note=order.note, request=order.request
+        )
         if self._orders is None:
             raise UsageError(
                 f"{order.control}: only a Trainer's run takes orders, and a loop of your own that is watched is none"
             )
         self._posted.add(order.request)
-        self._orders(order)
+        self._orders(asked)

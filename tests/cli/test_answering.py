@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from automode.cli.asking import answer_to
+from automode.errors import AutomodeError
 from automode.planner.card_text import from_yaml, to_yaml
 from automode.planner.cards import CardState
 from automode.presets import preset_text
 from automode.session import Session
+from automode.session.inbox import Inbox, post
 
 OWN = """\
 action: fork
@@ -374,3 +377,19 @@ def test_everything_that_was_answered_replays(cli: Any, live: Any, card: str, tm
     live.rows(50)
     live.end()
     assert cli("replay", live.path).output.endswith("0 differences\n")
+
+
+def test_a_request_that_the_run_cannot_read_is_told_at_once(told: Any) -> None:
+    posted = post(told.path, {"verb": "mode"})
+    with Session.open(told.path) as session:
+        assert answer_to(session, posted, 0) is None
+        Inbox(told.path).refuse(posted, "it has no mode")
+        with pytest.raises(AutomodeError, match="refused by the run: it has no mode"):
+            answer_to(session, posted, 0)
+
+
+@pytest.mark.parametrize("wait", ["nan", "-1", "soon"])
+def test_a_time_to_wait_that_is_none_is_refused(cli: Any, told: Any, wait: str) -> None:
+    assert "wait" in cli("mode", told.path, "act", "--as", "bob", "--wait", wait, code=1).output
+    assert "wait" in cli("ctl", told.path, "pause", "--as", "bob", "--wait", wait, code=1).output
+    assert posted(told) == []

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from automode.errors import UsageError
-from automode.planner.controls import CHECKS, VERBS, ControlVerb, arguments_from, arguments_of, verb_of
+from automode.planner.controls import (
+    CHECKS,
+    VERBS,
+    ControlVerb,
+    Order,
+    arguments_from,
+    arguments_of,
+    order_of,
+    verb_of,
+)
 from automode.planner.events import INPUT, Controlled
+from automode.planner.plain_data import plain
 
 
 @pytest.mark.parametrize(
@@ -67,3 +80,50 @@ def test_an_order_in_the_log_reads_back_as_it_was() -> None:
         request="r", verb="set", actor="ann", step=3, arguments={"lr": 0.1}, result={"rates": [0.1]}
     )
     assert INPUT.validate_json(told.model_dump_json()) == told
+
+
+def test_an_order_holds_its_arguments_as_the_log_does() -> None:
+    order = order_of("set", {"lr": np.float32(0.5), "max_epochs": np.int64(3)}, actor="ann")
+    assert order.arguments == {"lr": 0.5, "max_epochs": 3}
+    assert {name: type(value) for name, value in order.arguments.items()} == {"lr": float, "max_epochs": int}
+    assert Order.model_validate_json(order.model_dump_json()) == order
+
+
+ENDLESS: dict[str, Any] = {}
+ENDLESS["a"] = ENDLESS
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "person", "why"),
+    [
+        ("pause", {}, {"actor": ""}, "actor"),
+        ("pause", {}, {"actor": None}, "actor"),
+        ("pause", {}, {"note": 5}, "note"),
+        ("pause", {}, {"note": "\ud800"}, "half of a surrogate pair"),
+        ("step", {"n": 10**16}, {}, "n: "),
+        ("set", {"max_steps": 10**30}, {}, "max_steps: "),
+        ("fork", {"card": {"a": object()}}, {}, "type object"),
+        ("fork", {"card": {"a": {1: 2}}}, {}, "keys must be text"),
+        ("fork", {"card": {"a": 2**64}}, {}, "65 bits"),
+        ("fork", {"card": {"because": "\udfff"}}, {}, "half of a surrogate pair"),
+        ("fork", {"card": {"a": ENDLESS}}, {}, "deeper than 64 levels"),
+    ],
+)
+def test_an_order_that_the_log_could_not_hold_is_refused(
+    verb: ControlVerb, arguments: dict[str, Any], person: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        order_of(verb, arguments, **{"actor": "ann", **person})
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(values)
+def test_plain_data_pass_as_they_are(value: Any) -> None:
+    assert plain(value, "it") == value
+    assert plain([(value,)], "it") == [[value]]

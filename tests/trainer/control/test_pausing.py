@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from automode import replay
 from automode.cli.main import main
 from automode.errors import ConflictError, UsageError
+from automode.trainer.commanding import Commander
 
 pytestmark = pytest.mark.torch
 
@@ -212,3 +213,32 @@ def test_what_the_run_cannot_do_is_refused_recorded_and_changes_nothing(desk: An
     assert refused == ["test", "release", "fork"]
     for name in ("loss", "grad_norm"):
         assert plain.frame(name).tolist() == result.frame(name).tolist()
+
+
+def test_whoever_waits_for_an_answer_that_cannot_be_recorded_does_not_wait_for_ever(
+    desk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = desk.run()
+
+    def breaks(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the log is broken")
+
+    monkeypatch.setattr(Commander, "_record", breaks)
+    with pytest.raises(ConflictError, match="ended meanwhile"):
+        run.trainer.checkpoint(timeout=desk.patience)
+    with pytest.raises(RuntimeError, match="the log is broken"):
+        run.ended()
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1.0, "5"])
+def test_a_time_to_wait_that_is_none_is_refused(timeout: Any, desk: Any) -> None:
+    run = desk.run()
+    with pytest.raises(UsageError, match="timeout"):
+        run.trainer.pause(timeout=timeout)
+    with pytest.raises(UsageError, match="timeout"):
+        run.trainer.wait_until_paused(timeout)
+    with pytest.raises(UsageError, match="PlanCard or a mapping"):
+        run.trainer.fork("c0ffee00", timeout=desk.patience)
+    assert run.trainer.checkpoint(timeout=1e30).step == 0
+    assert [record.body["verb"] for record in run.events("controlled")] == ["pause", "checkpoint"]
+    run.finish()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -303,6 +305,11 @@ NONSENSE = {
     "unknown field": b'{"verb": "approve", "actor": "ann", "card": "c0ffee00", "rev": 1, "sudo": true}',
     "wrong type": b'{"verb": "approve", "actor": "ann", "card": 17, "rev": "one"}',
     "deep": b"[" * 40_000 + b"]" * 40_000,
+    "an order with a deep card": b'{"control": "fork", "actor": "a", "arguments": {"card": %s1%s}}'
+    % (b'{"a":' * 900, b"}" * 900),
+    "a deep card": b'{"verb": "submit", "actor": "a", "body": {"a": %s%s}}' % (b"[" * 900, b"]" * 900),
+    "half a character": b'{"verb": "mode", "mode": "observe", "actor": "a", "note": "\\ud800"}',
+    "a number without end": b'{"control": "step", "actor": "a", "arguments": {"n": %s}}' % (b"9" * 4000),
 }
 
 
@@ -320,6 +327,17 @@ def test_a_file_in_the_inbox_that_is_no_request_is_set_aside_with_the_reason(
     assert (refused / request_name(10)).read_bytes() == NONSENSE[name]
     assert len((refused / f"{request_name(10)}.reason.txt").read_text(encoding="utf-8").strip()) > 10
     assert not run.bodies("decided")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names of files are text")
+def test_a_file_in_the_inbox_whose_name_is_no_text_is_set_aside(play_run: Any, script: Any) -> None:
+    def place(watched: Any) -> None:
+        Path(os.fsdecode(os.fsencode(watched.path / "inbox") + b"/\xff\xfe.json")).write_bytes(b"{}")
+
+    run = play_run(script=script(), actions={10: place}, steps=30)
+    assert run.result.steps == 30
+    (reason,) = (run.path / "inbox" / "refused").glob("*.reason.txt")
+    assert "not named like a request" in reason.read_text(encoding="utf-8")
 
 
 WRONG_CARDS: dict[str, dict[str, Any]] = {
