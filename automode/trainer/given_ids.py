@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from automode.errors import UsageError
 from automode.trainer.ids import RecordedLoader
 
 IdArray = npt.NDArray[np.int64]
@@ -66,10 +68,15 @@ def root_ids_of(given: Any) -> RootIds:
     """Take ids as a user gives them: a tensor, an array or a sequence of whole numbers.
 
     Raises:
-        TypeError: They are something else.
+        UsageError: They are something else.
     """
     if isinstance(given, Tensor | np.ndarray):
         given = given.tolist()
-    if not all(type(i) is int for i in given):
-        given = [i.__index__() for i in given]
+    try:
+        if not all(type(i) is int for i in given):
+            given = [operator.index(i) for i in given]
+    except TypeError:
+        raise UsageError(
+            f"ids must be the samples' positions, a whole number for each, got {type(given).__name__} {str(given)[:80]}"
+        ) from None
     return RootIds(given)

@@ -238,7 +238,7 @@ class Probe:
         for name, value in metrics.items():
             try:
                 values.append(self._number(value))
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise DataError(
                     f"the metric {name!r} is {what}, but must be a number or a tensor of one element"

@@ -66,6 +66,7 @@ class WatchedLoop:
         self._stride = self.driver.stride
         self._rows = 0
         self._ids: Any = None
+        self._pass: object = None
         self._in_block = False
         self._steps = 0
         self._losses: list[Any] = []
@@ -158,14 +159,19 @@ class WatchedLoop:
             self._complete()  # the optimizer did not step on the loss before: it accumulates
         if type(loss) is not Tensor:
             loss = _number(loss)
-        elif loss.numel() != 1:
+        elif loss.numel() != 1 or loss.is_complex():
             raise UsageError(
-                f"the loss is a tensor of shape {tuple(loss.shape)}, but must have one element; reduce it with .mean() or .sum()"
+                f"the loss is a tensor of shape {tuple(loss.shape)} ({loss.dtype}), but must have one element, a real number; reduce "
+                "it with .mean() or .sum()"
             )
         self._losses.append(loss)
         if outputs is not None:
             self._seen.append((outputs, targets, self._ids if ids is None else root_ids_of(ids)))
         if metrics:
+            if not isinstance(metrics, Mapping):
+                raise UsageError(
+                    f"metrics must be a mapping of names to numbers, got {type(metrics).__name__}"
+                )
             if tuple(metrics) != self._names:
                 self._names = checked_names(tuple(metrics))
             self._metrics |= metrics
@@ -178,11 +184,22 @@ class WatchedLoop:
 
     def batches(self) -> Iterator[Any]:
         """Give the batches of the training loader, and remember which samples each holds."""
-        loader = self.parts.loader
-        for batch in loader:
-            self._ids = loader.ids_of_batch()
-            yield batch
-        self._ids = None
+        loader, pass_ = self.parts.loader, object()
+        self._pass = pass_
+        try:
+            for batch in loader:
+                if self._pass is not pass_:
+                    raise UsageError(
+                        "batches() was begun again before this pass had ended, so that nobody knows whose samples a step is shown; "
+                        "go through the loader itself beside it"
+                    )
+                self._ids = loader.ids_of_batch()
+                yield batch
+        finally:
+            if (
+                self._pass is pass_
+            ):  # also where the loop was left early: what comes then is none of these samples
+                self._ids = None
 
     def validate(self) -> Mapping[str, float]:
         """Look at the held-out data once; the metrics by name."""
@@ -359,7 +376,7 @@ def _number(loss: Any) -> Tensor | float:
         return loss
     try:
         return float(loss)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(
             f"the loss is a {type(loss).__name__}, but must be a number or a tensor with one element"
         ) from None

@@ -449,6 +449,15 @@ def test_mistakes_in_the_loop_are_told_where_they_are_made(script: Any, watching
         watch.observe(torch.ones(3))
     with pytest.raises(UsageError, match="a list, but must be a number"):
         watch.observe([1.0])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="a real number"):
+        watch.observe(torch.tensor(1j))
+    with pytest.raises(UsageError, match="must be a number"):
+        watch.observe(10**400)
+    with pytest.raises(UsageError, match="metrics must be a mapping"):
+        watch.observe(1.0, metrics="abc")  # type: ignore[arg-type]
+    for ids in ("abc", [1.5], 5, torch.zeros(3, 1)):
+        with pytest.raises(UsageError, match="ids must be the samples' positions"):
+            watch.observe(1.0, x, y, ids)
     made.loss_fn(made.model(x), y).backward()
     with pytest.raises(UsageError, match=r"call s\.loss"), watch.step():
         made.optimizer.step()
@@ -479,6 +488,29 @@ def test_metrics_are_columns_and_reserved_names_are_refused(script: Any, watchin
     watch.observe(1.0, metrics={"right": "yes"})
     with pytest.raises(DataError, match="must be a number"):
         made.optimizer.step()
+
+
+@pytest.mark.torch
+def test_batches_that_the_watch_did_not_give_have_no_ids(script: Any, watching: Any) -> None:
+    """After a pass that was left early, and beside one, a step's samples would otherwise be taken for those given last."""
+    made = script()
+    watch = watching(made, loss_fn=made.loss_fn, train=made.loader)
+    for x, y in watch.batches():
+        with watch.step() as s:
+            plainly(made, x, y, s.loss)
+        break
+    visits = watch.samples.visits
+    with watch.step() as s:
+        plainly(made, *next(iter(made.loader)), s.loss)
+    assert watch.samples.visits == visits
+    left = watch.batches()
+    next(left)
+    assert len(list(watch.batches())) == len(made.loader)
+    with pytest.raises(UsageError, match="begun again before this pass had ended"):
+        next(left)
+    with pytest.raises(UsageError, match="begun again before this pass had ended"):
+        for _ in zip(watch.batches(), watch.batches(), strict=True):
+            pass
 
 
 @pytest.mark.torch
