@@ -8,6 +8,7 @@ Exit codes: 0 fine, 1 any error (or, for ``replay``, a difference), 2 cards are 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,6 +148,12 @@ def _errors_as_messages() -> Iterator[None]:
         raise
     except AutomodeError as error:
         from automode.cli.tables import safe  # not before it is needed: --help stays quick
+
+        raise click.ClickException(safe(str(error))) from error
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # who read the output has gone; click ends quietly
+            raise
+        from automode.cli.tables import safe
 
         raise click.ClickException(safe(str(error))) from error
 

@@ -135,8 +135,13 @@ def lineage(session: Path) -> None:
 def log(session: Path, kind: str | None, role: Any, as_json: bool) -> None:
     """Print the session's events in order."""
     with Session.open(session) as opened:
+        found = False
         for record in opened.events(kind=kind, role=role):
+            found = True
             click.echo(_as_json(record) if as_json else _as_line(record))
+        if not found and kind is not None:
+            known = sorted({record.kind for record in opened.events(role=role)})
+            click.echo(f"no events of kind {shown(kind)}; there are: {', '.join(known) or 'none'}", err=True)
 
 
 def _as_json(record: Record) -> str:

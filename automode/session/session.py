@@ -67,19 +67,20 @@ class Session:
             SessionCorruptError: The database is damaged.
         """
         folder = Path(path)
-        if folder.name == database.DATABASE_NAME and folder.is_file():
-            folder = folder.parent
-        file = folder / database.DATABASE_NAME
-        if not file.is_file():
-            raise SessionError(
-                f"{folder} is no session: it has no {database.DATABASE_NAME}; give the folder that the run printed"
-            )
+        with database.storage_errors(folder, "looking for a session"):
+            if folder.name == database.DATABASE_NAME and folder.is_file():
+                folder = folder.parent
+            file = folder / database.DATABASE_NAME
+            if not file.is_file():
+                raise SessionError(
+                    f"{folder} is no session: it has no {database.DATABASE_NAME}; give the folder that the run printed"
+                )
         with database.storage_errors(folder, "opening the session"):
             connection = database.connect_reader(file)
             try:
                 database.check_version(connection, file)
                 row = connection.execute("SELECT value FROM meta WHERE key = 'header'").fetchone()
-                header = {} if row is None else load_json(row[0])
+                header = _header(row, file)
             except BaseException:
                 connection.close()
                 raise
@@ -307,3 +308,10 @@ class Session:
                 finally:
                     if not nested and self._connection.in_transaction:
                         self._connection.execute("ROLLBACK")
+
+
+def _header(row: tuple[str] | None, file: Path) -> dict[str, Any]:
+    header = {} if row is None else load_json(row[0])
+    if not isinstance(header, dict):
+        raise SessionCorruptError(f"the header of {file} is no mapping; restore the folder from a copy")
+    return header

@@ -79,10 +79,11 @@ def test_help_lists_every_command() -> None:
 @pytest.fixture
 def group(monkeypatch: pytest.MonkeyPatch) -> LazyGroup:
     """A group with a command that fails as its argument says, and one whose module must never be loaded."""
-    raised = {
+    raised: dict[str, Exception] = {
         "usage": UsageError("mend this"),
         "card": CardError("mend that"),
         "other": AutomodeError("disk gone"),
+        "file": PermissionError(13, "Permission denied", "x.csv"),
     }
 
     @click.command()
@@ -110,7 +111,12 @@ def test_help_does_not_load_the_commands_that_it_lists(group: LazyGroup) -> None
 
 @pytest.mark.parametrize(
     ("how", "message", "code"),
-    [("usage", "mend this", 1), ("card", "mend that", 1), ("other", "disk gone", 1)],
+    [
+        ("usage", "mend this", 1),
+        ("card", "mend that", 1),
+        ("other", "disk gone", 1),
+        ("file", "[Errno 13] Permission denied: 'x.csv'", 1),
+    ],
 )
 def test_our_errors_are_messages_with_an_exit_code(
     group: LazyGroup, how: str, message: str, code: int

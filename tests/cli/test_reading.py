@@ -135,6 +135,10 @@ def test_the_log_is_printed_in_order_filtered_and_as_json(cli: Any, told: Any, c
     objects = [json.loads(line) for line in cli("log", told.path, "--json").output.splitlines()]
     assert [o["seq"] for o in objects] == [1, 2, 3, 4]
     assert objects[1]["body"]["value"] == "NaN"
+    assert (
+        "no events of kind card_moves; there are: card_moved, card_"
+        in cli("log", told.path, "--kind", "card_moves").output
+    )
     assert objects[2]["body"]["card"]["id"] == "c7f3a1e0"
 
 

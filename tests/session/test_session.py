@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import sqlite3
@@ -58,6 +59,15 @@ def test_a_path_that_is_no_session_is_refused_and_left_alone(
     with pytest.raises(SessionError, match="is no session"):
         Session.open(tmp_path / "x")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_path_that_no_file_can_have_and_a_header_that_is_none_are_errors_of_ours(ended: Path) -> None:
+    with pytest.raises(SessionError, match="File name too long"):
+        Session.open("x" * 5000)
+    with contextlib.closing(sqlite3.connect(ended / "session.db")) as connection, connection:
+        connection.execute("UPDATE meta SET value = '[]' WHERE key = 'header'")
+    with pytest.raises(SessionCorruptError, match="header"):
+        Session.open(ended)
 
 
 def test_the_database_inside_the_folder_may_be_named_instead(ended: Path) -> None:
