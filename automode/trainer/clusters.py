@@ -145,7 +145,7 @@ def _held_out_scores(standard: Features, held_out: Features | None, labels: Labe
 
 def _likeliest(scores: Mapping[int, Features], before: int | None) -> int:
     best = max(scores, key=lambda k: float(scores[k].mean()))
-    if before not in scores or before == best:
+    if before is None or before not in scores or before == best:
         return best
     gain = scores[best] - scores[before]
     return best if gain.mean() > CHANGE_Z * gain.std(ddof=1) / np.sqrt(gain.size) else before
