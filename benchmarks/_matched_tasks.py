@@ -87,7 +87,10 @@ def mkn(
     corrupt: Callable[[Ints, np.random.Generator], Ints] | None = None,
     keep: tuple[float, ...] = (1.0, 1.0, 1.0),
 ) -> Data:
-    """MNIST, KMNIST and notMNIST (10 000 images each, 14 x 14) as one task; ``keep``: share of each in training and validation."""
+    """MNIST, KMNIST and notMNIST (10 000 images each, 14 x 14) as one task; ``keep``: share of each in training and validation.
+
+    Of images that are equal (196 of notMNIST are) one is kept, since a run whose validation set holds training samples proves nothing.
+    """
     x, y, source = _letters()
     rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
     parts = _parts(len(x), rng)
@@ -133,7 +136,10 @@ def _letters() -> tuple[Floats, Ints, Ints]:
         x = np.concatenate([images.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4)) for images, _ in sets])
         y = np.concatenate([labels for _, labels in sets]).astype(np.int64)
         source = np.repeat(np.arange(3), [len(labels) for _, labels in sets])
-        _CACHE["letters"] = ((x.reshape(-1, 196) / 255.0).astype(np.float32), y, source)
+        x = (x.reshape(-1, 196) / 255.0).astype(np.float32)
+        _, first = np.unique(x.view(np.dtype((np.void, x[0].nbytes)))[:, 0], return_index=True)
+        first.sort()
+        _CACHE["letters"] = (x[first], y[first], source[first])
     found: tuple[Floats, Ints, Ints] = _CACHE["letters"]
     return found
 
