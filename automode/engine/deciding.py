@@ -29,7 +29,7 @@ SLICE_Z = 1.64
 
 NOTHING_BETTER: Final[dict[Action, str]] = {
     "fork": "none reached the top rung",
-    "merge": "no average is above the raw weights",
+    "merge": "no average and no earlier state is above the raw weights",
     "stop": "no average and no earlier state is above the last weights",
 }
 
@@ -72,6 +72,7 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
             weights=best.weights,
             control=control_weights(execution),
             look=execution.look,
+            metric="utility" if execution.merged is None else execution.merged.metric,
         )
     )
 
@@ -125,6 +126,7 @@ def evaluated(state: State, body: Evaluated, out: Emission) -> None:
         _summary(body.overall),
         alpha=alpha,
         slices={name: _summary(group) for name, group in slices.items()},
+        guard=None if body.guard is None else _summary(body.guard),
         slice_z=SLICE_Z,
         least_z=least_z,
     )
@@ -181,8 +183,21 @@ def _verdict(execution: Execution, body: Evaluated, evidence: Evidence) -> Verdi
         alpha=evidence.alpha,
         look=execution.look if execution.action == "fork" else None,
         slices={name: part.z for name, part in evidence.slices.items()},
-        why=evidence.why,
+        metric=body.metric,
+        guard=None if evidence.guard is None else evidence.guard.z,
+        why=evidence.why + _measured_by(execution),
     )
+
+
+def _measured_by(execution: Execution) -> str:
+    """Say what was compared, where there was a choice."""
+    merged = execution.merged
+    if merged is None or merged.noise_at_most is None:
+        return ""
+    at_most = f"at most {merged.noise_at_most:.1%} of the labels are wrong"
+    if merged.metric == "log_score":
+        return f"; compared by the log score, since {at_most}"
+    return f"; compared by accuracy and p(y), since no more is shown than that {at_most}"
 
 
 def adopted(state: State, body: Adopted, out: Emission) -> None:

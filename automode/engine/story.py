@@ -118,9 +118,9 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
         case GateFitted():
             return f"gate over {', '.join(body.experts)}: utility {body.value:.4f}, loads {', '.join(f'{x:.2f}' for x in body.loads)}"
         case Merged():
-            return f"merged by {body.method}: utility {body.value:.4f} ({body.weights.choice})"
+            return f"merged by {body.method}: {_metric(body)} {body.value:.4f} ({body.weights.choice}{_earlier(body)})"
         case Evaluated():
-            return f"held-out evidence for {body.candidate}: {body.overall.mean:+.5f} on {body.overall.n} samples"
+            return f"held-out evidence for {body.candidate}, {_metric(body)}: {body.overall.mean:+.5f} on {body.overall.n} samples"
         case VerdictGiven():
             return f"verdict {body.verdict}: {body.why}"
         case Adopted():
@@ -140,3 +140,15 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
             return f"{body.command} failed: {body.error}"
         case _:
             return ""
+
+
+def _metric(body: Merged | Evaluated) -> str:
+    return "log score" if body.metric == "log_score" else "utility"
+
+
+def _earlier(body: Merged) -> str:
+    control = body.control
+    if control is None or control.checkpoint == body.weights.checkpoint:
+        return ""
+    at = "" if body.best_step is None else f", of step {body.best_step}"
+    return f" of the best validated state{at}"

@@ -91,6 +91,7 @@ class Evidence:
         alpha: False acceptance rate of this look, before Bonferroni.
         threshold: Smallest z that is accepted.
         slices: By name.
+        guard: The second metric, where there is one.
         why: One sentence for the card.
     """
 
@@ -105,6 +106,7 @@ class Evidence:
     alpha: float
     threshold: float
     slices: Mapping[str, SliceEvidence] = field(default_factory=dict)
+    guard: SliceEvidence | None = None
     why: str
 
     @property
@@ -182,12 +184,16 @@ def judge_summary(
     *,
     alpha: float,
     slices: Mapping[str, PairedSummary] | None = None,
+    guard: PairedSummary | None = None,
     n_candidates: int = 1,
     slice_z: float = 1.64,
     delta: float = 0.0,
     least_z: float = 0.0,
 ) -> Evidence:
-    """Judge from summaries, as the log holds them; see `judge` for the arguments."""
+    """Judge from summaries, as the log holds them; see `judge` for the arguments.
+
+    ``guard``: the same samples by another metric, which must not be significantly worse either.
+    """
     if n_candidates < 1:
         raise UsageError(
             f"the value of `n_candidates` is {n_candidates}, but at least one candidate is judged"
@@ -206,7 +212,13 @@ def judge_summary(
         p_value = t_tail(z, whole.degrees_of_freedom)
     else:
         lower, upper, p_value = -inf, inf, nan
+    held = None if guard is None else _judge_slice(guard, slice_z)
     verdict, why = _decide(whole, z, threshold, parts)
+    if verdict == "accepted" and held is not None and held.worse:
+        verdict, why = (
+            "inconclusive",
+            f"{why}; but accuracy and p(y) are worse (z {held.z:+.2f}); the control is kept",
+        )
     return Evidence(
         verdict=verdict,
         n=whole.n,
@@ -219,6 +231,7 @@ def judge_summary(
         alpha=alpha,
         threshold=threshold,
         slices=parts,
+        guard=held,
         why=why,
     )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from automode.planner.inputs import Weights
+from automode.planner.metrics import Metric
 from automode.planner.recipes import Digest, Part, Resources, Selection, Variant
 from automode.planner.scans import Detail
 
@@ -106,6 +107,7 @@ class Evaluate(Part):
     look: int = Field(
         ge=0, description="number of the session's look; 0: averages of the trunk, which spend none"
     )
+    metric: Metric = Field(default="utility", description="what to compare")
 
 
 class Adopt(Part):

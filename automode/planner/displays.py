@@ -137,5 +137,9 @@ def verdict_panel(verdict: VerdictGiven) -> Panel:
         bounds = f"from {verdict.lower:+.5f} to {verdict.upper:+.5f}"
         rows.append(("difference", f"{verdict.mean:+.5f} ({bounds}) on {verdict.n} held-out samples"))
         rows.append(("z", f"{verdict.z:.2f}, needed {verdict.threshold:.2f} (alpha {verdict.alpha:.3g})"))
+    if verdict.metric == "log_score":
+        rows.append(("compared", "log score, p(y) not below 0.001"))
+    if verdict.guard is not None:
+        rows.append(("accuracy and p(y)", f"z {verdict.guard:.2f}"))
     rows += [(f"slice {name}", f"z {z:.2f}") for name, z in verdict.slices.items()]
     return Panel(title=f"card {verdict.card}: {verdict.verdict}", lead=verdict.why, rows=rows)

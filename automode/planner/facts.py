@@ -8,6 +8,7 @@ from pydantic import Field
 
 from automode.planner.cards import CardState, Number, PlanCard
 from automode.planner.inputs import Mode, Verb
+from automode.planner.metrics import Metric
 from automode.planner.recipes import Digest, Part
 
 if TYPE_CHECKING:
@@ -138,6 +139,10 @@ class VerdictGiven(Part):
         default=None, description="which look of the session at val-B; null: none was spent"
     )
     slices: dict[str, float] = Field(default_factory=dict, description="z of each slice")
+    metric: Metric = Field(default="utility", description="what was compared")
+    guard: float | None = Field(
+        default=None, description="z of the utility, which must not be worse where another metric is compared"
+    )
     why: str
 
     def __str__(self) -> str:

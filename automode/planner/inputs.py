@@ -9,6 +9,7 @@ from pydantic import Field
 from automode.planner.attempts import Checkpointed, Resumed
 from automode.planner.controls import Controlled, HealthChecked, LengthSet, Tested
 from automode.planner.interventions import ClipSet, Diagnosed, RateSet, Rewound
+from automode.planner.metrics import Metric
 from automode.planner.recipes import Digest, Part, Variant
 from automode.planner.scans import Clustered, Scanned
 from automode.planner.trial_inputs import TrialFailed, TrialReported, TrialsNoted
@@ -66,6 +67,9 @@ class Run(Part):
     scheduled: bool = Field(default=False, description="the user drives the rate by a scheduler")
     known_drops: tuple[int, ...] = Field(default=(), description="steps at which the schedule drops the rate")
     averages: bool = False
+    keeps_best: bool = Field(
+        default=False, description="the best validated state is kept for the finishing merge"
+    )
     own_step: bool = Field(default=False, description="the training step is the user's own")
     refresh: int = Field(
         default=0, ge=0, description="training samples that recompute norm statistics; 0: the model has none"
@@ -192,6 +196,14 @@ class Merged(Part):
         default=None, description="for a merge card: the raw trunk at the same step"
     )
     control_value: float | None = None
+    metric: Metric = Field(default="utility", description="what the values are means of")
+    noise_at_most: float | None = Field(
+        default=None, description="upper limit on the share of wrong labels, which the metric was chosen by"
+    )
+    best: Digest | None = Field(
+        default=None, description="for the finishing merge: the best state of before, one of the members"
+    )
+    best_step: int | None = Field(default=None, description="the trunk's step at that state")
     why: str = Field(default="", description="what could not be had, and why")
     step: int
     passes: float = Field(ge=0)
@@ -205,6 +217,10 @@ class Evaluated(Part):
     candidate: str
     overall: Group
     slices: dict[str, Group] = Field(default_factory=dict)
+    metric: Metric = Field(default="utility", description="what the differences are of")
+    guard: Group | None = Field(
+        default=None, description="differences of the utility, where another metric is compared"
+    )
     candidate_metrics: dict[str, float] = Field(default_factory=dict)
     control_metrics: dict[str, float] = Field(default_factory=dict)
     passes: float = Field(ge=0)

@@ -21,7 +21,7 @@ from automode.planner.scans import Detail
 if TYPE_CHECKING:
     from automode.planner.displays import Panel
 
-PLANNER_VERSION: Final = 4
+PLANNER_VERSION: Final = 5
 """Part of the policy digest: raised whenever the same inputs may lead to another decision."""
 
 DEFAULT_REASONS: Final[tuple[Reason, ...]] = (
@@ -250,6 +250,14 @@ class AveragePolicy(Part):
         ge=0.0,
         le=10.0,
         description="least z of the finishing merge: averages of one trajectory need less proof than a fork, by measurement",
+    )
+    best_state: bool = Field(
+        default=True,
+        description="judge the best validated state too: one copy of the weights and their three averages in host memory, replaced at a better one",
+    )
+    clean_below: Fraction = Field(
+        default=0.1,
+        description="upper limit on the share of wrong labels, as held-out data show it, up to which the finish compares classes by a log score",
     )
 
 

@@ -161,10 +161,11 @@ def price_fork(
 
 
 def price_merge(merge: MergeRecipe, run: Run) -> WorstCase:
-    """Price a card that merges what the trunk carries: evaluations only."""
+    """Price a card that merges what the trunk carries, its best validated state included: evaluations only."""
     states = 1 + (TRUNK_AVERAGES if run.averages else 0)
+    earlier = states * run.val_a + (states - 1) * run.refresh if run.keeps_best else 0
     return WorstCase(
-        evaluate=_judged(states, run) + 2.0 * (run.val_b + run.refresh),
+        evaluate=_judged(states, run) + earlier + 2.0 * (run.val_b + run.refresh),
         merge=_merge(merge, 0, run),
     )
 

@@ -29,12 +29,14 @@ from automode.session.ledger_file import forget_later
 from automode.session.logs import SessionLog
 from automode.session.replaying import recovered
 from automode.trainer.backing import backend_of
+from automode.trainer.best_state import BestState, keeps_best
 from automode.trainer.combining import Combiner
 from automode.trainer.diagnosing import diagnoser_of
 from automode.trainer.distilling import Distiller
 from automode.trainer.driver import Driver
 from automode.trainer.earlier import read_earlier
 from automode.trainer.evidence import Evidence
+from automode.trainer.finishing import Finisher
 from automode.trainer.first_look import Held, as_recorded, look_at, source_of
 from automode.trainer.heldout import HeldOut
 from automode.trainer.narrator import Narrator
@@ -173,10 +175,8 @@ def _driver(
 
 def _mode(parts: RunParts, held: Held) -> tuple[Mode, str | None]:
     if parts.mode == "act" and held.overlap.n:
-        return (
-            "propose",
-            f"{held.overlap.n} validation samples are training samples too, so nothing could be proven",
-        )
+        shared = f"{held.overlap.n} validation samples are training samples too"
+        return "propose", f"{shared}, so nothing could be proven"
     return parts.mode, parts.why_mode
 
 
@@ -214,6 +214,7 @@ def _run(parts: RunParts, held: Held, backend: Backend | None) -> Run:
         if total
         else (),
         averages=trunk.averages is not None,
+        keeps_best=trunk.averages is not None and keeps_best(parts.policy),
         own_step=parts.own_step is not None and parts.hand_written is None,
         refresh=min(int(ids.size), REFRESH_BATCHES * max(2, round(batch_size_of(parts))))
         if norm_layers(trunk.model)
@@ -264,8 +265,7 @@ def performer_of(
     parts: RunParts, held: Held, folder: Path, checkpoints: Checkpoints
 ) -> tuple[Performer, FixedPass]:
     """Make what carries commands out, and a pass over some training batches; ``folder`` is the session's."""
-    trunk, seed = parts.trunk, parts.seed
-    artifacts = ArtifactStore(folder / "artifacts")
+    trunk, seed, artifacts = parts.trunk, parts.seed, ArtifactStore(folder / "artifacts")
     source, train_ids = source_of(parts)
     training = FixedPass(
         source, train_ids, batch_size=max(2, round(batch_size_of(parts))), batches=REFRESH_BATCHES, seed=seed
@@ -277,6 +277,7 @@ def performer_of(
         states=States(trunk, checkpoints, training),
         exports=folder / "exports",
         good=GoodStates(trunk, parts.policy.safeguards, foreign=parts.hand_written),
+        best=BestState(trunk, enabled=keeps_best(parts.policy)),
         diagnoser=diagnoser_of(parts, source, train_ids, held.why_inexact),
     )
     held_out = parts.held_out if held.why_no_evidence is None else None
@@ -395,3 +396,4 @@ def _add_evidence(
         task=held.task,
         seed=parts.seed,
     )
+    performer.finisher = Finisher(performer.evidence, performer.states, parts.policy.averages.clean_below)

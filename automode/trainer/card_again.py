@@ -16,6 +16,7 @@ from automode.session.artifacts import ArtifactStore
 from automode.session.checkpoints import CheckpointStore
 from automode.trainer.card_data import CardData
 from automode.trainer.execution_report import Compared, Execution
+from automode.trainer.finishing import Finisher
 from automode.trainer.new_labels import NewLabels
 from automode.trainer.performer import Performer, entropy_of
 from automode.trainer.recorded_card import RecordedCard
@@ -235,9 +236,11 @@ class CardAgain:
             self._judge_as(rest)
             candidates = self._candidates(weights, rest)
             if command.method == KEEP_BEST:
-                again = self._combiner.keep_best(recorded.card, command, own, candidates, merged.step)
+                again = self._finisher.keep_best(recorded.card, command, own, candidates, merged.step)
             else:
-                again = self._combiner.merge_trunk(recorded.card, own, candidates, merged.step)
+                again = self._finisher.merge_trunk(
+                    recorded.card, own, candidates, merged.step, merged.best, merged.best_step
+                )
             self._compare("raw weights", merged.control_value, again.control_value, size)
         self._compare(f"merge by {merged.method}", merged.value, again.value, size)
         if not self.done.doubts:
@@ -251,6 +254,12 @@ class CardAgain:
         if self._performer.combiner is None:
             raise UsageError("this script gives no held-out data to judge by")
         return self._performer.combiner
+
+    @property
+    def _finisher(self) -> Finisher:
+        if self._performer.finisher is None:
+            raise UsageError("this script gives no held-out data to judge by")
+        return self._performer.finisher
 
     def _mapped(self, weights: Weights) -> Weights:
         ours = self._ours.get(weights.checkpoint)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from automode.errors import NotExecutableError, SessionError
+from automode.errors import NotExecutableError
 from automode.merges.averages import interpolate, uniform
 from automode.merges.batches import device_of
 from automode.merges.fisher import Categorical, Gaussian, Likelihood, diagonal_fisher
@@ -269,93 +269,6 @@ class Combiner:
             passes += estimate.passes
         return fisher_average(states, fishers, floor=recipe.floor), passes
 
-    def merge_trunk(
-        self, card: PlanCard, digest: str, candidates: Mapping[str, Mapping[str, Tensor]], step: int
-    ) -> Merged:
-        """Choose among the trunk's raw weights and its averages on val-A; the raw weights are the control."""
-        model = self._states.shell()
-        raw, spent = self._value_of(model, candidates["raw"], averaged=False)
-        best, value, passes = "raw", raw, spent
-        for name, state in candidates.items():
-            if name == "raw":
-                continue
-            scored, cost = self._value_of(model, state, averaged=True)
-            passes += cost
-            if scored > value:
-                best, value = name, scored
-        return Merged(
-            card=card.id,
-            method="swa",
-            members=tuple(candidates),
-            weights=Weights(checkpoint=digest, choice=best),
-            value=value,
-            control=Weights(checkpoint=digest),
-            control_value=raw,
-            step=step,
-            passes=passes,
-        )
-
-    def keep_best(
-        self,
-        card: PlanCard,
-        command: Merge,
-        digest: str,
-        candidates: Mapping[str, Mapping[str, Tensor]],
-        step: int,
-    ) -> Merged:
-        """Choose among the trunk's last states and its best validated one, on all held-out data; the last raw weights are the control.
-
-        Args:
-            card: The card that ended the run.
-            command: Names the best validated state, if one is stored.
-            digest: The trunk's own last state, durable.
-            candidates: Its raw weights and averages.
-            step: The trunk's.
-        """
-        states = {
-            name: (Weights(checkpoint=digest, choice=name), state) for name, state in candidates.items()
-        }
-        why = "" if command.members else "no validated state of before is stored"
-        for member in command.members:
-            try:
-                earlier = self._states.candidates(member.checkpoint)
-            except SessionError as error:
-                why = f"the best validated state could not be read, and the last ones alone were compared: {error}"
-                continue
-            states |= {
-                f"best:{name}": (Weights(checkpoint=member.checkpoint, choice=name), state)
-                for name, state in earlier.items()
-            }
-        model, passes = self._states.shell(), 0.0
-        values: dict[str, float] = {}
-        for name, (reference, state) in states.items():
-            values[name], spent = self._value_of(
-                model, state, averaged=reference.choice != "raw", part=EVERYTHING
-            )
-            passes += spent
-        best = max(
-            values, key=lambda name: values[name]
-        )  # of equals, the first: the last raw weights stand first
-        return Merged(
-            card=card.id,
-            method=command.method,
-            members=tuple(states),
-            weights=states[best][0],
-            value=values[best],
-            control=Weights(checkpoint=digest),
-            control_value=values["raw"],
-            why=why,
-            step=step,
-            passes=passes,
-        )
-
-    def _value_of(
-        self, model: nn.Module, state: Mapping[str, Tensor], *, averaged: bool, part: Part | None = "A"
-    ) -> tuple[float, float]:
-        refreshed = self._states.put(model, state, averaged=averaged)
-        value, passes = self._evidence.value(model, part)
-        return value, passes + refreshed
-
     # The evidence.
 
     def evaluate(self, card: PlanCard, command: Evaluate) -> Evaluated:
@@ -369,12 +282,15 @@ class Combiner:
         else:
             candidate, spent = self._scored(command.weights, part)
             passes += spent
-        overall, slices = self._evidence.paired(candidate, control)
+        overall, slices = self._evidence.paired(candidate, control, command.metric)
+        guard = None if command.metric == "utility" else self._evidence.paired(candidate, control)[0]
         return Evaluated(
             card=card.id,
             candidate=command.candidate,
             overall=overall,
             slices=slices,
+            metric=command.metric,
+            guard=guard,
             candidate_metrics=metrics_of(candidate),
             control_metrics=metrics_of(control),
             passes=passes,

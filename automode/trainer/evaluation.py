@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from automode.errors import DataError
+from automode.errors import DataError, UsageError
 from automode.merges.batches import training_flags_kept
 from automode.planner.acceptance import utility_classification
+from automode.planner.metrics import Metric, noise_at_most, utility_log_score
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.random_state import forked_rng
 from automode.trainer.tasks import Task
@@ -40,6 +41,7 @@ class PerSampleScores:
         utility: Utility of each sample [n], higher is better.
         correct: 1 where the class is right [n]; None where there are no classes.
         p_true: Probability of the true class [n]; None likewise.
+        p_top: Probability of the most probable class [n]; None likewise.
     """
 
     ids: Ids
@@ -47,6 +49,7 @@ class PerSampleScores:
     utility: Floats
     correct: Floats | None = None
     p_true: Floats | None = None
+    p_top: Floats | None = None
 
     @property
     def n(self) -> int:
@@ -61,7 +64,27 @@ class PerSampleScores:
             utility=self.utility[mask],
             correct=None if self.correct is None else self.correct[mask],
             p_true=None if self.p_true is None else self.p_true[mask],
+            p_top=None if self.p_top is None else self.p_top[mask],
         )
+
+    def by(self, metric: Metric) -> Floats:
+        """What this metric makes of each sample [n], higher is better.
+
+        Raises:
+            UsageError: A log score is asked for where there are no classes.
+        """
+        if metric == "utility":
+            return self.utility
+        if self.p_true is None:
+            raise UsageError("a log score is of classes, and these samples have none")
+        return utility_log_score(np.clip(self.p_true, 0.0, 1.0))
+
+    @property
+    def noise_at_most(self) -> float | None:
+        """Upper limit on the share of wrong labels; None where there are no classes."""
+        if self.correct is None or self.p_top is None:
+            return None
+        return noise_at_most(self.correct, self.p_top)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,7 +117,7 @@ class Evaluator:
         Raises:
             DataError: The part holds no sample.
         """
-        found: list[tuple[Ids, Floats, Floats, Floats | None, Floats | None]] = []
+        found: list[tuple[Ids, Floats, Floats, Floats | None, Floats | None, Floats | None]] = []
         with forked_rng(), training_flags_kept(model), torch.no_grad():
             model.eval()
             for batch, ids in self.batches(part):
@@ -113,6 +136,7 @@ class Evaluator:
             utility=np.concatenate([row[2] for row in found]),
             correct=_joined([row[3] for row in found]),
             p_true=_joined([row[4] for row in found]),
+            p_top=_joined([row[5] for row in found]),
         )
 
     def state(self) -> dict[str, Any]:
@@ -145,20 +169,21 @@ class Evaluator:
 
     def _batch(
         self, loss: Tensor, outputs: Any, targets: Any, n: int
-    ) -> tuple[Floats, Floats, Floats | None, Floats | None]:
+    ) -> tuple[Floats, Floats, Floats | None, Floats | None, Floats | None]:
         losses = self._losses(loss, outputs, targets, n)
         if self.task is None:
             self.task = self.per_sample.task(outputs, targets)
         match self.task:
             case "classification" | "binary":
-                p, right = _probabilities(
+                p, right, top = _probabilities(
                     outputs, targets, self.task, probabilities=self.per_sample.probabilities
                 )
-                return losses, utility_classification(right, np.clip(np.nan_to_num(p), 0.0, 1.0)), right, p
+                utility = utility_classification(right, np.clip(np.nan_to_num(p), 0.0, 1.0))
+                return losses, utility, right, p, top
             case "regression":
-                return losses, -self._huber(outputs, targets), None, None
+                return losses, -self._huber(outputs, targets), None, None, None
             case _:
-                return losses, -losses, None, None
+                return losses, -losses, None, None, None
 
     def _losses(self, loss: Tensor, outputs: Any, targets: Any, n: int) -> Floats:
         if self.per_sample.exact or self.per_sample.check(outputs, targets, loss):
@@ -179,22 +204,25 @@ class Evaluator:
 
 def _probabilities(
     outputs: Tensor, targets: Tensor, task: Task, *, probabilities: bool
-) -> tuple[Floats, Floats]:
-    """Return (probability of the true class, 1 where the most probable class is right)."""
+) -> tuple[Floats, Floats, Floats]:
+    """Return (probability of the true class, 1 where the most probable class is right, probability of the most probable one)."""
     if task == "classification":
         p = torch.softmax(outputs.double(), dim=1)
         known = (targets >= 0) & (targets < outputs.shape[1])
         true = p.gather(1, targets.clamp(0, outputs.shape[1] - 1)[:, None])[:, 0] * known
         right = (p.argmax(dim=1) == targets) & known
+        top = p.amax(dim=1)
     else:
         score = outputs.double().reshape(targets.shape[0], -1)[:, 0]
         one = score if probabilities else torch.sigmoid(score)
         label = targets.double().reshape(targets.shape[0], -1)[:, 0]
         true = torch.where(label > 0.5, one, 1.0 - one)
         right = true > 0.5
+        top = torch.maximum(one, 1.0 - one)
     return (
         np.asarray(true.cpu().numpy(), dtype=np.float64),
         np.asarray(right.double().cpu().numpy(), dtype=np.float64),
+        np.asarray(top.cpu().numpy(), dtype=np.float64),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from automode.planner.events import Group, Validated
+from automode.planner.metrics import Metric
 from automode.planner.paired import PairedSummary
 from automode.trainer.evaluation import Evaluator, PerSampleScores
 from automode.trainer.states import States
@@ -68,9 +69,11 @@ class Evidence:
         scores = self.scores(model, part)
         return float(np.mean(scores.utility)), float(scores.n)
 
-    def paired(self, candidate: PerSampleScores, control: PerSampleScores) -> tuple[Group, dict[str, Group]]:
+    def paired(
+        self, candidate: PerSampleScores, control: PerSampleScores, metric: Metric = "utility"
+    ) -> tuple[Group, dict[str, Group]]:
         """Return paired differences, candidate minus control, over all samples and over each slice."""
-        difference = candidate.utility - control.utility
+        difference = candidate.by(metric) - control.by(metric)
         groups = {name: _group(difference[np.isin(candidate.ids, ids)]) for name, ids in self._slices.items()}
         return _group(difference), {name: group for name, group in groups.items() if group.n > 0}
 

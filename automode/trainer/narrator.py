@@ -131,7 +131,8 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
             return f"card {body.card}: gate fitted, utility {body.value:.4f}, loads {_numbers(body.loads)}"
         case Merged():
             return (
-                f"card {body.card}: merged by {body.method} ({body.weights.choice}), utility {body.value:.4f}"
+                f"card {body.card}: merged by {body.method} ({body.weights.choice}), "
+                f"{'log score' if body.metric == 'log_score' else 'utility'} {body.value:.4f}"
             )
         case Evaluated():
             return (

@@ -47,11 +47,13 @@ from automode.planner.events import (
 from automode.planner.recipes import Variant
 from automode.session.rng_state import pack_rng
 from automode.trainer.adapting import rehearse
+from automode.trainer.best_state import BestState
 from automode.trainer.card_data import CardData
 from automode.trainer.combining import Combiner
 from automode.trainer.diagnosing import Diagnoser
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.evidence import Evidence
+from automode.trainer.finishing import Finisher
 from automode.trainer.new_labels import NewLabels
 from automode.trainer.optimizers import restore_rates, scale_rates, scale_schedule
 from automode.trainer.safeguarding import GoodStates
@@ -85,6 +87,8 @@ class Performer:
         scanner: Reads the sample ledger and clusters; None without exact per-sample losses.
         samples: Leaves the sample ledger in the session; None where there is none.
         combiner: Fits gates and merges; None without held-out data.
+        finisher: Chooses what the run ends with; None likewise.
+        best: The best validated state of the trunk, for its end.
         good: Good states of the trunk, and what puts one back.
         diagnoser: Takes diagnostics.
         is_val_a: Marks which of the validation samples' scores belong to val-A.
@@ -96,6 +100,7 @@ class Performer:
     states: States
     exports: Path
     good: GoodStates
+    best: BestState
     diagnoser: Diagnoser
     evidence: Evidence | None = None
     runner: SpecialistRunner | None = None
@@ -103,6 +108,7 @@ class Performer:
     scanner: Scanner | None = None
     samples: SampleKeeper | None = None
     combiner: Combiner | None = None
+    finisher: Finisher | None = None
     is_val_a: Callable[[Ids], np.ndarray[Any, np.dtype[np.bool_]]] | None = None
 
     def carry_out(self, body: Command, state: State, step: int) -> Sequence[Input]:  # noqa: C901 - one case a command
@@ -157,7 +163,10 @@ class Performer:
         if self.evidence is None or self.is_val_a is None:
             return None
         mine = scores.where(self.is_val_a(scores.ids))
-        return self.evidence.validated(step, mine) if mine.n else None
+        if not mine.n:
+            return None
+        self.best.note(step, mine)
+        return self.evidence.validated(step, mine)
 
     # What the safeguards need.
 
@@ -252,27 +261,23 @@ class Performer:
     # Candidates.
 
     def merge(self, card: PlanCard, command: Merge, step: int) -> Merged:
-        """Make one state of several, or of the trunk's own trajectory."""
-        combiner = self._combiner()
+        """Make one state of several, or choose among those that the trunk went through."""
         if command.control is not None:
-            return combiner.merge(card, command, step)
-        if command.method == KEEP_BEST:
-            return self.keep_best(card, command, step)
-        if self.trunk.averages is None:
+            return self._combiner().merge(card, command, step)
+        finisher, stops = self.finisher, command.method == KEEP_BEST
+        if finisher is None:
+            raise NotExecutableError("this run has no held-out data to judge by")
+        if self.trunk.averages is not None:
+            self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
+        elif not stops:
             raise NotExecutableError(
                 "the trunk keeps no averages, so there is nothing to merge along its trajectory"
             )
-        self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
-        return combiner.merge_trunk(
-            card, self._save("control", step, **self._conditions()), self.trunk.candidates(), step
-        )
-
-    def keep_best(self, card: PlanCard, command: Merge, step: int) -> Merged:
-        """Choose among the trunk as it is, its averages, and its best validated state with those of then."""
-        if self.trunk.averages is not None:
-            self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
-        digest = self._save("control", step, **self._conditions())
-        return self._combiner().keep_best(card, command, digest, self.trunk.candidates(), step)
+        digest, candidates = self._save("control", step, **self._conditions()), self.trunk.candidates()
+        if stops:
+            return finisher.keep_best(card, command, digest, candidates, step)
+        best = self.best.store(self.checkpoints, before=step) if command.at_end else None
+        return finisher.merge_trunk(card, digest, candidates, step, best, self.best.step)
 
     def _combiner(self) -> Combiner:
         if self.combiner is None:

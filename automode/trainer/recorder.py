@@ -188,7 +188,10 @@ def _checkpoints(envelope: Envelope) -> list[CheckpointRow]:
         case Merged() as body:
             # A run that was stopped may keep a state that is recorded already, and stores its last one all the same.
             stored = body.weights if body.control is None else body.control
-            return [CheckpointRow(digest=stored.checkpoint, step=body.step, kind="merge", seq=seq)]
+            row = CheckpointRow(digest=stored.checkpoint, step=body.step, kind="merge", seq=seq)
+            if body.best is None or body.best_step is None:
+                return [row]
+            return [row, CheckpointRow(digest=body.best, step=body.best_step, kind="best", seq=seq)]
         case GateFitted(checkpoint=str(digest)):
             return [CheckpointRow(digest=digest, step=0, kind="mixture", seq=seq)]
         case Adopted() as body:

@@ -33,6 +33,7 @@ def remembered(performer: Performer) -> dict[str, Any]:
     found: dict[str, Any] = {
         "cards": {},
         "good": performer.good.state(),
+        "best": performer.best.state(),
         "direction": performer.diagnoser.state(),
     }
     if runner is not None and selector is not None:
@@ -62,6 +63,8 @@ def remind(performer: Performer, kept: Mapping[str, Any]) -> None:
         kept: What was taken.
     """
     performer.good.load(kept["good"])
+    if "best" in kept:  # a checkpoint of an earlier version has none
+        performer.best.load(kept["best"])
     performer.diagnoser.load(kept["direction"])
     if performer.runner is not None and performer.runner.per_sample is not None and "per_sample" in kept:
         performer.runner.per_sample.load(kept["per_sample"])

@@ -112,6 +112,8 @@ class World:
     control_value: float = 0.5
     trunk_choice: str = "tail"
     evidence: Group = field(default_factory=lambda: Group(n=200, mean=0.05, variance=0.01, effective_n=200.0))
+    guard: Group | None = None
+    merged: dict[str, Any] = field(default_factory=dict)
     clusters: Clustered | None = None
     scanned: dict[str, Any] = field(default_factory=dict)
     state: State = field(default_factory=initial)
@@ -245,7 +247,7 @@ class World:
                 )
             case Merge():
                 own = body.control is None
-                answer = Merged(
+                merged = Merged(
                     card=body.card,
                     method=body.method,
                     members=("a", "b"),
@@ -259,9 +261,15 @@ class World:
                     step=step,
                     passes=800,
                 )
+                answer = merged.model_copy(update=self.merged)
             case Evaluate():
                 answer = Evaluated(
-                    card=body.card, candidate=body.candidate, overall=self.evidence, passes=400
+                    card=body.card,
+                    candidate=body.candidate,
+                    overall=self.evidence,
+                    metric=body.metric,
+                    guard=self.guard,
+                    passes=400,
                 )
             case Adopt():
                 answer = Adopted(

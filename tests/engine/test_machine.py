@@ -170,7 +170,7 @@ def test_a_finishing_merge_without_a_better_average_spends_no_look_and_says_so(m
     world.end()
     verdict = world.facts("verdict_given")[0]
     assert (verdict.verdict, verdict.look) == ("inconclusive", None)
-    assert "no average is above the raw weights" in verdict.why
+    assert "no average and no earlier state is above the raw weights" in verdict.why
 
 
 def test_a_run_that_ends_first_leaves_a_fork_inconclusive(make_world, plateau_rows):

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from automode.planner.events import Group
+from automode.engine.story import story
+from automode.planner.events import Envelope, Group, Weights
 from automode.planner.policy import Policy
 
 
@@ -34,6 +35,54 @@ def test_the_finishing_merge_is_held_to_the_threshold_of_averages_and_spends_no_
     assert given.threshold == pytest.approx(least, abs=0.02)
     assert given.look is None
     assert world.state.spending.looks == 0
+
+
+@pytest.mark.parametrize(
+    ("guard", "verdict"), [(0.0, "accepted"), (-0.0115, "accepted"), (-0.012, "inconclusive")]
+)
+def test_what_the_log_score_favours_must_not_cost_accuracy(
+    guard: float, verdict: str, make_world: Any, plateau_rows: Any
+) -> None:
+    world = make_world(
+        policy=Policy.model_validate({"reasons": ["merge_cadence"]}),
+        guard=Group(n=200, mean=guard, variance=0.01, effective_n=200.0),  # a standard error of 0.0071
+        merged={"metric": "log_score", "noise_at_most": 0.03},
+    )
+    world.start()
+    world.rows(plateau_rows)
+    world.end()
+    (asked,) = [e.body for e in world.log if isinstance(e, Envelope) and e.body.kind == "evaluate"]
+    (given,) = world.facts("verdict_given")
+    assert asked.metric == given.metric == "log_score"
+    assert given.verdict == verdict
+    assert given.guard == pytest.approx(guard / 0.0070711, abs=1e-3)
+    assert given.why.endswith("compared by the log score, since at most 3.0% of the labels are wrong")
+    (card,) = world.state.cards
+    told = story(card, [e for e in world.log if isinstance(e, Envelope)])
+    assert "log score 0.6000 (tail)" in told
+    assert given.why in told
+
+
+def test_where_labels_may_be_wrong_accuracy_and_p_are_compared_and_the_card_says_why(
+    make_world: Any, plateau_rows: Any
+) -> None:
+    world = make_world(
+        policy=Policy.model_validate({"reasons": ["merge_cadence"]}),
+        merged={
+            "noise_at_most": 0.31,
+            "weights": Weights(checkpoint="sha256:" + 64 * "b", choice="ema10"),
+            "best_step": 700,
+        },
+    )
+    world.start()
+    world.rows(plateau_rows)
+    world.end()
+    (given,) = world.facts("verdict_given")
+    assert (given.metric, given.guard, given.candidate) == ("utility", None, "best:ema10")
+    assert given.why.endswith("since no more is shown than that at most 31.0% of the labels are wrong")
+    (card,) = world.state.cards
+    told = story(card, [e for e in world.log if isinstance(e, Envelope)])
+    assert "utility 0.6000 (ema10 of the best validated state, of step 700)" in told
 
 
 def test_a_run_that_may_act_gets_its_least_number_of_scans_whatever_they_cost_in_time(

@@ -165,6 +165,8 @@ def test_a_merge_of_the_trunks_averages_costs_evaluations_only() -> None:
     worst = price_merge(MergeSwa(), run_of(averages=True, refresh=160))
     assert worst.passes == 4 * 100 + 3 * 160 + 2 * (50 + 160)
     assert worst.resource_steps == worst.control_steps == 0
+    kept = price_merge(MergeSwa(), run_of(averages=True, keeps_best=True, refresh=160))
+    assert kept.passes - worst.passes == 4 * 100 + 3 * 160  # the best state and its averages, on val-A
 
 
 def test_sharpness_aware_arms_cost_the_same_for_each_resource_step() -> None:

@@ -13,7 +13,7 @@ from automode.planner.rules.execution import if_executable
 
 @dataclass(frozen=True, slots=True)
 class MergeCadence:
-    """Propose the averages that the trunk carries, once, at ``policy.averages.finish_at`` of the run."""
+    """Propose the averages that the trunk carries and its best validated state, once, at ``policy.averages.finish_at`` of the run."""
 
     id: Reason = "merge_cadence"
 
@@ -32,13 +32,14 @@ class MergeCadence:
                 code="too_early",
                 why=f"step {view.step} of {total}: the finish comes from step {first} ({share:.0%})",
             )
+        earlier = ", and its best validated state," if view.run.keeps_best else ""
         return if_executable(
             Proposal(
                 reason=self.id,
                 action="merge",
                 because=(
                     f"Step {view.step} of {total} ({view.step / total:.0%}; the finish is due at {share:.0%}): the trunk's exponential "
-                    "and tail averages stand ready to replace its raw weights."
+                    f"and tail averages{earlier} stand ready to replace its raw weights."
                 ),
                 merge_recipe=MergeSwa(),
                 diagnostics={"step": view.step, "total": total, "finish_at": share},

@@ -1,0 +1,164 @@
+"""The end of a run: which of the states that it went through it is to end with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from torch import Tensor, nn
+
+from automode.errors import SessionError
+from automode.planner.cards import PlanCard
+from automode.planner.events import Merge, Merged, Weights
+from automode.planner.metrics import Metric, finishing_metric
+from automode.trainer.evaluation import PerSampleScores
+from automode.trainer.evidence import EVERYTHING, Evidence, Part
+from automode.trainer.states import States
+
+Candidates = dict[str, tuple[Weights, Mapping[str, Tensor]]]
+
+
+class Finisher:
+    """Chooses among the trunk's last weights, its averages, and the best state that it was in.
+
+    Args:
+        evidence: Held-out scores.
+        states: Loads candidates.
+        clean_below: ``policy.averages.clean_below``: share of wrong labels up to which classes are compared by the log score.
+    """
+
+    def __init__(self, evidence: Evidence, states: States, clean_below: float) -> None:
+        self._evidence = evidence
+        self._states = states
+        self._clean_below = clean_below
+
+    def merge_trunk(
+        self,
+        card: PlanCard,
+        digest: str,
+        candidates: Mapping[str, Mapping[str, Tensor]],
+        step: int,
+        best: str | None = None,
+        best_step: int | None = None,
+    ) -> Merged:
+        """Choose among the trunk's raw weights, its averages and its best validated state on val-A; the raw weights are the control.
+
+        Args:
+            card: The finishing merge.
+            digest: The trunk's own last state, durable.
+            candidates: Its raw weights and averages.
+            step: The trunk's.
+            best: The best validated state, durable; None where there is none but the last.
+            best_step: Its step.
+        """
+        states, why = self._gathered(digest, candidates, () if best is None else (best,))
+        scores, passes = self._scored(states, "A")
+        at_most = scores["raw"].noise_at_most
+        metric = finishing_metric(at_most, self._clean_below)
+        return self._merged(
+            card,
+            "swa",
+            states,
+            {name: _mean(found, metric) for name, found in scores.items()},
+            why=why,
+            step=step,
+            passes=passes,
+        ).model_copy(
+            update={
+                "metric": metric,
+                "noise_at_most": at_most,
+                "best": best,
+                "best_step": None if best is None else best_step,
+            }
+        )
+
+    def keep_best(
+        self,
+        card: PlanCard,
+        command: Merge,
+        digest: str,
+        candidates: Mapping[str, Mapping[str, Tensor]],
+        step: int,
+    ) -> Merged:
+        """Choose among the trunk's last states and its best validated one, on all held-out data; the last raw weights are the control.
+
+        Args:
+            card: The card that ended the run.
+            command: Names the best validated state, if one is stored.
+            digest: The trunk's own last state, durable.
+            candidates: Its raw weights and averages.
+            step: The trunk's.
+        """
+        earlier = [member.checkpoint for member in command.members]
+        states, why = self._gathered(digest, candidates, earlier)
+        scores, passes = self._scored(states, EVERYTHING)
+        return self._merged(
+            card,
+            command.method,
+            states,
+            {name: _mean(found, "utility") for name, found in scores.items()},
+            why=why if earlier else "no validated state of before is stored",
+            step=step,
+            passes=passes,
+        )
+
+    def _gathered(
+        self, digest: str, candidates: Mapping[str, Mapping[str, Tensor]], earlier: Iterable[str]
+    ) -> tuple[Candidates, str]:
+        """The last states, the raw one first, and those of earlier checkpoints; and what could not be read."""
+        states: Candidates = {
+            name: (Weights(checkpoint=digest, choice=name), state) for name, state in candidates.items()
+        }
+        why = ""
+        for checkpoint in earlier:
+            try:
+                found = self._states.candidates(checkpoint)
+            except SessionError as error:
+                why = f"the best validated state could not be read, and the last ones alone were compared: {error}"
+                continue
+            states |= {
+                f"best:{name}": (Weights(checkpoint=checkpoint, choice=name), state)
+                for name, state in found.items()
+            }
+        return states, why
+
+    def _scored(self, states: Candidates, part: Part | None) -> tuple[dict[str, PerSampleScores], float]:
+        model: nn.Module = self._states.shell()
+        scores: dict[str, PerSampleScores] = {}
+        passes = 0.0
+        for name, (reference, state) in states.items():
+            passes += self._states.put(model, state, averaged=reference.choice != "raw")
+            scores[name] = self._evidence.scores(model, part)
+            passes += scores[name].n
+        return scores, passes
+
+    @staticmethod
+    def _merged(
+        card: PlanCard,
+        method: str,
+        states: Candidates,
+        values: Mapping[str, float],
+        *,
+        why: str,
+        step: int,
+        passes: float,
+    ) -> Merged:
+        best = max(values, key=lambda name: values[name])  # of equals, the first: the last raw weights
+        control = states["raw"][0]
+        return Merged(
+            card=card.id,
+            method=method,
+            members=tuple(states),
+            weights=states[best][0],
+            value=values[best],
+            control=control,
+            control_value=values["raw"],
+            why=why,
+            step=step,
+            passes=passes,
+        )
+
+
+def _mean(scores: PerSampleScores, metric: Metric) -> float:
+    value = float(np.mean(scores.by(metric)))
+    return value if np.isfinite(value) else float("-inf")
