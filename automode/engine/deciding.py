@@ -244,10 +244,17 @@ def adopted(state: State, body: Adopted, out: Emission) -> None:
         + (
             "is exported beside the trunk"
             if body.into == "export"
-            else f"replaces the control at step {body.step}"
+            else f"replaces the control at step {body.step}{_warmed_up(execution)}"
         ),
         out,
     )
+
+
+def _warmed_up(execution: Execution) -> str:
+    variant = None if execution.chosen is None else execution.chosen.variant
+    if variant is None or variant.schedule != "anneal":
+        return ""
+    return "; the trunk goes on at its own rate, which warms the annealed weights up again"
 
 
 def rolled_back(state: State, body: RolledBack, out: Emission) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from automode.engine import deciding, lifecycle
+from automode.engine import annealing, deciding, lifecycle
 from automode.engine.emission import Emission
 from automode.engine.state import Execution, State
 from automode.engine.trials import control_weights, finished_trials, weights_of
@@ -63,7 +63,8 @@ def resolved(state: State, body: Resolved, out: Emission) -> None:
     price = worst_case(card, state.run)
     execution.variants = body.variants
     execution.control_at = state.step + price.control_steps
-    execution.per_trunk_step = max(1.0, price.resource_steps / price.control_steps)
+    pace = (price.resource_steps + price.control_trial_steps) / price.control_steps
+    execution.per_trunk_step = max(1.0, pace)
     execution.asha = ASHA(
         card.budget_steps,
         card.asha.max_steps,
@@ -83,6 +84,7 @@ def resolved(state: State, body: Resolved, out: Emission) -> None:
         )
     )
     out.command(Snapshot(card=card.id, purpose="control", at_step=execution.control_at), cause=started)
+    annealing.begin(state, execution, out, cause=started)
     _issue(state, execution, out, cause=started)
 
 
@@ -91,6 +93,11 @@ def reported(state: State, body: TrialReported, out: Emission) -> None:
     lifecycle.charge(state, "trial", body.passes, card=body.card, trial=body.trial)
     execution = state.executions.get(body.card)
     if execution is None or execution.asha is None:
+        return
+    if body.trial == execution.control_trial:
+        told = annealing.reported(state, execution, body, out)
+        if told is not None:
+            _go_on(state, execution, out, cause=told)
         return
     outcome = execution.asha.report(body.trial, body.resource, body.value, body.rung_attempt)
     execution.reports[(body.trial, body.resource)] = body
@@ -115,6 +122,9 @@ def trial_failed(state: State, body: TrialFailed, out: Emission) -> None:
     lifecycle.charge(state, "trial", body.passes, card=body.card, trial=body.trial)
     execution = state.executions.get(body.card)
     if execution is None or execution.asha is None:
+        return
+    if body.trial == execution.control_trial:
+        annealing.failed(state, execution, body, out)
         return
     outcome = execution.asha.failed(
         body.trial,
@@ -149,6 +159,7 @@ def _issue(state: State, execution: Execution, out: Emission, *, cause: int) -> 
     assert card.asha is not None
     assert card.training_recipe is not None
     room = min(state.run.slots, state.policy.pacing.max_parallel or state.run.slots)
+    room -= annealing.awaited(execution)
     while execution.asha.in_flight < room:
         issue = execution.asha.decide()
         if issue is None:
@@ -205,7 +216,7 @@ def combine(state: State, execution: Execution, out: Emission, *, cause: int | N
     if asha is None or not asha.finished or execution.combining:
         return
     finished = finished_trials(execution, state)
-    if execution.control is None and finished:
+    if finished and (execution.control is None or annealing.awaited(execution)):
         return
     execution.combining = True
     if not finished:

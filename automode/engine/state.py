@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 from automode.engine.guards import Guards
@@ -60,6 +61,11 @@ class Execution:
     asha: ASHA | None = None
     control_at: int = 0
     per_trunk_step: float = 1.0
+    control_trial: int | None = None
+    """Number of the trial that anneals as the card's specialists do, and nothing else; None: they do not anneal."""
+    control_attempt: int = 0
+    annealed: TrialReported | None = None
+    """What that trial came to."""
     reports: dict[tuple[int, int], TrialReported] = field(default_factory=dict)
     """Reports by (trial, resource)."""
     dropped: set[str] = field(default_factory=set)
@@ -76,6 +82,10 @@ class Execution:
     @property
     def control_value(self) -> float | None:
         """Utility of the control on val-A, once it is known."""
+        if self.annealed is not None and self.control is not None and self.control.value is not None:
+            # Better than an anneal alone, and better than the trunk which adoption would replace.
+            annealed = self.annealed.value
+            return max(annealed, self.control.value) if isfinite(annealed) else annealed
         if self.control is not None:
             return self.control.value
         return None if self.merged is None else self.merged.control_value

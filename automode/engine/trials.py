@@ -25,6 +25,8 @@ def weights_of(report: TrialReported) -> Weights:
 
 def control_weights(execution: Execution) -> Weights:
     """What the candidates are judged against."""
+    if execution.annealed is not None:
+        return weights_of(execution.annealed)
     if execution.control is not None:
         return Weights(checkpoint=execution.control.checkpoint, choice=execution.control.choice or "raw")
     assert execution.merged is not None

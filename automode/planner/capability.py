@@ -75,12 +75,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("variant.batch_mul", "*", False, "trials draw batches of the trunk's size: leave it at 1"),
     Ability("variant.schedule", "keep"),
     Ability("variant.schedule", "constant"),
-    Ability(
-        "variant.schedule",
-        "anneal",
-        False,
-        "an annealed trial beats any control that is not annealed alike, and no such control runs yet: use constant",
-    ),
+    Ability("variant.schedule", "anneal"),
     Ability("variant.labels", "keep"),
     Ability("variant.labels", "relabel"),
     Ability("variant.adapter", "*"),
@@ -141,6 +136,7 @@ def refusals(planned: Planned, run: Run, *, min_held_out: int = 2) -> list[str]:
     found = [*_evidence(planned, run, min_held_out), *_selection("selection", planned.selection, run)]
     if planned.training_recipe is not None:
         found += _training(planned.training_recipe, planned.selection, run)
+        found += _annealing(planned)
     if planned.gate_recipe is not None:
         found += _unable("gate_recipe", planned.gate_recipe.kind)
         if run.task not in ROUTED:
@@ -251,6 +247,23 @@ def _training(recipe: TrainingRecipe, selection: Selection, run: Run) -> Iterato
         yield from _variant(variant, selection, run)
     if recipe.search is not None:
         yield from _search(recipe.search, selection, run)
+
+
+def _annealing(planned: Planned) -> Iterator[str]:
+    recipe = planned.training_recipe
+    if recipe is None or not recipe.anneals:
+        return
+    if len(recipe.schedules) > 1:
+        others = ", ".join(sorted(recipe.schedules - {"anneal"}))
+        yield (
+            f"training_recipe: some variants anneal and some do not (schedule {others}), and one control cannot be fair to both: "
+            "let all of them anneal, or none"
+        )
+    if planned.gate_recipe is not None or planned.merge_recipe is not None:
+        yield (
+            "training_recipe: the control that anneals alike has the compute of one specialist, and a router or a merge that of several: "
+            "leave `gate_recipe` and `merge_recipe` out"
+        )
 
 
 def _resources(asked: Resources, run: Run) -> Iterator[str]:

@@ -61,6 +61,7 @@ class WorstCase:
         gate: Experts' outputs on val-A and the router's own training.
         merge: Making and judging the merged states.
         resource_steps: Training steps of all segments, the repeat included; the scheduler's own budget.
+        control_trial_steps: Training steps of a control that anneals as the specialists do.
         control_steps: Trunk steps until the control has had the compute of the candidate that it is compared with.
         copies: Copies of the weights that are in memory beside those of one trial.
     """
@@ -72,6 +73,7 @@ class WorstCase:
     gate: float = 0.0
     merge: float = 0.0
     resource_steps: int = 0
+    control_trial_steps: int = 0
     control_steps: int = 0
     copies: int = 0
 
@@ -145,16 +147,18 @@ def price_fork(
     )
     together = experts * top if several else top
     taught = student_passes(merge, experts + 1, run)
+    annealed = top if recipe.anneals else 0  # the control that anneals alike, and once more if it fails
     return WorstCase(
-        train=train_steps * per_step,
-        retry=retry_steps * per_step,
-        evaluate=(sum(counts) + 1) * report
+        train=(train_steps + annealed) * per_step,
+        retry=(retry_steps + annealed) * per_step,
+        evaluate=(sum(counts) + 1 + (2 if annealed else 0)) * report
         + _judged(states, run)
         + (looks + 1) * float(run.val_b + run.refresh),
         resolve=_resolve(recipe, selection, run),
         gate=gate_passes,
         merge=_merge(merge, experts, run),
         resource_steps=train_steps + retry_steps,
+        control_trial_steps=annealed,
         control_steps=together + ceil((gate_passes + taught) / per_step),
         copies=experts + 1 if taught else 0,
     )

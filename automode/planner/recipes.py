@@ -23,7 +23,7 @@ from automode.planner.merge_recipes import (
 )
 from automode.planner.parts import Digest, Fraction, Name, Part, Positive
 from automode.planner.resources import Resources
-from automode.planner.variants import DRAWN, EarlyStopping, SearchSpace, Variant
+from automode.planner.variants import ANNEALED_CONTROL, DRAWN, EarlyStopping, SearchSpace, Variant
 
 __all__ = [
     "INLINE_IDS",
@@ -222,6 +222,8 @@ class TrainingRecipe(Part):
             raise ValueError(f"variant names {twice} stand twice")
         if self.candidates > MOST_TRIALS:
             raise ValueError(f"{self.candidates} trials are too many: {MOST_TRIALS} at the most")
+        if ANNEALED_CONTROL.name in names:
+            raise ValueError(f"`{ANNEALED_CONTROL.name}` is the name of a control: give the variant another")
         taken = sorted(n for n in names if self.search is not None and _reserved(n))
         if taken:
             raise ValueError(f"variant names {taken} are those of drawn variants: give others")
@@ -243,6 +245,20 @@ class TrainingRecipe(Part):
             drawn = self.search.parameters.get("labels")
             found |= {"keep"} if drawn is None else {str(value) for value in drawn.ends()}
         return frozenset(found)
+
+    @property
+    def schedules(self) -> frozenset[str]:
+        """How the variants' rates go: ``keep``, ``constant``, ``anneal``, or several of them."""
+        found: set[str] = {variant.schedule for variant in self.variants}
+        if self.search is not None:
+            drawn = self.search.parameters.get("schedule")
+            found |= {"keep"} if drawn is None else {str(value) for value in drawn.ends()}
+        return frozenset(found)
+
+    @property
+    def anneals(self) -> bool:
+        """Whether the card needs a control that anneals alike."""
+        return "anneal" in self.schedules
 
     @property
     def candidates(self) -> int:

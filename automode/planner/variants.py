@@ -80,6 +80,10 @@ class Variant(Part):
     )
 
 
+ANNEALED_CONTROL: Final = Variant(name="control annealed", schedule="anneal")
+"""How the control of a card that anneals is trained: as the trunk, but for its rate. No variant may have its name."""
+
+
 class DrawLogUniform(Part):
     """Any number between two ends, its logarithm evenly: as many draws between 0.1 and 1 as between 1 and 10."""
 

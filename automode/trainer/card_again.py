@@ -158,7 +158,7 @@ class CardAgain:
                 f"the card trained on {resolved.n} of {resolved.pool} samples, and this script's data give {found[0]} of {found[1]}: "
                 "a card is run again on its own data only"
             )
-        return selected, np.setdiff1d(allowed, selected), excluded
+        return selected, np.setdiff1d(allowed, selected), np.setdiff1d(excluded, selector.gone())
 
     def _segment(self, asked: StartTrial, report: Any) -> None:
         job = SegmentJob(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from automode.planner.recipes import TrainingRecipe
-from automode.planner.variants import Variant
+from automode.planner.variants import ANNEALED_CONTROL, EarlyStopping, Variant
 from automode.trainer.new_labels import NewLabels
 from automode.trainer.sample_source import Ids
 
@@ -26,7 +26,7 @@ class CardData:
         others: Ids to replay from.
         entropy: Seed material of the card; trials that train on the same samples see the same batches.
         step: The trunk's step at the fork.
-        left_out: Ids that no batch may hold, nor those of the trunk once the card is adopted.
+        left_out: Ids that no batch may hold, nor those of the trunk once the card is adopted; none that the trunk left out before.
         trunk_labels: New labels that the trunk trained with at the fork.
         new_labels: The card's own, for the variants that take them; a sample that was left out comes back with its label.
         chosen: Of these samples, the ids that belong to the selection.
@@ -44,6 +44,8 @@ class CardData:
 
     def pools(self, variant: Variant) -> tuple[Ids, Ids]:
         """Return (ids to specialise on, ids to replay from) of a variant, each ascending."""
+        if variant == ANNEALED_CONTROL:  # whatever the card selects and leaves out
+            return np.union1d(np.union1d(self.selected, self.others), self.left_out), _no_ids()
         if variant.labels == "keep" or not self.new_labels.size:
             return self.selected, self.others
         back = np.intersect1d(self.left_out, self.new_labels.ids)
@@ -51,6 +53,10 @@ class CardData:
             np.union1d(self.selected, np.intersect1d(back, self.chosen)),
             np.union1d(self.others, np.setdiff1d(back, self.chosen)),
         )
+
+    def patience(self, variant: Variant) -> EarlyStopping | None:
+        """Return when a variant stops early; a control never does."""
+        return None if variant == ANNEALED_CONTROL else self.recipe.early_stopping
 
     def labels(self, source: str) -> NewLabels:
         """Return the labels that replace the data's own, where variants train with ``keep`` or ``relabel``."""

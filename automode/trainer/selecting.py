@@ -121,7 +121,7 @@ class Selector:
         return Selected(
             selected=selected,
             others=np.setdiff1d(allowed, selected),
-            left_out=excluded,
+            left_out=np.setdiff1d(excluded, gone),
             variants=self._variants(card, recipe),
             artifact=self._kept(card.selection, selected),
             excluded=artifact,

@@ -138,7 +138,7 @@ class SpecialistSegment:
             self._rng = RandomState.capture()
         self._credit = 0.0
         self._passes = 0.0
-        self._patience = Patience(data.recipe.early_stopping, job.to_resource - job.from_resource)
+        self._patience = Patience(data.patience(job.variant), job.to_resource - job.from_resource)
         self._diverged = False
 
     def _adapt(self, spec: Adapter) -> Adapted:

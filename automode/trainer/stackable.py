@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from automode.backends.base import SegmentJob, StackableSegment
+from automode.planner.variants import ANNEALED_CONTROL
 from automode.trainer.random_state import RandomState, forked_rng
 from automode.trainer.specialists import TRAIN_PASSES, Checkpoints, SpecialistRunner, SpecialistSegment
 from automode.trainer.trunk import Precision, autocast
@@ -108,8 +109,10 @@ class StackableSpecialist(SpecialistSegment):
 
     @property
     def batch_key(self) -> Hashable:
-        """Trials of a card that train on the same labels walk one plan: card, labels and place name a batch."""
-        return (self._job.card, self._job.variant.labels, self._steps, self._runner.batch_size)
+        """Trials of a card that train on the same samples and labels walk one plan: card, these and the place name a batch."""
+        variant = self._job.variant
+        control = variant == ANNEALED_CONTROL
+        return (self._job.card, control, variant.labels, self._steps, self._runner.batch_size)
 
     @contextmanager
     def isolated(self) -> Iterator[None]:

@@ -121,6 +121,14 @@ def test_new_labels_can_be_trained_on_and_merged_where_every_variant_takes_them(
     assert refusals(fork(training_recipe=alike, merge_recipe=MergeInterpolate()), run_of()) == []
 
 
+def test_a_card_may_anneal_where_all_of_its_variants_do() -> None:
+    assert refusals(fork({"schedule": "anneal"}), run_of()) == []
+    drawn = search(
+        schedule={"kind": "choice", "choices": ["anneal"]}, lr_mul={"kind": "choice", "choices": [1.0, 2.0]}
+    )
+    assert refusals(drawn, run_of()) == []
+
+
 def test_adapters_can_be_trained_and_fused() -> None:
     adapted = {"adapter": {"rank": 4, "targets": ["encoder.*"]}}
     assert refusals(fork(adapted), run_of()) == []
@@ -168,6 +176,25 @@ def test_specialists_can_be_distilled_by_their_mean_or_by_their_router() -> None
             fork(merge_recipe=MergeDistill()),
             run_of(has_ids=False, why_no_ids="iterable"),
             ["merge_recipe: distill needs sample ids: iterable"],
+        ),
+        (
+            fork({"schedule": "anneal"}, merge_recipe=MergeInterpolate()),
+            run_of(),
+            ["the control that anneals alike has the compute of one specialist"],
+        ),
+        (
+            fork({"schedule": "anneal"}, gate_recipe=GateRecipe()),
+            run_of(),
+            ["leave `gate_recipe` and `merge_recipe` out"],
+        ),
+        (
+            fork(
+                training_recipe=TrainingRecipe(
+                    variants=(Variant(name="a", schedule="anneal"), Variant(name="b", schedule="constant"))
+                )
+            ),
+            run_of(),
+            ["some variants anneal and some do not (schedule constant)"],
         ),
         (
             fork(merge_recipe=MergeAdapterFuse()),
@@ -323,7 +350,7 @@ def test_a_search_space_is_checked_at_its_corners() -> None:
         (search(batch_mul={"kind": "int", "low": 1, "high": 2}), ["search.batch_mul", "2 cannot run"]),
         (
             search(schedule={"kind": "choice", "choices": ["keep", "anneal"]}),
-            ["search.schedule", "anneal cannot run"],
+            ["some variants anneal and some do not (schedule keep)"],
         ),
     ],
 )

@@ -153,6 +153,20 @@ def test_a_student_is_priced_with_every_answer_of_its_teachers_and_stated_with_t
     assert (plain.copies, worst.copies) == (0, 4)
 
 
+def test_a_card_that_anneals_pays_for_a_control_that_anneals_alike_and_for_its_one_repeat() -> None:
+    def priced(schedule: str) -> Any:
+        variants = [{"name": f"v{i}", "schedule": schedule} for i in range(3)]
+        recipe = TrainingRecipe.model_validate({"variants": variants})
+        return price_fork(recipe=recipe, levels=(20, 60), reduction_factor=3, run=run_of())
+
+    plain, annealed = priced("keep"), priced("anneal")
+    assert annealed.train - plain.train == annealed.retry - plain.retry == 60 * 30
+    assert annealed.evaluate - plain.evaluate == 2 * 100
+    assert (plain.control_trial_steps, annealed.control_trial_steps) == (0, 60)
+    # The scheduler's own budget, and when the trunk has had as much as a candidate, stay what they are.
+    assert (annealed.resource_steps, annealed.control_steps) == (plain.resource_steps, plain.control_steps)
+
+
 def test_a_stop_judges_last_and_best_states_on_everything_that_is_held_out() -> None:
     run = run_of(averages=True, refresh=160)
     everything = run.val_a + run.val_b

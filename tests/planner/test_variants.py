@@ -198,3 +198,8 @@ def test_an_adapter_has_nothing_that_could_not_be_merged_exactly() -> None:
     for wrong in ({"rank": 0}, {"alpha": 0.0}, {"targets": []}, {"targets": [""]}, {"ranks": 3}):
         with pytest.raises(ValidationError):
             Variant.model_validate({"name": "low", "adapter": wrong})
+
+
+def test_no_variant_has_the_name_of_a_control() -> None:
+    with pytest.raises(ValidationError, match="`control annealed` is the name of a control"):
+        TrainingRecipe.model_validate({"variants": [{"name": "control annealed"}]})
