@@ -169,7 +169,7 @@ def one(job: tuple[str, str, int, float, float, str]) -> dict[str, Any]:
     sound = replace(script(network, seed), rate=rate, decay=decay)
     as_is, cured = broken(fault, sound, seed) if fault != "sound" else (sound, sound)
     most = ignorant(sound)
-    found: dict[str, Any] = {"network": network, "fault": fault, "seed": seed}
+    found: dict[str, Any] = {"network": network, "fault": fault, "seed": seed, "policy": policy}
     began = time.process_time()
     for name, given, mode in (("as is", as_is, False), ("automode", as_is, True), ("cured", cured, False)):
         if name == "cured" and fault == "sound":
@@ -250,29 +250,45 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=7000)
     parser.add_argument("--policy", default="default", help="name of a preset, or a YAML file")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="every run, one JSON line each")
+    parser.add_argument(
+        "--json", type=Path, help="every run, one JSON line each; runs that stand there are not run again"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    rows = _ran(arguments.json, arguments.policy)
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         sound = dict(zip(arguments.networks, pool.map(chosen, arguments.networks), strict=True))
         for network, (rate, decay) in sound.items():
             print(f"{network}: rate {rate:g}, weight decay {decay:g}", flush=True)
-        jobs = [
-            (network, fault, arguments.first_seed + i, *sound[network], arguments.policy)
+        # Seed by seed: a run that is cut short has judged all its cells, on fewer seeds.
+        wanted = [
+            (network, fault, arguments.first_seed + i)
+            for i in range(arguments.seeds)
             for network in arguments.networks
             for fault in arguments.faults
-            for i in range(arguments.seeds)
         ]
-        rows = []
-        for row in pool.map(one, jobs):
-            rows.append(row)
-            sys.stderr.write(".")
-            sys.stderr.flush()
-            if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+        jobs = [(*cell, *sound[cell[0]], arguments.policy) for cell in wanted if cell not in rows]
+        try:
+            for row in pool.map(one, jobs):
+                rows[row["network"], row["fault"], row["seed"]] = row
+                sys.stderr.write(".")
+                sys.stderr.flush()
+                if arguments.json:
+                    with arguments.json.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            print(f"\ncut short: {sum(cell in rows for cell in wanted)} of {len(wanted)} runs")
     sys.stderr.write("\n")
-    report(rows)
+    report([rows[cell] for cell in wanted if cell in rows])
+
+
+def _ran(file: Path | None, policy: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Runs of before, by network, fault and seed."""
+    if file is None or not file.exists():
+        return {}
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {(r["network"], r["fault"], r["seed"]): r for r in rows if r.get("policy") == policy}
 
 
 if __name__ == "__main__":
