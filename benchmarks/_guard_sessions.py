@@ -41,7 +41,8 @@ class Decision:
 
     Attributes:
         kind: Of the card, and of the candidate on it.
-        gain: Difference of the test mean of what acceptance compares.
+        metric: What acceptance compared.
+        gain: Difference of its test mean.
         gain_se: Its standard error, paired by sample.
         error: Relative change of the test error (classes: share of wrong answers; regression: mean square), above 0: worse.
         loss: Relative change of the test loss.
@@ -54,6 +55,7 @@ class Decision:
     kind: str
     candidate: str
     look: int
+    metric: str
     verdict: str
     z: float
     n: int
@@ -232,7 +234,7 @@ class Judge:
         mixture = look["candidate"] == "mixture"
         candidate = self.scores(look["weights"], mixture=mixture)
         control = self.scores(look["control"], mixture=False)
-        difference = candidate.utility - control.utility
+        difference = candidate.by(look["metric"]) - control.by(look["metric"])
         errors = [self._error(scores) for scores in (candidate, control)]
         losses = [float(scores.loss.mean()) for scores in (candidate, control)]
         classes = candidate.correct is not None
@@ -243,6 +245,7 @@ class Judge:
             kind=kind,
             candidate=look["candidate"],
             look=look["look"],
+            metric=look["metric"],
             verdict=verdict["verdict"],
             z=verdict["z"],
             n=verdict["n"],

@@ -9,8 +9,8 @@ finishing merge; for every fourth seed another one under the default policy alon
 candidate and the control that it compared are read from the session's checkpoints afterwards, and scored on 60,000 test samples
 that no session saw.
 
-``worse`` counts accepted candidates whose test mean is below the control's, test noise included: of what acceptance compares
-(utility), of the error (share of wrong answers; mean square of a regression), and of the loss; ``surely`` those whose utility is
+``worse`` counts accepted candidates whose test mean is below the control's, test noise included: of the metric that
+acceptance compared (utility, or a log score where labels are shown to be clean), of the error (share of wrong answers; mean square of a regression), and of the loss; ``surely`` those whose metric is
 below it by 1.64 standard errors of the test set. ``by 1 %`` and ``.2`` are relative error and points of accuracy; ``worst`` is the
 largest relative rise of the error, ``gain`` the mean relative fall of the error of what was accepted. Shares have exact 95 % intervals
 (Clopper and Pearson 1934) as if decisions were independent; those of one session are not quite.
@@ -44,7 +44,7 @@ Job = tuple[str, int, bool]
 Test = Callable[[Decision], bool]
 
 WORSE: dict[str, Test] = {
-    "utility": lambda d: d.gain < 0.0,
+    "metric": lambda d: d.gain < 0.0,
     "error": lambda d: d.error > 0.0,
     "loss": lambda d: d.loss > 0.0,
     "surely": lambda d: d.gain < -SURE * d.gain_se,
@@ -131,10 +131,10 @@ def report(outcomes: Sequence[Outcome]) -> bool:
     print(
         f"kept the control although the candidate was surely better, by over 1 %: {share(missed, len(decisions))}"
     )
-    harm = max(sum(WORSE[name](d) for d in taken) for name in ("utility", "error")) / max(1, len(decisions))
+    harm = max(sum(WORSE[name](d) for d in taken) for name in ("metric", "error")) / max(1, len(decisions))
     goals = {
         f"decisions >= {LEAST_DECISIONS}": (len(decisions) >= LEAST_DECISIONS, f"{len(decisions)}"),
-        f"accepted and worse (utility or error) <= {WORSE_GOAL:.0%}": (harm <= WORSE_GOAL, f"{harm:.1%}"),
+        f"accepted and worse (metric or error) <= {WORSE_GOAL:.0%}": (harm <= WORSE_GOAL, f"{harm:.1%}"),
         f"worst <= {WORST_GOAL:.0%} relative error": (
             worst(decisions) <= 100 * WORST_GOAL,
             f"{worst(decisions):.2f} %",

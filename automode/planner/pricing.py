@@ -42,6 +42,10 @@ TRAIN_PASSES: Final = 3.0
 TRUNK_AVERAGES: Final = 3
 """EMA at two horizons and the tail average, each judged beside the raw weights."""
 
+CHOOSING: Final = 512
+"""Samples of val-A on which the best of raw weights and averages is chosen, where val-A holds many more. They are states of one
+trajectory, whose differences on a sample are small, so that few samples tell them apart."""
+
 CROSS_FIT: Final = 2
 """Halves of val-A on which a router is fitted and judged crosswise; another one on all of it is kept."""
 
@@ -138,7 +142,7 @@ def price_fork(
     own = 1 if any(v.ema is not None for v in recipe.variants) or recipe.search is not None else 0
     experts = counts[-1]
     per_step = step_passes(run)
-    report = _judged(states + own, run)
+    report = _chosen(states + own, run)
     looks = 1 if gate is None else experts + 1  # a mixture answers with every expert
     gate_passes = _gate(gate, experts, run)
     top = levels[-1]
@@ -152,7 +156,7 @@ def price_fork(
         train=(train_steps + annealed) * per_step,
         retry=(retry_steps + annealed) * per_step,
         evaluate=(sum(counts) + 1 + (2 if annealed else 0)) * report
-        + _judged(states, run)
+        + _chosen(states, run)
         + (looks + 1) * float(run.val_b + run.refresh),
         resolve=_resolve(recipe, selection, run),
         gate=gate_passes,
@@ -229,6 +233,21 @@ def _resolve(recipe: TrainingRecipe, selection: Selection | None, run: Run) -> f
             return reading + 1.0  # one sample shows how many classes there are
         case _:
             assert_never(recipe.relabel)
+
+
+def choosing_samples(states: int, val_a: int) -> int:
+    """Return on how many samples of val-A one of so many states is chosen.
+
+    All of them, or :data:`CHOOSING` where it takes less to choose on these and then to read the chosen one on all.
+    """
+    return CHOOSING if states * CHOOSING + val_a < states * val_a else val_a
+
+
+def _chosen(states: int, run: Run) -> float:
+    """The best of raw weights and averages, chosen on some of val-A and read on all of it."""
+    few = choosing_samples(states, run.val_a)
+    again = 0 if few == run.val_a else run.val_a + run.refresh
+    return float(states * few + (states - 1) * run.refresh + again)
 
 
 def _judged(states: int, run: Run) -> float:

@@ -29,8 +29,8 @@ from automode.planner.recipes import (
 )
 from automode.trainer.adapting import best_fused
 from automode.trainer.distilling import Distiller
-from automode.trainer.evaluation import PerSampleScores
-from automode.trainer.evidence import EVERYTHING, Evidence, Part, metrics_of
+from automode.trainer.evaluation import Part, PerSampleScores
+from automode.trainer.evidence import EVERYTHING, Evidence, metrics_of
 from automode.trainer.random_state import seeded_rng
 from automode.trainer.specialists import Checkpoints
 from automode.trainer.states import REFRESH_SEED, States

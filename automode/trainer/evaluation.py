@@ -24,7 +24,9 @@ from automode.trainer.random_state import forked_rng
 from automode.trainer.tasks import Task
 from automode.trainer.trunk import StepFn
 
-Part = Literal["A", "B"]
+Part = Literal["A", "B", "few"]
+"""val-A, val-B, or some samples of val-A, to choose among states of one trajectory on."""
+
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 See = Callable[[Any, Any], None]
@@ -96,6 +98,7 @@ class Evaluator:
         batches: A fresh pass over a part's batches on the device, each with its sample ids.
         per_sample: The loss's per-sample twin.
         autocast: Makes the context that forward passes run in.
+        n_a: Samples of val-A; 0 where choices are made on all of it.
         delta: Where the Huber loss turns linear: one standard deviation of the targets first seen, then fixed.
     """
 
@@ -103,6 +106,7 @@ class Evaluator:
     batches: Callable[[Part | None], Iterable[tuple[Any, Ids]]]
     per_sample: PerSampleLoss
     autocast: Callable[[], Any]
+    n_a: int = 0
     delta: float | None = None
     task: Task | None = field(default=None)
 

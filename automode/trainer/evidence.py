@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from automode.planner.events import Group, Validated
 from automode.planner.metrics import Metric
 from automode.planner.paired import PairedSummary
-from automode.trainer.evaluation import Evaluator, PerSampleScores
+from automode.planner.pricing import choosing_samples
+from automode.trainer.evaluation import Evaluator, Part, PerSampleScores
 from automode.trainer.states import States
 
-Part = Literal["A", "B"]
 EVERYTHING = None
 """Both halves."""
 
@@ -50,18 +50,25 @@ class Evidence:
     def choose(
         self, model: nn.Module, candidates: Mapping[str, Mapping[str, Tensor]]
     ) -> tuple[str, float, float]:
-        """Return (name, mean utility, sample passes) of the best candidate on val-A; the earlier one wins a tie.
+        """Return (name, mean utility on val-A, sample passes) of the best candidate; the earlier one wins a tie.
 
-        ``model`` is loaded with each candidate in turn, and left with the last.
+        Where val-A is large, the choice is made on some of it (:func:`automode.planner.pricing.choosing_samples`). ``model`` is loaded
+        with each candidate in turn, and left with one of them.
         """
+        n_a = self._evaluator.n_a
+        part: Part = "A" if choosing_samples(len(candidates), n_a) == n_a else "few"
         best, value, passes = "raw", -np.inf, 0.0
         for name, state in candidates.items():
             passes += self._states.put(model, state, averaged=name != "raw")
-            scores = self.scores(model, "A")
+            scores = self.scores(model, part)
             passes += scores.n
             mean = float(np.mean(scores.utility)) if scores.n else np.nan
             if mean > value:
                 best, value = name, mean
+        if part != "A":
+            passes += self._states.put(model, candidates[best], averaged=best != "raw")
+            value, spent = self.value(model)
+            passes += spent
         return best, float(value), passes
 
     def value(self, model: nn.Module, part: Part | None = "A") -> tuple[float, float]:

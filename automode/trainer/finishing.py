@@ -11,8 +11,8 @@ from automode.errors import SessionError
 from automode.planner.cards import PlanCard
 from automode.planner.events import Merge, Merged, Weights
 from automode.planner.metrics import Metric, finishing_metric
-from automode.trainer.evaluation import PerSampleScores
-from automode.trainer.evidence import EVERYTHING, Evidence, Part
+from automode.trainer.evaluation import Part, PerSampleScores
+from automode.trainer.evidence import EVERYTHING, Evidence
 from automode.trainer.states import States
 
 Candidates = dict[str, tuple[Weights, Mapping[str, Tensor]]]

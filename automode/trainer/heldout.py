@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 
 from automode.errors import DataError
 from automode.merges.batches import move
+from automode.planner.pricing import CHOOSING
 from automode.trainer.evaluation import Ids, Part
 from automode.trainer.ids import root_of
 from automode.trainer.random_state import forked_rng, seeded_rng
@@ -91,6 +92,7 @@ class HeldOut:
         self._loader = loader
         self._positions: Ids = np.empty(0, dtype=np.int64)
         self._in_a: npt.NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
+        self._few: npt.NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
         self.reason = _refusal(loader)
         if self.reason is None:
             self._split(seed)
@@ -118,16 +120,29 @@ class HeldOut:
         return np.isin(ids, self.ids[self._in_a])
 
     def batches(self, part: Part | None) -> Iterator[tuple[Any, Ids]]:
-        """A fresh pass over a half (the whole set for None): collated batches on the device, each with its ids."""
+        """A fresh pass over a part (the whole set for None): collated batches on the device, each with its ids."""
         if self.reason is not None:
             yield from self._as_they_come()
             return
-        chosen = np.ones_like(self._in_a) if part is None else self._in_a == (part == "A")
+        chosen = self._samples(part)
         positions, ids = self._positions[chosen], self.ids[chosen]
         size = self._loader.batch_size or 256
         for start in range(0, positions.size, size):
             batch = self._fetch(positions[start : start + size])
             yield move(batch, self._device), ids[start : start + size]
+
+    def _samples(self, part: Part | None) -> npt.NDArray[np.bool_]:
+        match part:
+            case None:
+                return np.ones_like(self._in_a)
+            case "A":
+                return self._in_a
+            case "B":
+                return ~self._in_a
+            case "few":
+                return self._few
+            case _:
+                assert_never(part)
 
     def _fetch(self, positions: Ids) -> Any:
         dataset, collate = self._loader.dataset, self._loader.collate_fn
@@ -164,6 +179,8 @@ class HeldOut:
         self._positions, self.ids = positions[order], ids[order]
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0xA]))
         self._in_a = halves(_strata(dataset, self._positions), rng)
+        self._few = np.zeros_like(self._in_a)
+        self._few[rng.permutation(np.flatnonzero(self._in_a))[:CHOOSING]] = True
 
 
 def _refusal(loader: Any) -> str | None:

@@ -227,6 +227,7 @@ def _evaluator(trunk: Trunk, held_out: HeldOut) -> Evaluator:
     return Evaluator(
         step_fn=trunk.step_fn,
         batches=held_out.batches,
+        n_a=held_out.n_a,
         per_sample=per_sample_twin(trunk.loss_fn),
         autocast=trunk.autocast,
     )

@@ -162,6 +162,7 @@ class SpecialistFactory:
         evaluator = Evaluator(
             step_fn=trunk.step_fn,
             batches=self.held_out.batches,
+            n_a=self.held_out.n_a,
             per_sample=per_sample_twin(self.loss_fn),
             autocast=trunk.autocast,
             delta=self.delta,

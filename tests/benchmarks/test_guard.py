@@ -41,6 +41,7 @@ def decision(bench: Any, **more: Any) -> Any:
         "kind": "ema",
         "candidate": "t0:ema",
         "look": 1,
+        "metric": "utility",
         "verdict": "accepted",
         "z": 2.0,
         "n": 400,
@@ -63,8 +64,8 @@ def test_a_share_has_an_exact_interval(bench: Any) -> None:
     ("changes", "worse"),
     [
         ({}, set()),
-        ({"gain": -0.0005}, {"utility"}),
-        ({"gain": -0.002}, {"utility", "surely"}),
+        ({"gain": -0.0005}, {"metric"}),
+        ({"gain": -0.002}, {"metric", "surely"}),
         ({"error": 0.005, "points": -0.1}, {"error"}),
         ({"error": 0.02, "points": -0.3}, {"error", "by 1 %", "by .2"}),
         ({"error": 0.02, "loss": 0.02, "points": float("nan")}, {"error", "loss", "by 1 %"}),
@@ -86,7 +87,7 @@ def test_too_much_harm_is_no_success(bench: Any, capsys: pytest.CaptureFixture[s
         [bench.sessions.Outcome(decisions=[*fine, replace(harmed, error=0.03)], cards=[], refused=[])]
     )
     told = capsys.readouterr().out
-    assert "MISSED accepted and worse (utility or error) <= 5%: 5.7%" in told
+    assert "MISSED accepted and worse (metric or error) <= 5%: 5.7%" in told
     assert "MISSED worst <= 2% relative error: 3.00 %" in told
 
 
@@ -120,7 +121,7 @@ def test_what_is_scored_is_what_the_session_judged(bench: Any, monkeypatch: pyte
                 judge.scores(look["weights"], mixture=mixture),
                 judge.scores(look["control"], mixture=False),
             )
-            difference = float((scores[0].utility - scores[1].utility).mean())
+            difference = float((scores[0].by(look["metric"]) - scores[1].by(look["metric"])).mean())
             seen.append((look["candidate"], difference, answers[look["card"]]["overall"]["mean"]))
         return read(session, judge, given)
 

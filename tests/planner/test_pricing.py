@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from automode.planner.cards import PlanCard
 from automode.planner.inputs import Run
 from automode.planner.pricing import (
+    CHOOSING,
+    choosing_samples,
     climbers,
     price_fork,
     price_merge,
@@ -263,3 +265,19 @@ def test_no_order_of_values_and_failures_trains_more_than_was_priced(
         reports += 1
     assert trained <= priced.resource_steps
     assert reports <= sum(climbers(len(values), len(levels), eta)) + 1
+
+
+def test_of_a_large_val_a_some_samples_choose_and_all_of_them_judge_what_was_chosen() -> None:
+    large = run_of(averages=True, val_a=3000, refresh=160)
+    worst = price_fork(recipe=recipe_of(1), levels=(10,), reduction_factor=3, run=large)
+    report = 4 * CHOOSING + 3000 + 4 * 160  # the chosen average gets its norm statistics once more
+    assert worst.evaluate == (2 + 1) * report + 2 * (50 + 160)
+    assert choosing_samples(1, 3000) == 3000
+    assert choosing_samples(4, CHOOSING + 100) == CHOOSING + 100  # choosing on fewer would take more in all
+
+
+@given(st.integers(1, 8), st.integers(0, 20_000))
+def test_choosing_on_some_samples_never_takes_more(states: int, val_a: int) -> None:
+    few = choosing_samples(states, val_a)
+    assert 0 <= few <= val_a
+    assert states * few + (0 if few == val_a else val_a) <= states * val_a

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -9,9 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+from automode.planner.pricing import CHOOSING
+from automode.trainer.evaluation import Evaluator
+from automode.trainer.evidence import Evidence
 from automode.trainer.heldout import HeldOut, find_overlap
+from automode.trainer.per_sample import per_sample_twin
+from automode.trainer.steps import pair_step
 
 pytestmark = pytest.mark.torch
 
@@ -217,3 +225,50 @@ def test_what_cannot_be_compared_is_unknown() -> None:
     single = Quiet(TensorDataset(torch.arange(5.0), torch.arange(5)))
     assert find_overlap(single, Quiet(TensorDataset(torch.arange(5.0), torch.arange(5)))).how == "unknown"
     assert find_overlap(Quiet(classes()), Unsized()).how == "unknown"
+
+
+def test_of_a_large_val_a_some_fixed_samples_choose() -> None:
+    data = classes(3000)
+    found = held(data)
+    few = np.concatenate([ids for _, ids in found.batches("few")])
+    assert few.size == CHOOSING < found.n_a
+    assert found.is_a(few).all()
+    share = np.bincount(data.tensors[1].numpy()[few], minlength=3) / few.size
+    # The shares of classes are drawn: 4 standard errors of the largest, false failure below 1 in 10,000, and the draw is fixed.
+    assert np.abs(share - [2 / 3, 1 / 4, 1 / 12]).max() < 4 * np.sqrt(2 / 9 / CHOOSING)
+    again = np.concatenate([ids for _, ids in pickle.loads(pickle.dumps(found)).batches("few")])
+    assert np.array_equal(few, again)
+    small = held(classes())
+    assert np.array_equal(*(np.concatenate([ids for _, ids in small.batches(part)]) for part in ("few", "A")))
+
+
+class Given:
+    """States that are constant answers."""
+
+    def put(self, model: nn.Module, state: Any, *, averaged: bool) -> int:
+        model.load_state_dict(state)
+        return 0
+
+
+def test_what_was_chosen_on_some_samples_is_valued_on_all_of_val_a() -> None:
+    data = classes(3000)
+    found = held(data)
+    loss = nn.CrossEntropyLoss()
+    judge = Evaluator(
+        step_fn=pair_step(loss, CPU),
+        batches=found.batches,
+        per_sample=per_sample_twin(loss),
+        autocast=contextlib.nullcontext,
+        n_a=found.n_a,
+    )
+    model = nn.Linear(5, 3)
+    states = {
+        name: {"weight": torch.zeros(3, 5), "bias": 5.0 * torch.eye(3)[label]}
+        for name, label in (("raw", 2), ("ema3", 0), ("tail", 1))
+    }
+    evidence = Evidence(judge, Given(), {})  # type: ignore[arg-type]  # what a state is does not matter here
+    best, value, passes = evidence.choose(model, states)
+    assert (best, passes) == ("ema3", 3 * CHOOSING + found.n_a)
+    model.load_state_dict(states["ema3"])
+    assert value == pytest.approx(evidence.value(model)[0], abs=1e-12)
+    assert evidence.choose(model, {"raw": states["raw"]})[2] == found.n_a
