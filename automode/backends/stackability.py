@@ -36,6 +36,8 @@ def why_variant_alone(job: SegmentJob) -> str | None:
     """Tell why a job's variant cannot be stacked, from the job alone; None where nothing speaks against it."""
     if job.variant.optimizer == "sam":
         return "a sharpness-aware step takes two gradients at different weights"
+    if job.variant.batches == "all":
+        return "the samples that it weighs stand anywhere in a batch"
     if job.variant.precision == "bf16":
         return "it trains in bf16"
     if job.variant.adapter is not None:

@@ -120,7 +120,8 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
         case Merged():
             return f"merged by {body.method}: {_metric(body)} {body.value:.4f} ({body.weights.choice}{_earlier(body)})"
         case Evaluated():
-            return f"held-out evidence for {body.candidate}, {_metric(body)}: {body.overall.mean:+.5f} on {body.overall.n} samples"
+            measured = f"{body.overall.mean:+.5f} on {body.overall.n} samples{_slices(body)}"
+            return f"held-out evidence for {body.candidate}, {_metric(body)}: {measured}"
         case VerdictGiven():
             return f"verdict {body.verdict}: {body.why}"
         case Adopted():
@@ -152,3 +153,9 @@ def _earlier(body: Merged) -> str:
         return ""
     at = "" if body.best_step is None else f", of step {body.best_step}"
     return f" of the best validated state{at}"
+
+
+def _slices(body: Evaluated) -> str:
+    """The difference on each slice, in words."""
+    told = [f"{name} {group.mean:+.5f} on {group.n}" for name, group in sorted(body.slices.items())]
+    return f"; by slice: {', '.join(told)}" if told else ""

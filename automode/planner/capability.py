@@ -71,6 +71,8 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("variant.precision", "fp32"),
     Ability("variant.precision", "bf16"),
     Ability("variant.loss_weight", "*"),
+    Ability("variant.batches", "selected"),
+    Ability("variant.batches", "all"),
     Ability("variant.batch_mul", "1"),
     Ability("variant.batch_mul", "*", False, "trials draw batches of the trunk's size: leave it at 1"),
     Ability("variant.schedule", "keep"),
@@ -283,7 +285,7 @@ def _resources(asked: Resources, run: Run) -> Iterator[str]:
 
 def _variant(variant: Variant, selection: Selection, run: Run) -> Iterator[str]:
     where = f"variant {variant.name!r}"
-    for name in ("optimizer", "precision", "schedule", "labels"):
+    for name in ("optimizer", "precision", "batches", "schedule", "labels"):
         yield from (f"{where}: {why}" for why in _unable(f"variant.{name}", getattr(variant, name)))
     yield from (f"{where}: {why}" for why in _unable("variant.batch_mul", f"{variant.batch_mul:g}"))
     if variant.precision == "bf16" and not run.bf16:

@@ -64,7 +64,11 @@ class Variant(Part):
         default="keep", description="arithmetic of the forward pass"
     )
     loss_weight: Positive = Field(
-        default=1.0, le=100.0, description="weight of selected samples against replayed ones"
+        default=1.0, le=100.0, description="weight of selected samples against the others"
+    )
+    batches: Literal["selected", "all"] = Field(
+        default="selected",
+        description="selected: of the selection, with replay; all: of all samples as they come, which loss_weight then weighs",
     )
     batch_mul: Positive = Field(default=1.0, le=64.0, description="factor on the batch size")
     schedule: Literal["keep", "constant", "anneal"] = Field(

@@ -82,13 +82,24 @@ class BatchPlan:
         replay: Share of each batch from ``others``, 0 to 1.
         batch_size: Rows a batch.
         entropy: Seed material.
+        mixed: Draw from selected and others together, as they come; ``replay`` counts for nothing then.
     """
 
     def __init__(
-        self, selected: Ids, others: Ids, *, replay: float, batch_size: int, entropy: Sequence[int]
+        self,
+        selected: Ids,
+        others: Ids,
+        *,
+        replay: float,
+        batch_size: int,
+        entropy: Sequence[int],
+        mixed: bool = False,
     ) -> None:
         if selected.size == 0:
             raise DataError("the selection holds no training sample")
+        self._marked = selected if mixed else None
+        if mixed:
+            selected, others = np.union1d(selected, others), np.empty(0, dtype=np.int64)
         from_others = round(replay * batch_size) if others.size else 0
         from_others = min(from_others, batch_size - 1)
         self._parts = [(selected, batch_size - from_others, 0)]
@@ -101,6 +112,14 @@ class BatchPlan:
     def ids(self, k: int) -> Ids:
         """Ids of batch ``k`` (from 0); the first ``selected_rows`` are of the selection."""
         return np.concatenate([self._take(pool, n, part, k) for pool, n, part in self._parts])
+
+    def chosen(self, k: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Tell which rows of batch ``k`` are of the selection."""
+        if self._marked is not None:
+            return np.isin(self.ids(k), self._marked)
+        rows = np.zeros(sum(n for _, n, _ in self._parts), dtype=np.bool_)
+        rows[: self.selected_rows] = True
+        return rows
 
     def _take(self, pool: Ids, n: int, part: int, k: int) -> Ids:
         start = k * n

@@ -119,6 +119,7 @@ class SpecialistSegment:
             replay=data.recipe.replay,
             batch_size=runner.batch_size,
             entropy=data.entropy,
+            mixed=job.variant.batches == "all",
         )
         self._ema: dict[str, Tensor] | None = None
         self._steps = 0
@@ -307,7 +308,7 @@ class SpecialistSegment:
                 return loss
             losses = per_sample.differentiable(outputs, targets)
             weight = torch.ones_like(losses)
-            weight[: self._plan.selected_rows] = variant.loss_weight
+            weight[torch.from_numpy(self._plan.chosen(self._steps)).to(weight.device)] = variant.loss_weight
             weighted: Tensor = (losses * weight).sum() / weight.sum()
             return weighted
 

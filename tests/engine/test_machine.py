@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from automode.engine import fold, story
 from automode.errors import ReplayDifferenceError
 from automode.planner.approval import CardRecord
-from automode.planner.events import Envelope, Group, Rows, TrialsNoted
+from automode.planner.events import Envelope, Evaluated, Group, Rows, TrialsNoted
 from automode.planner.policy import Policy
 from automode.planner.recipes import Resources
 
@@ -199,6 +199,18 @@ def test_a_persistent_non_finite_loss_makes_an_instability_card(make_world, to_r
     world.start()
     world.rows(to_rows(loss))
     assert world.facts("card_proposed")[0].card.reason == "instability_spike"
+
+
+def test_the_story_tells_what_a_candidate_gains_on_each_slice():
+    evaluated = Evaluated(
+        card="c",
+        candidate="t0:plain",
+        overall=Group(n=400, mean=0.004, variance=0.01),
+        slices={"b": Group(n=40, mean=-0.02, variance=0.01), "a": Group(n=60, mean=0.05, variance=0.01)},
+        passes=0,
+    )
+    told = story("c", [Envelope(seq=1, role="input", body=evaluated)])
+    assert "+0.00400 on 400 samples; by slice: a +0.05000 on 60, b -0.02000 on 40" in told
 
 
 def test_the_story_of_a_card_runs_from_the_rule_to_the_adoption(make_world, plateau_rows):

@@ -62,7 +62,7 @@ def template(**search: Any) -> str:
         ({"lr_mul": {"kind": "choice", "choices": [True]}}, "`lr_mul`: True cannot be taken"),
         ({"lr_mul": {"kind": "choice", "choices": ["2"]}}, "`lr_mul`: '2' cannot be taken"),
         ({"name": {"kind": "choice", "choices": ["a", "b"]}}, "name: no such field of a variant"),
-        ({"lr": RATES}, "known are batch_mul, clip_norm"),
+        ({"lr": RATES}, "known are batch_mul, batches, clip_norm"),
         ({}, "at least 1 item"),
     ],
 )

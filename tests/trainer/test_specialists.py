@@ -102,6 +102,7 @@ VARIANTS = {
     "bf16": Variant(name="v", precision="bf16"),
     "constant": Variant(name="v", schedule="constant"),
     "weighted": Variant(name="v", loss_weight=3.0),
+    "mixed": Variant(name="v", batches="all", loss_weight=3.0),
 }
 
 
@@ -366,6 +367,44 @@ def test_loss_weight_favours_the_selected_samples(tmp_path: Path) -> None:
     grads = torch.autograd.grad((losses * weight).sum() / weight.sum(), list(model.parameters()))
     for delta, grad in zip(deltas.values(), grads, strict=True):
         torch.testing.assert_close(delta, -0.1 * grad)
+
+
+def test_batches_of_all_samples_hold_each_once_a_pass_and_weigh_the_selected_wherever_they_stand(
+    tmp_path: Path,
+) -> None:
+    bench = make_bench(tmp_path, optimizer=sgd())
+    bench.card(TrainingRecipe(variants=(PLAIN,), replay=0.1), selected=np.arange(30))
+    deltas = moved(bench, Variant(name="v", batches="all", loss_weight=3.0))
+    data = bench.runner.cards[CARD]
+    everything = np.union1d(data.selected, data.others)
+    plan = BatchPlan(
+        data.selected, data.others, replay=0.1, batch_size=BATCH, entropy=data.entropy, mixed=True
+    )
+    drawn = np.concatenate([plan.ids(k) for k in range(everything.size // BATCH)])
+    assert np.unique(drawn).size == drawn.size
+    ids = plan.ids(0)
+    assert plan.chosen(0).tolist() == (ids < 30).tolist()
+    assert 0 < plan.chosen(0).sum() < BATCH
+    weight = torch.where(torch.from_numpy(ids < 30), 3.0, 1.0)
+    model = small_network()
+    model.load_state_dict(bench.checkpoints.load(bench.base)[0])
+    inputs, classes = bench.runner.source.batch(ids)
+    losses = nn.functional.cross_entropy(model(inputs), classes, reduction="none")
+    grads = torch.autograd.grad((losses * weight).sum() / weight.sum(), list(model.parameters()))
+    for delta, grad in zip(deltas.values(), grads, strict=True):
+        torch.testing.assert_close(delta, -0.1 * grad)
+
+
+def test_a_weighed_batch_of_all_samples_is_weighed_alike_in_both_passes_of_a_sharp_step(
+    tmp_path: Path,
+) -> None:
+    bench = make_bench(tmp_path, optimizer=sgd())
+    bench.card(TrainingRecipe(variants=(PLAIN,), replay=0.1), selected=np.arange(30))
+    weighed = Variant(name="v", batches="all", loss_weight=3.0, optimizer="sam", sam_rho=1e-12)
+    plain = Variant(name="v", batches="all", loss_weight=3.0)
+    sharp, flat = moved(bench, weighed, end=2), moved(bench, plain)
+    for name, delta in flat.items():
+        torch.testing.assert_close(sharp[name], delta, rtol=1e-4, atol=1e-6)
 
 
 def test_loss_weight_without_per_sample_losses_is_refused(tmp_path: Path) -> None:

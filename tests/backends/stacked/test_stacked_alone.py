@@ -143,6 +143,7 @@ def test_what_cannot_be_stacked_runs_inline_and_says_why(what: str, tmp_path: Pa
     [
         (Variant(name="sharp", optimizer="sam"), "sharpness-aware"),
         (Variant(name="half", precision="bf16"), "bf16"),
+        (Variant(name="mixed", batches="all", loss_weight=3.0), "anywhere in a batch"),
     ],
 )
 def test_variants_with_steps_of_another_kind_run_beside_the_group(
