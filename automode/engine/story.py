@@ -120,8 +120,7 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
         case Merged():
             return f"merged by {body.method}: {_metric(body)} {body.value:.4f} ({body.weights.choice}{_earlier(body)})"
         case Evaluated():
-            measured = f"{body.overall.mean:+.5f} on {body.overall.n} samples{_slices(body)}"
-            return f"held-out evidence for {body.candidate}, {_metric(body)}: {measured}"
+            return f"held-out evidence for {body.candidate}, {_metric(body)}: {_measured(body)}"
         case VerdictGiven():
             return f"verdict {body.verdict}: {body.why}"
         case Adopted():
@@ -155,7 +154,8 @@ def _earlier(body: Merged) -> str:
     return f" of the best validated state{at}"
 
 
-def _slices(body: Evaluated) -> str:
-    """The difference on each slice, in words."""
+def _measured(body: Evaluated) -> str:
+    """The difference over all samples and on each slice, in words."""
     told = [f"{name} {group.mean:+.5f} on {group.n}" for name, group in sorted(body.slices.items())]
-    return f"; by slice: {', '.join(told)}" if told else ""
+    by_slice = f"; by slice: {', '.join(told)}" if told else ""
+    return f"{body.overall.mean:+.5f} on {body.overall.n} samples{by_slice}"
