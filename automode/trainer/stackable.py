@@ -112,7 +112,14 @@ class StackableSpecialist(SpecialistSegment):
         """Trials of a card that train on the same samples and labels walk one plan: card, these and the place name a batch."""
         variant = self._job.variant
         control = variant == ANNEALED_CONTROL
-        return (self._job.card, control, variant.labels, variant.batches, self._steps, self._runner.batch_size)
+        return (
+            self._job.card,
+            control,
+            variant.labels,
+            variant.batches,
+            self._steps,
+            self._runner.batch_size,
+        )
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
