@@ -6,6 +6,7 @@ belong to the user.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -99,7 +100,10 @@ class SessionLog:
         self._to_file(event)
         if _LEVELS.get(str(event["level"]), logging.CRITICAL) >= self._level:
             line = self._render(None, method, {**event, "timestamp": str(event["timestamp"])[11:19]})
-            self._console(line)
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # a full disk, a broken pipe, letters that it has not
+                self._console(line)
         raise structlog.DropEvent
 
     def _to_file(self, event: Mapping[str, Any]) -> None:
@@ -113,9 +117,10 @@ class SessionLog:
             self._write_whole(self._file, line)
         except OSError as error:
             if not self._missed:
-                self._console(
-                    f"the log file {self.path} cannot be written ({error}); the run goes on without it"
-                )
+                with contextlib.suppress(OSError, ValueError):
+                    self._console(
+                        f"the log file {self.path} cannot be written ({error}); the run goes on without it"
+                    )
             self._missed += 1
         else:
             self._missed, self._torn = 0, False

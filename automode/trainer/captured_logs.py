@@ -68,7 +68,12 @@ class _Tee:
         """Write, and note the lines that are complete."""
         written = self._out.write(text)
         with self._lock:
-            *lines, self._rest = (self._rest + text).split("\n")
+            *lines, rest = (self._rest + text).split("\n")
+            # Of a line that is written over and over, the last counts, and of one without end what will be kept of it.
+            last = (
+                rest.rpartition("\r")[2] if not rest.endswith("\r") else rest[rest.rfind("\r", 0, -1) + 1 :]
+            )
+            self._rest = last[:_LONGEST]
         for line in lines:
             self._told(line)
         return written
@@ -84,7 +89,7 @@ class _Tee:
         self._told(rest)
 
     def _told(self, line: str) -> None:
-        if text := line.rpartition("\r")[2].rstrip():
+        if text := line.rstrip().rpartition("\r")[2]:
             _note(self._parts, "output", text=text)
 
 

@@ -6,7 +6,6 @@ replayed. Nothing that a callback does wrong reaches the run.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,7 @@ from automode.planner.plain_data import plain
 from automode.session.inbox import post
 from automode.trainer.random_state import forked_rng
 from automode.trainer.requests_desk import Request
-from automode.trainer.user_warning import warn_user
+from automode.trainer.user_warning import tell_user
 
 ACTOR: Final = "callback"
 """Who decides, in the record."""
@@ -200,9 +199,7 @@ class CardCallbacks:
             handle._back_to(before)  # noqa: SLF001
             told = f"{type(error).__name__}: {error}"
             self._log.warning("callback_failed", card=card.id, error=told)
-            # Where warnings are errors, the log has it: a callback must not end the run.
-            with contextlib.suppress(Warning):
-                warn_user(
-                    f"the callback on card {card.id} failed ({told}); nothing that it asked for is done, and the run goes on",
-                    RuntimeWarning,
-                )
+            tell_user(
+                f"the callback on card {card.id} failed ({told}); nothing that it asked for is done, and the run goes on",
+                RuntimeWarning,
+            )

@@ -17,7 +17,7 @@ from automode.trainer.logger_choice import EVERY
 from automode.trainer.observation_block import Block
 from automode.trainer.random_state import forked_rng
 from automode.trainer.run_parts import RunParts
-from automode.trainer.user_warning import warn_user
+from automode.trainer.user_warning import tell_user
 
 _NOT_LOGGED = frozenset({"step", "time", "applied", "finite"})
 _Own = (CsvLog, EventLog)
@@ -127,7 +127,7 @@ class Loggers:
             if id(one) not in self._failed:
                 self._failed.add(id(one))
                 name = repr(one) if isinstance(one, str) else type(one).__name__
-                warn_user(f"the logger {name} failed ({type(error).__name__}: {error}); training goes on")
+                tell_user(f"the logger {name} failed ({type(error).__name__}: {error}); training goes on")
 
 
 def parameters_of(parts: RunParts) -> dict[str, Any]:

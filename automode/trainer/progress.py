@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
@@ -74,7 +75,9 @@ class Console:
             total: Steps of the whole run; None where that is not known.
             done: Steps done already, by a run that is taken up again.
         """
-        if self._make is not None and self._bar is None:
+        if self._make is None or self._bar is not None:
+            return
+        with self._drawing():
             self._bar = self._make(
                 total=total, initial=done, desc=self._description or None, unit="step", dynamic_ncols=True
             )
@@ -92,8 +95,9 @@ class Console:
             return
         if total is not None and total != bar.total:
             bar.total = total
-        self._postfix("loss", loss)
-        bar.update(step - bar.n)
+        with self._drawing():
+            self._postfix("loss", loss)
+            bar.update(step - bar.n)
 
     def waits(self, how: str | None) -> None:
         """Show that the run waits.
@@ -102,16 +106,19 @@ class Console:
             how: ``paused`` or ``held``; None: it trains on.
         """
         bar = self._bar
-        if bar is not None:
-            shown = [part for part in (self._description, how and f"[{how}]") if part]
+        if bar is None:
+            return
+        shown = [part for part in (self._description, how and f"[{how}]") if part]
+        with self._drawing():
             bar.set_description(" ".join(shown) or None)
             bar.unpause() if how is None else None
 
     def validation(self, loss: float | None) -> None:
         """Show the validation loss beside the training loss."""
         if self._bar is not None:
-            self._postfix("val", loss)
-            self._bar.refresh()
+            with self._drawing():
+                self._postfix("val", loss)
+                self._bar.refresh()
 
     def climb(self, card: str, done: int, total: int, text: str) -> None:
         """Show how far a card's trials have come on their ladder, in a bar below the run's.
@@ -124,26 +131,28 @@ class Console:
         """
         if self._bar is None or self._make is None:
             return
-        bar = self._climbs.get(card)
-        if bar is None:
-            bar = self._climbs[card] = self._make(
-                total=total,
-                desc=f"card {card}",
-                unit="step",
-                dynamic_ncols=True,
-                leave=False,
-                position=1 + len(self._climbs),
-            )
-        bar.total = total
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(done - bar.n)
-        bar.refresh()
+        with self._drawing():
+            bar = self._climbs.get(card)
+            if bar is None:
+                bar = self._climbs[card] = self._make(
+                    total=total,
+                    desc=f"card {card}",
+                    unit="step",
+                    dynamic_ncols=True,
+                    leave=False,
+                    position=1 + len(self._climbs),
+                )
+            bar.total = total
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(done - bar.n)
+            bar.refresh()
 
     def climbed(self, card: str) -> None:
         """Take a card's bar away; without one, nothing happens."""
         bar = self._climbs.pop(card, None)
         if bar is not None:
-            bar.close()
+            with self._drawing():
+                bar.close()
 
     def card(self, text: str) -> None:
         """Print a plan card, set off by blank lines."""
@@ -159,7 +168,8 @@ class Console:
             self.climbed(card)
         bar, self._bar = self._bar, None
         if bar is not None:
-            bar.close()
+            with self._drawing():
+                bar.close()
 
     def _postfix(self, name: str, value: float | None) -> None:
         if value is None or self._bar is None:
@@ -168,11 +178,28 @@ class Console:
         self._bar.set_postfix(self._known, refresh=False)
 
     def _print(self, text: str) -> None:
-        if not self._speak:
-            return
         out: TextIO | Any = sys.stdout
-        if self._bar is not None:
-            self._bar.write(text, file=out)
-        else:
-            out.write(text + "\n")
-        out.flush()
+        if not self._speak or out is None:  # no standard output: a process without a console
+            return
+        encoding = getattr(out, "encoding", None)
+        if isinstance(encoding, str) and getattr(out, "errors", None) == "strict":
+            text = text.encode(encoding, "backslashreplace").decode(
+                encoding
+            )  # a name that it has no letters for
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=out)
+            else:
+                out.write(text + "\n")
+            out.flush()
+        except (OSError, ValueError):  # a disk is full, a pipe is broken, a file closed: training goes on
+            self._speak = False
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """What cannot be drawn, on a terminal that has gone say, is drawn no more; training goes on."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self._bar = self._make = None
+            self._climbs.clear()

@@ -16,7 +16,7 @@ from automode.session.ledger_file import ledger_columns, write_file
 from automode.session.sample_table import SampleTable
 from automode.trainer.random_state import forked_rng
 from automode.trainer.scanning import READ_BATCH, Scanner
-from automode.trainer.user_warning import warn_user
+from automode.trainer.user_warning import tell_user
 from automode.trainer.validation import SliceFn
 
 MOST_SECONDS = 2.0
@@ -63,7 +63,7 @@ class SampleKeeper:
         except AutomodeError as error:
             if not self._warned:
                 self._warned = True
-                warn_user(f"the sample ledger could not be stored in the session: {error}", RuntimeWarning)
+                tell_user(f"the sample ledger could not be stored in the session: {error}", RuntimeWarning)
 
     def _table(self, step: int, moment: str) -> SampleTable:
         ledger = self.scanner.ledger()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 
@@ -21,3 +22,17 @@ def warn_user(text: str, category: type[Warning] = UserWarning) -> None:
             break
         level, frame = level + 1, frame.f_back
     warnings.warn(text, category, stacklevel=level)
+
+
+def tell_user(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of what must end nothing: where warnings are errors, the text goes to standard error.
+
+    Args:
+        text: What to say.
+        category: The kind of warning.
+    """
+    try:
+        warn_user(text, category)
+    except Warning:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no standard error
+            sys.stderr.write(f"{category.__name__}: {text}\n")

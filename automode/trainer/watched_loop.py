@@ -28,7 +28,7 @@ from automode.trainer.run_parts import RunParts
 from automode.trainer.step_hooks import Norm, StepHooks
 from automode.trainer.steps import OVERFLOWED, checked_names
 from automode.trainer.trunk import trainable
-from automode.trainer.user_warning import warn_user
+from automode.trainer.user_warning import tell_user
 from automode.trainer.watch_orders import WatchedOrders
 
 _ENDED_BY_ERROR = "an exception has ended the session {path} at step {step}, so nothing is watched any more; the loop goes on as it is written"
@@ -264,7 +264,7 @@ class WatchedLoop:
             )
         if not self._told:
             self._told = True
-            warn_user(
+            tell_user(
                 _ENDED_BY_ERROR.format(path=self.parts.session_path, step=self._trunk.step), RuntimeWarning
             )
         return True

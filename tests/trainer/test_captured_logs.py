@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from automode import Callback, Trainer
 from automode.errors import UsageError
+from automode.trainer.captured_logs import _Tee
 from automode.trainer.result import FitResult
 
 pytestmark = pytest.mark.torch
@@ -27,6 +30,9 @@ class Talks(Callback):
         print("half a", end="")  # noqa: T201
         print(" line", file=sys.stdout)  # noqa: T201
         print("old\rnew")  # noqa: T201
+        for done in range(3):
+            print(f"{done} of 3", end="\r")  # noqa: T201
+        print()  # noqa: T201
         LOGGER.warning("rate is %.1f", 0.5)
         LOGGER.debug("too quiet")
         warnings.warn("mind this", RuntimeWarning, stacklevel=1)
@@ -55,13 +61,13 @@ def test_what_is_printed_logged_and_warned_of_stands_in_the_session(
     assert (sys.stdout, logging.getLogger().handlers, warnings.showwarning) == (out, handlers, show)
     lines = list(result.session.log())
     printed = [line["text"] for line in lines if line["event"] == "output"]
-    assert printed[:2] == ["half a line", "new"]
-    assert printed[2].startswith("no end of line")
+    assert printed[:3] == ["half a line", "new", "2 of 3"]
+    assert printed[3].startswith("no end of line")
     assert f"session: {result.path}" not in printed  # the session's log is closed by then
     (logged,) = [line for line in lines if line["event"] == "logged" and line["logger"] == "mine.own"]
     assert (logged["at"], logged["text"]) == ("WARNING", "rate is 0.5")
     said = capsys.readouterr().out
-    assert "half a line\nold\rnew\nno end of line" in said
+    assert "half a line\nold\rnew\n0 of 3\r1 of 3\r2 of 3\r\nno end of line" in said
     assert f"session: {result.path}" in said
 
 
@@ -102,3 +108,14 @@ def test_everything_is_put_back_after_an_error(tmp_path: Path) -> None:
 def test_it_is_asked_for_by_true() -> None:
     with pytest.raises(UsageError, match="capture_logs must be True or False"):
         Trainer(capture_logs="yes")  # type: ignore[arg-type]
+
+
+def test_a_line_that_is_written_over_and_over_is_not_kept_whole() -> None:
+    tee = _Tee(io.StringIO(), SimpleNamespace(log=None))  # type: ignore[arg-type]
+    for ends in ("\r", ""):
+        for done in range(20_000):
+            tee.write(f"\r{done} of 20000{ends}")
+        assert len(tee._rest) < 20
+    for _ in range(1000):
+        tee.write("no end " * 10)
+    assert len(tee._rest) <= 4000

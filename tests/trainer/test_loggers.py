@@ -107,6 +107,17 @@ class Fails(Notes):
         raise ConnectionError("no route")
 
 
+def test_a_logger_that_fails_ends_no_run_where_warnings_are_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails = Fails()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(tmp_path, [fails], log_every_n_steps=1)
+    assert fails.status == ["success"]
+    assert capsys.readouterr().err.count("the logger Fails failed") == 1
+
+
 def test_a_logger_that_fails_is_warned_of_once_and_tried_again(tmp_path: Path) -> None:
     fails, works = Fails(), Notes()
     with warnings.catch_warnings(record=True) as caught:

@@ -108,3 +108,43 @@ def test_the_bar_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> Non
     before = threading.active_count()
     bar_of(monkeypatch, Terminal(), progress=True)
     assert threading.active_count() == before
+
+
+class Gone(Terminal):
+    """A terminal that has hung up, or a disk that is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_what_cannot_be_shown_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Gone())
+    for out in (Gone(), None):
+        monkeypatch.setattr(sys, "stdout", out)
+        console = Console(True)
+        console.start(10)
+        console.event("begun")
+        console.step(5, loss=1.0)
+        console.climb("c0ffee00", 1, 9, "rung 1")
+        console.validation(0.5)
+        console.waits("paused")
+        console.climbed("c0ffee00")
+        console.close()
+
+
+def test_a_bar_that_breaks_on_its_way_is_drawn_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    console = Console(True)
+    console.start(10)
+    stream.close()
+    console.step(5, loss=1.0)
+    console.step(10, loss=1.0)
+    console.close()
+
+
+def test_letters_that_standard_output_has_not_are_spelt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    Console(False).event("paused by Zo\xe9")
+    assert written.getvalue().decode().splitlines() == ["paused by Zo\\xe9"]
