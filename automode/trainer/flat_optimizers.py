@@ -21,11 +21,12 @@ from automode.errors import UsageError
 from automode.trainer.gradient_norms import grad_norms, total_norm
 
 _WIDE = (torch.float32, torch.float64)
+_place = Tensor.data_ptr
 _CANNOT = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
 class _Bucket(NamedTuple):
-    """Parameters of one group that step together; ``idle`` ones have no gradient."""
+    """Parameters of one group that step together; ``idle`` ones have no gradient. ``places``: where each one's data must be."""
 
     group: dict[str, Any]
     parameters: list[Tensor]
@@ -34,6 +35,7 @@ class _Bucket(NamedTuple):
     first: Tensor
     second: Tensor
     step: Tensor
+    places: list[int]
 
 
 class FlatAdam(torch.optim.Adam):
@@ -50,7 +52,7 @@ class FlatAdam(torch.optim.Adam):
         weight_decay: Added to the gradient, times the parameter.
 
     Raises:
-        UsageError: A group asks for ``amsgrad``, ``maximize``, ``capturable`` or ``differentiable``.
+        UsageError: A group asks for ``amsgrad``, ``maximize``, ``capturable`` or ``differentiable``, or a parameter is complex.
     """
 
     _decoupled = False
@@ -176,9 +178,13 @@ class FlatAdam(torch.optim.Adam):
         for name in _CANNOT:
             if group.get(name):
                 raise UsageError(
-                    f"{type(self).__name__} cannot do {name}=True; use torch.optim.{type(self).__mro__[1].__name__}"
+                    f"{type(self).__name__} cannot do {name}=True; use torch.optim.{type(self).__name__.removeprefix('Flat')}"
                 )
         flat = _flat([parameter.detach() for parameter in parameters])
+        if flat.is_complex():
+            raise UsageError(
+                f"{type(self).__name__} steps real parameters, and {flat.dtype} came; use torch.optim.{type(self).__name__.removeprefix('Flat')}"
+            )
         first, second = torch.zeros_like(flat), torch.zeros_like(flat)
         # torch keeps the step of a fused optimizer with its parameters, in single precision.
         step = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -197,7 +203,7 @@ class FlatAdam(torch.optim.Adam):
                 views = {name: kept.view(parameter.shape) for name, kept in moments.items()}
                 self.state[parameter] = {"step": step, **views}
             start = end
-        return _Bucket(group, parameters, idle, flat, first, second, step)
+        return _Bucket(group, parameters, idle, flat, first, second, step, list(map(_place, parameters)))
 
 
 class FlatAdamW(FlatAdam, torch.optim.AdamW):
@@ -280,8 +286,8 @@ def _gradients(buckets: list[_Bucket]) -> list[list[Tensor]] | None:
         gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
         if len(gradients) != (0 if bucket.idle else len(parameters)):
             return None
-        # A model that was moved, or whose parameters were replaced, has left its buffer.
-        if parameters[0].data_ptr() != bucket.flat.data_ptr():
+        # A parameter that was moved, or whose data were replaced, has left its buffer: a step on that would not reach it.
+        if list(map(_place, parameters)) != bucket.places:
             return None
         found.append(gradients)
     return found

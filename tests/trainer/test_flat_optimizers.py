@@ -119,6 +119,31 @@ def test_a_copy_and_a_moved_model_train_on_by_themselves() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("which", ["0.weight", "0.bias", "2.weight", "2.bias"])
+def test_a_parameter_whose_data_are_replaced_is_trained_on_as_torch_trains_it(which: str) -> None:
+    ends = []
+    for kind in (FlatAdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+        optimizer = kind(model.parameters(), lr=0.05)
+        for step in range(4):
+            if step == 2:
+                model.get_parameter(which).data = model.get_parameter(which).data * 0.5
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).square().mean().backward()
+            optimizer.step()
+        ends.append(model.get_parameter(which).detach())
+    assert torch.allclose(*ends, atol=1e-6)
+
+
+def test_an_empty_parameter_does_no_harm() -> None:
+    empty, other = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.ones(2))
+    optimizer = FlatAdamW([empty, other], lr=0.1)
+    (other.sum() + empty.sum()).backward()
+    optimizer.step()
+    assert (other < 1).all()
+
+
 def test_flatten_goes_on_from_where_an_optimizer_stands() -> None:
     mine, whole = model_of(), model_of()
     optimizer: Any = torch.optim.AdamW(mine.parameters(), lr=5e-3, fused=True)
@@ -153,6 +178,8 @@ def test_a_state_that_asks_for_more_and_a_sparse_gradient_are_refused() -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     with pytest.raises(UsageError, match=r"cannot do amsgrad=True; use torch.optim.Adam"):
         train(model, optimizer, 1)
+    with pytest.raises(UsageError, match=r"complex64 came; use torch\.optim\.AdamW"):
+        FlatAdamW([torch.zeros(3, dtype=torch.complex64, requires_grad=True)])
     table = nn.Embedding(5, 3, sparse=True)
     optimizer = FlatAdam(table.parameters())
     table(torch.tensor([1, 2])).sum().backward()
