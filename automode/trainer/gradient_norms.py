@@ -61,13 +61,21 @@ class HeldGradients:
     """
 
     def __init__(self, parameters: Iterable[Tensor], max_bytes: int = 1 << 20) -> None:
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        held_bytes = sum(parameter.nbytes for parameter in self.parameters)
-        on_cpu = all(parameter.is_cpu and parameter.dtype == torch.float32 for parameter in self.parameters)
-        self._may_hold = on_cpu and 0 < held_bytes * 32 <= max_bytes
+        # A list that is given stays the giver's: what is added to it counts from then on.
+        self._all = parameters if isinstance(parameters, list) else list(parameters)
+        self._max_bytes = max_bytes
+        self._choose()
         self._trial = _TRIAL_STEPS
         self._previous: tuple[list[Tensor], list[int]] | None = None
         self._held: list[tuple[int, list[Tensor], list[int]]] = []
+
+    def _choose(self) -> None:
+        self._known = len(self._all)
+        self.parameters = [parameter for parameter in self._all if parameter.requires_grad]
+        self._frozen = [parameter for parameter in self._all if not parameter.requires_grad]
+        held_bytes = sum(parameter.nbytes for parameter in self.parameters)
+        on_cpu = all(parameter.is_cpu and parameter.dtype == torch.float32 for parameter in self.parameters)
+        self._may_hold = on_cpu and 0 < held_bytes * 32 <= self._max_bytes
 
     def take(self, row: int) -> float | Tensor:
         """Take the norm of the gradients as they are now, or hold them.
@@ -78,6 +86,9 @@ class HeldGradients:
         Returns:
             The norm, as :func:`total_norm` gives it; NaN where the gradients are held.
         """
+        thawed = self._frozen and any(parameter.requires_grad for parameter in self._frozen)
+        if thawed or len(self._all) != self._known:
+            self._thaw()
         gradients = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
         if not self._may_hold or not gradients:
             return total_norm(_norms(gradients))
@@ -124,6 +135,13 @@ class HeldGradients:
         self._may_hold, self._trial = bool(state["may_hold"]), int(state["trial"])
         # The gradients of the step before are gone with their process; nothing writes to them any more.
         self._previous = ([], []) if state["one_before"] else None
+
+    def _thaw(self) -> None:
+        """Count those that are trained from now on too; what is held is complete without them."""
+        may_hold = self._may_hold
+        self._choose()
+        self._may_hold = self._may_hold and may_hold
+        self._previous = None
 
     def _try(self, gradients: list[Tensor], versions: list[int]) -> None:
         """See whether the step before left its gradients alone and this one made new ones."""

@@ -103,6 +103,10 @@ class AutomodeCallback(Callback):
             "on_card": on_card,
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches nothing: the session that is open stays with this one."""
+        return {**self.__dict__, "watch": None, "_watched": None}
+
     # The run.
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -291,6 +291,7 @@ class Loop:
     def boundary(self) -> None:
         """Hand over the rows, then let whatever is due happen; between two steps."""
         self._hand_over()
+        self._trunk.follow()  # a callback may have added parameters
         self._observer.boundary(self._trunk.step)
         self._schedule.charge(self.batches, self._observer.charged_steps)
 

@@ -71,6 +71,7 @@ class StepHooks:
         self._take: Callable[[], Norm] = take or (lambda: grad_norms(trunk.parameters))
         self._clips = clips
         self._first = take is not None
+        self._groups = len(trunk.optimizer.param_groups)
         self._hooks = (
             trunk.optimizer.register_step_pre_hook(self._before),
             trunk.optimizer.register_step_post_hook(self._after),
@@ -87,6 +88,9 @@ class StepHooks:
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.began = True
+        if len(optimizer.param_groups) != self._groups:  # one was added, as parameters are thawed say
+            self._groups = len(optimizer.param_groups)
+            self._trunk.follow()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         # A closure makes the gradients itself: they can be looked at afterwards, or by whoever knows when they are there.
         if closure is None and not self.due:

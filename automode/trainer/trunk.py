@@ -66,7 +66,13 @@ class Trunk:
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.follow()
+
+    def follow(self) -> None:
+        """Know the parameters that the optimizer has been given since the last call; the list stays the same one."""
+        groups = self.optimizer.param_groups
+        if sum(len(group["params"]) for group in groups) != len(self.parameters):
+            self.parameters[:] = [p for group in groups for p in group["params"]]
 
     def autocast(self, precision: Precision | None = None) -> AbstractContextManager[Any]:
         """The context that a forward pass runs in."""

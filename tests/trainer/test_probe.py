@@ -195,6 +195,21 @@ def test_a_held_gradient_that_is_written_to_is_not_reported() -> None:
     assert held.take(8) == 14.0  # holding is over
 
 
+def test_a_parameter_that_is_thawed_on_the_way_counts_from_then_on() -> None:
+    always, later = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(9), requires_grad=False)
+    held = HeldGradients([later, always])
+    found: dict[int, float] = {}
+    for row in range(12):
+        later.requires_grad_(row >= 6)
+        always.grad = torch.full((4,), 2.0)
+        later.grad = torch.full((9,), 1.0) if row >= 6 else None
+        norm = held.take(row)
+        assert isinstance(norm, float)
+        found[row] = norm
+    found |= held.close()
+    np.testing.assert_allclose(list(found.values()), [4.0] * 6 + [5.0] * 6)
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_norms_of_sparse_low_precision_and_missing_gradients(missing: bool) -> None:
     table = nn.Embedding(5, 3, sparse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -263,6 +265,39 @@ def test_ids_that_a_module_returns_give_per_sample_losses(script: Any, tmp_path:
     samples = callback.watch.samples
     assert samples is not None, callback.watch.why_no_samples
     assert (samples.n_seen, samples.visits) == (100, 300)
+
+
+def test_parameters_that_are_thawed_and_added_on_the_way_count_for_the_norm(
+    script: Any, tmp_path: Any, frame: Any
+) -> None:
+    norms: list[float] = []
+
+    class Thaws(BaseFinetuning):
+        def freeze_before_training(self, module: Any) -> None:
+            self.freeze(module.net[0])
+
+        def finetune_function(self, module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.net[0], optimizer)
+
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            found = [p.grad.square().sum() for p in module.parameters() if p.grad is not None]
+            norms.append(torch.stack(found).sum().sqrt().item())
+
+    class Trains(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+    made = script()
+    callback = automode(tmp_path)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[callback, Thaws()], max_epochs=EPOCHS,
+    )  # fmt: skip
+    trainer.fit(Trains(made), made.loader, made.held_out)
+    assert callback.watch is not None
+    assert frame(callback.watch.path, "grad_norm") == pytest.approx(norms, rel=1e-5)
+    assert copy.deepcopy(callback).watch is None
 
 
 def test_lightning_is_loaded_by_its_own_door_alone() -> None:
