@@ -118,7 +118,7 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
         case GateFitted():
             return f"gate over {', '.join(body.experts)}: utility {body.value:.4f}, loads {', '.join(f'{x:.2f}' for x in body.loads)}"
         case Merged():
-            return f"merged by {body.method}: {_metric(body)} {body.value:.4f} ({body.weights.choice}{_earlier(body)})"
+            return f"merged by {body.method}: {_metric(body)} {body.value:.4f} ({body.weights.choice}{_earlier(body)}){_told(body)}"
         case Evaluated():
             return f"held-out evidence for {body.candidate}, {_metric(body)}: {_measured(body)}"
         case VerdictGiven():
@@ -144,6 +144,10 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
 
 def _metric(body: Merged | Evaluated) -> str:
     return "log score" if body.metric == "log_score" else "utility"
+
+
+def _told(body: Merged) -> str:
+    return f"; {body.why}" if body.why else ""
 
 
 def _earlier(body: Merged) -> str:

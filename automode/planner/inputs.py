@@ -204,7 +204,7 @@ class Merged(Part):
         default=None, description="for the finishing merge: the best state of before, one of the members"
     )
     best_step: int | None = Field(default=None, description="the trunk's step at that state")
-    why: str = Field(default="", description="what could not be had, and why")
+    why: str = Field(default="", description="how it came about, and what could not be had")
     step: int
     passes: float = Field(ge=0)
 

@@ -196,10 +196,14 @@ def best_fused(
     members: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]],
     weights: Sequence[float],
     score: Callable[[Mapping[str, Tensor]], float],
-) -> tuple[float, dict[str, Tensor]]:
-    """Return (score, state) of the best weight of :func:`fused`, the earlier one of equals; raises what that raises."""
-    tried = ((score(state), state) for weight in weights for state in [fused(onto, members, weight)])
-    return max(tried, key=lambda pair: pair[0])
+) -> tuple[float, dict[str, Tensor], str]:
+    """Return (score, state, which it is) of the best weight of :func:`fused`, the earlier one of equals; raises what that raises."""
+    tried = (
+        (score(state), state, f"each of {len(members)} deltas times {weight:g}")
+        for weight in weights
+        for state in [fused(onto, members, weight)]
+    )
+    return max(tried, key=lambda found: found[0])
 
 
 def _layers(model: nn.Module, spec: Adapter) -> list[str] | None:

@@ -193,7 +193,7 @@ class Combiner:
         references = (command.control, *command.members)
         states = [self._states.load(reference)[0] for reference in references]
         model = self._states.shell()
-        passes = 0.0
+        passes, why = 0.0, ""
 
         def score(state: Mapping[str, Tensor]) -> float:
             nonlocal passes
@@ -226,7 +226,7 @@ class Combiner:
                 assert isinstance(recipe, MergeAdapterFuse)
                 onto = states[0] if recipe.onto == "control" else None
                 adapted = [self._checkpoints.load(member.checkpoint)[:2] for member in command.members]
-                value, merged = best_fused(onto, adapted, recipe.weights, score)
+                value, merged, why = best_fused(onto, adapted, recipe.weights, score)
             case method:
                 raise NotExecutableError(f"this version cannot merge specialists by {method!r}")
         passes += self._states.put(model, merged, averaged=True)
@@ -239,6 +239,7 @@ class Combiner:
             members=("control", *(f"expert {i}" for i in range(1, len(references)))),
             weights=Weights(checkpoint=digest),
             value=value,
+            why=why,
             step=step,
             passes=passes,
         )

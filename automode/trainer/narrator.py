@@ -132,7 +132,7 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
         case Merged():
             return (
                 f"card {body.card}: merged by {body.method} ({body.weights.choice}), "
-                f"{'log score' if body.metric == 'log_score' else 'utility'} {body.value:.4f}"
+                f"{'log score' if body.metric == 'log_score' else 'utility'} {body.value:.4f}{f'; {body.why}' if body.why else ''}"
             )
         case Evaluated():
             return (

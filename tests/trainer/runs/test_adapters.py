@@ -64,6 +64,7 @@ def test_the_fused_state_is_the_fork_with_the_sum_of_the_deltas(played: Any) -> 
         all(torch.allclose(state[n], base[n] + w * deltas[n], atol=1e-5) for n in deltas) for w in (0.3, 1.0)
     ]
     assert sum(fits) == 1
+    assert made["why"] == f"each of 2 deltas times {(0.3, 1.0)[fits.index(True)]:g}"
     for name in ("0.bias", "1.weight", "4.bias"):  # what no adapter touches is the fork's
         assert torch.equal(state[name], base[name])
     assert not torch.equal(state["1.running_mean"], base["1.running_mean"])  # recomputed for the sum

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from automode import Trainer
+from automode import Trainer, story
 from automode.planner.events import Adopt, Weights
 from automode.session import Session
 from automode.session.checkpoints import CheckpointStore
@@ -80,6 +80,7 @@ def test_the_student_comes_closer_to_its_teachers_and_is_judged_like_every_candi
     (made,) = played.bodies("merged")
     first, last = (float(word) for word in made["why"].split() if word[0].isdigit())
     assert last < 0.7 * first
+    assert made["why"] in story(played.path, made["card"])
     (_, control) = played.bodies("snapshotted")
     best = max([made["value"], *(r["value"] for r in played.bodies("trial_reported"))])
     looked = [command["candidate"] for command in played.bodies("evaluate")]
