@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import erfc, isfinite, sqrt
 from typing import Final
 
 from automode.engine import lifecycle, resuming
 from automode.engine.emission import Emission
 from automode.engine.state import Candidate, Execution, State
-from automode.engine.trials import control_weights, finished_trials, weights_of
+from automode.engine.trials import control_weights, experts_of, finished_trials, weights_of
 from automode.planner import approval
 from automode.planner.acceptance import Evidence, judge_summary
 from automode.planner.approval import PLANNER
@@ -200,6 +201,15 @@ def _measured_by(execution: Execution) -> str:
     return f"; compared by accuracy and p(y), since no more is shown than that {at_most}"
 
 
+def _specialists(state: State, execution: Execution) -> Iterator[str]:
+    """Nodes of the specialists that a mixture or merge was made of; none where it is of the trunk's own states."""
+    card = state.cards[execution.card].card
+    if card.action == "fork":
+        best_alone = execution.chosen is not None and execution.chosen.name == "merge:interpolate"
+        for report in experts_of(execution, state)[: 1 if best_alone else None]:
+            yield f"{card.id}:t{report.trial}"
+
+
 def adopted(state: State, body: Adopted, out: Emission) -> None:
     """The accepted weights are in the trunk and durable: a new trunk begins."""
     execution = state.executions.get(body.card)
@@ -211,7 +221,7 @@ def adopted(state: State, body: Adopted, out: Emission) -> None:
             state,
             out,
             node=node,
-            parents=(state.lineage,),
+            parents=(state.lineage, *_specialists(state, execution)),
             role="mixture" if execution.chosen.into == "export" else "merge",
             card=body.card,
             checkpoint=body.checkpoint,

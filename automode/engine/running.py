@@ -11,7 +11,7 @@ from math import ceil
 from automode.engine import annealing, deciding, lifecycle
 from automode.engine.emission import Emission
 from automode.engine.state import Execution, State
-from automode.engine.trials import control_weights, finished_trials, weights_of
+from automode.engine.trials import control_weights, experts_of, finished_trials, weights_of
 from automode.planner.cards import CardState, PlanCard
 from automode.planner.events import (
     CardStarted,
@@ -33,8 +33,6 @@ from automode.planner.events import (
 from automode.planner.pricing import worst_case
 from automode.planner.recipes import MergeDistill
 from automode.scheduler import ASHA
-
-MAX_EXPERTS = 3
 
 
 def snapshotted(state: State, body: Snapshotted, out: Emission) -> None:
@@ -234,7 +232,7 @@ def combine(state: State, execution: Execution, out: Emission, *, cause: int | N
             checkpoint=report.checkpoint,
             cause=cause,
         )
-    experts = tuple(weights_of(report) for report in finished[:MAX_EXPERTS])
+    experts = tuple(weights_of(report) for report in experts_of(execution, state))
     control = control_weights(execution)
     if card.gate_recipe is not None:
         execution.waiting_for.add(
@@ -277,7 +275,7 @@ def _teach(state: State, execution: Execution, fitted: GateFitted, out: Emission
     card = state.cards[execution.card].card
     if not _taught_by_mixture(card) or fitted.checkpoint is None:
         return
-    experts = tuple(weights_of(report) for report in finished_trials(execution, state)[:MAX_EXPERTS])
+    experts = tuple(weights_of(report) for report in experts_of(execution, state))
     merge = Merge(
         card=card.id,
         method="distill",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from math import isfinite
+from typing import Final
 
 from automode.engine.state import Execution, State
 from automode.planner.events import TrialReported, Weights
+
+MAX_EXPERTS: Final = 3
+"""Specialists that a router or a merge takes at the most."""
 
 
 def finished_trials(execution: Execution, state: State) -> list[TrialReported]:
@@ -15,6 +19,11 @@ def finished_trials(execution: Execution, state: State) -> list[TrialReported]:
     top = card.asha.max_steps
     reports = [r for (_, resource), r in execution.reports.items() if resource == top and isfinite(r.value)]
     return sorted(reports, key=lambda r: (-r.value, r.trial))
+
+
+def experts_of(execution: Execution, state: State) -> list[TrialReported]:
+    """Reports of the specialists that a router or a merge takes beside the control, best first."""
+    return finished_trials(execution, state)[:MAX_EXPERTS]
 
 
 def weights_of(report: TrialReported) -> Weights:

@@ -12,7 +12,7 @@ import torch
 
 from automode.backends.base import Backend
 from automode.engine import State, initial
-from automode.engine.running import MAX_EXPERTS
+from automode.engine.trials import MAX_EXPERTS
 from automode.errors import MergeError
 from automode.merges.gate import most_parameters
 from automode.merges.moe import last_layer

@@ -114,6 +114,7 @@ class World:
     evidence: Group = field(default_factory=lambda: Group(n=200, mean=0.05, variance=0.01, effective_n=200.0))
     guard: Group | None = None
     merged: dict[str, Any] = field(default_factory=dict)
+    gate_value: float = 0.4
     clusters: Clustered | None = None
     scanned: dict[str, Any] = field(default_factory=dict)
     state: State = field(default_factory=initial)
@@ -238,7 +239,7 @@ class World:
             case FitGate():
                 answer = GateFitted(
                     card=body.card,
-                    value=0.4,
+                    value=self.gate_value,
                     loads=(0.5, 0.5),
                     entropy=0.5,
                     experts=("control", "expert 1"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from automode.engine import fold, story
 from automode.errors import ReplayDifferenceError
 from automode.planner.approval import CardRecord
-from automode.planner.events import Envelope, Evaluated, Group, Rows, TrialsNoted
+from automode.planner.events import Clustered, Envelope, Evaluated, Group, Rows, TrialsNoted
 from automode.planner.policy import Policy
 from automode.planner.recipes import Resources
 
@@ -199,6 +199,39 @@ def test_a_persistent_non_finite_loss_makes_an_instability_card(make_world, to_r
     world.start()
     world.rows(to_rows(loss))
     assert world.facts("card_proposed")[0].card.reason == "instability_spike"
+
+
+@pytest.mark.parametrize(("gate", "merged"), [(0.9, 0.3), (0.2, 0.9)], ids=["mixture", "interpolation"])
+def test_a_mixture_or_merge_descends_from_the_trunk_and_from_the_specialists_that_it_is_made_of(
+    make_world, plateau_rows, gate, merged
+):
+    clusters = Clustered(
+        step=0,
+        feature="embedding",
+        k=3,
+        sizes=(400, 400, 200),
+        losses=(0.4, 0.4, 1.2),
+        errors=(0.02, 0.02, 0.05),
+        noise=(0.0, 0.0, 0.02),
+        ari=0.9,
+        artifact="sha256:" + "c4" * 32,
+        likelihoods={3: -1.0, 6: -1.5},
+    )
+    policy = Policy.model_validate({"reasons": ["residual_cluster"], "pacing": {"max_cards": 1}})
+    world = make_world(policy=policy, clusters=clusters, gate_value=gate, merged={"value": merged})
+    world.start()
+    world.rows(plateau_rows[:4500])
+    card = world.facts("card_proposed")[0].card
+    assert world.states_of(card.id)[-1] == "adopted"
+    nodes = {fact.node: fact for fact in world.facts("lineage_grew")}
+    name, role = ("mixture", "mixture") if gate > merged else ("merge:interpolate", "merge")
+    made = nodes[f"{card.id}:{name}"]
+    trials = [node for node, fact in nodes.items() if fact.role == "specialist"]
+    assert made.role == role
+    assert made.parents[0] == "trunk:0"
+    assert set(made.parents[1:]) <= set(trials)
+    assert len(made.parents[1:]) == (len(trials) if role == "mixture" else 1)
+    assert fold(world.log).differences == 0
 
 
 def test_the_story_tells_what_a_candidate_gains_on_each_slice():
