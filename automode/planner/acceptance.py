@@ -217,7 +217,7 @@ def judge_summary(
     if verdict == "accepted" and held is not None and held.worse:
         verdict, why = (
             "inconclusive",
-            f"{why}; but accuracy and p(y) are worse (z {held.z:+.2f}); the control is kept",
+            f"{why}; but accuracy is worse (z {held.z:+.2f}); the control is kept",
         )
     return Evidence(
         verdict=verdict,

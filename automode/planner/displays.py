@@ -140,6 +140,6 @@ def verdict_panel(verdict: VerdictGiven) -> Panel:
     if verdict.metric == "log_score":
         rows.append(("compared", "log score, p(y) not below 0.001"))
     if verdict.guard is not None:
-        rows.append(("accuracy and p(y)", f"z {verdict.guard:.2f}"))
+        rows.append(("accuracy", f"z {verdict.guard:.2f}"))
     rows += [(f"slice {name}", f"z {z:.2f}") for name, z in verdict.slices.items()]
     return Panel(title=f"card {verdict.card}: {verdict.verdict}", lead=verdict.why, rows=rows)

@@ -141,7 +141,7 @@ class VerdictGiven(Part):
     slices: dict[str, float] = Field(default_factory=dict, description="z of each slice")
     metric: Metric = Field(default="utility", description="what was compared")
     guard: float | None = Field(
-        default=None, description="z of the utility, which must not be worse where another metric is compared"
+        default=None, description="z of accuracy, which must not be worse where the log score is compared"
     )
     why: str
 

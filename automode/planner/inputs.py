@@ -219,7 +219,7 @@ class Evaluated(Part):
     slices: dict[str, Group] = Field(default_factory=dict)
     metric: Metric = Field(default="utility", description="what the differences are of")
     guard: Group | None = Field(
-        default=None, description="differences of the utility, where another metric is compared"
+        default=None, description="differences of accuracy, where the log score is compared"
     )
     candidate_metrics: dict[str, float] = Field(default_factory=dict)
     control_metrics: dict[str, float] = Field(default_factory=dict)

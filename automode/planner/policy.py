@@ -256,7 +256,7 @@ class AveragePolicy(Part):
         description="judge the best validated state too: one copy of the weights and their three averages in host memory, replaced at a better one",
     )
     clean_below: Fraction = Field(
-        default=0.1,
+        default=0.15,
         description="upper limit on the share of wrong labels, as held-out data show it, up to which the finish compares classes by a log score",
     )
 

@@ -284,7 +284,7 @@ class Combiner:
             candidate, spent = self._scored(command.weights, part)
             passes += spent
         overall, slices = self._evidence.paired(candidate, control, command.metric)
-        guard = None if command.metric == "utility" else self._evidence.paired(candidate, control)[0]
+        guard = None if command.metric == "utility" else self._evidence.accuracy(candidate, control)
         return Evaluated(
             card=card.id,
             candidate=command.candidate,

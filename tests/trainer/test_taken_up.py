@@ -127,6 +127,7 @@ class Stage:
     selector: Any = field(default_factory=lambda: SimpleNamespace(train_ids=np.arange(200)))
     scanner: Any = None
     good: Any = field(default_factory=lambda: SimpleNamespace(state=dict, load=len))
+    best: Any = field(default_factory=lambda: SimpleNamespace(state=dict, load=len))
     diagnoser: Any = field(default_factory=lambda: SimpleNamespace(state=list, load=len))
     deleted: list[str] = field(default_factory=list)
 
