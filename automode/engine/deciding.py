@@ -246,6 +246,8 @@ def adopted(state: State, body: Adopted, out: Emission) -> None:
         if body.before is not None:
             state.undo[body.card] = body.before
         state.suite.reset(f"card {body.card} was adopted")
+        if execution.chosen.variant is not None and execution.chosen.variant.restart:
+            state.guards.level.restart(body.step)  # the lowest loss was another trajectory's
     lifecycle.finish(
         state,
         body.card,

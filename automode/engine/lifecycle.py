@@ -90,6 +90,16 @@ def steps_left(state: State) -> int:
     return max(0, int((ledger.remaining - later) // state.passes_per_step))
 
 
+def may_restart(state: State) -> bool:
+    """Whether a card may still ask for the run's first weights: within the probe's window, and while one that restarts waits."""
+    if state.run is None or state.step <= state.policy.probe.until * max(
+        state.run.total_steps, state.step + steps_left(state)
+    ):
+        return True
+    waiting = (record.card.training_recipe for record in state.cards.values() if record.state in OPEN)
+    return any(recipe is not None and recipe.restarts for recipe in waiting)
+
+
 def base_of(state: State) -> Base:
     """What a card made now is made against; the checkpoint is filled in when it starts."""
     return Base(step=state.step, policy=state.policy_digest, lineage=state.lineage)

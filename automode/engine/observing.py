@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from automode.engine.emission import Emission
 from automode.engine.state import State
 from automode.errors import ReplayDifferenceError
 from automode.planner.approval import Lifetime, sweep
-from automode.planner.cards import PlanCard
+from automode.planner.cards import CardState, PlanCard
 from automode.planner.diagnostics import summary
 from automode.planner.events import ReadingChanged, Rows, RuleEvaluated
 from automode.planner.pacing import Held, admit, held_back, in_order
@@ -142,6 +143,8 @@ def view_of(state: State) -> View:
         scanned=state.scanned,
         clustered=state.clustered,
         counts=state.counts,
+        first_loss=state.guards.level.top,
+        adopted=Counter(r.card.reason for r in state.cards.values() if r.state is CardState.ADOPTED),
     )
 
 

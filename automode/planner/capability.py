@@ -81,6 +81,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("variant.labels", "keep"),
     Ability("variant.labels", "relabel"),
     Ability("variant.adapter", "*"),
+    Ability("variant.restart", "*"),
     Ability("training_recipe.replay", "*"),
     Ability("training_recipe.variants", "*"),
     Ability("training_recipe.search", "*"),
@@ -88,6 +89,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("training_recipe.exclude", "*"),
     Ability("training_recipe.relabel", "predicted"),
     Ability("training_recipe.relabel", "given"),
+    Ability("training_recipe.judged", "tail"),
     Ability("training_recipe.resources", "*"),
     Ability("adjustment.rate_factor", "*"),
     Ability("adjustment.clip_norm", "*"),
@@ -243,6 +245,10 @@ def _training(recipe: TrainingRecipe, selection: Selection, run: Run) -> Iterato
         if isinstance(recipe.exclude, SelectAll):
             yield "training_recipe.exclude: all samples excluded leave nothing to train on"
         yield from _selection("training_recipe.exclude", recipe.exclude, run)
+    if recipe.judged is not None:
+        yield from _unable("training_recipe.judged", recipe.judged)
+    if recipe.judged == "tail" and not run.averages:
+        yield "training_recipe.judged: tail needs averages, and this run keeps none: allow policy.averages, or leave judged out"
     if recipe.resources is not None:
         yield from _resources(recipe.resources, run)
     for variant in recipe.variants:
@@ -288,6 +294,10 @@ def _variant(variant: Variant, selection: Selection, run: Run) -> Iterator[str]:
     for name in ("optimizer", "precision", "batches", "schedule", "labels"):
         yield from (f"{where}: {why}" for why in _unable(f"variant.{name}", getattr(variant, name)))
     yield from (f"{where}: {why}" for why in _unable("variant.batch_mul", f"{variant.batch_mul:g}"))
+    if variant.restart and run.why_no_restart is not None:
+        yield f"{where}: restart needs the run's first weights: {run.why_no_restart}"
+    if variant.restart and variant.adapter is not None:
+        yield f"{where}: an adapter is trained on what the trunk has learnt, and restart forgets it: leave one of them out"
     if variant.precision == "bf16" and not run.bf16:
         yield f"{where}: this device does not train in bf16"
     if variant.loss_weight != 1.0:
@@ -319,6 +329,11 @@ def _merge(merge: MergeRecipe, action: str, recipe: TrainingRecipe | None) -> It
         yield (
             f"merge_recipe: adapter_fuse sums low-rank deltas, and whole networks are trained by {', '.join(whole)}: give every variant an "
             "`adapter`, or use interpolate"
+        )
+    if recipe is not None and recipe.restarts:
+        yield (
+            "merge_recipe: a trial that restarts from the run's first weights has left the trunk's path, and a merge of weights is for states "
+            "that share one: leave the merge out"
         )
     if action == "fork" and merge.kind == "swa":
         yield "merge_recipe: swa averages the trunk's own trajectory: use it with action merge, or merge by interpolate"

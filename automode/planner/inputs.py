@@ -55,6 +55,10 @@ class Run(Part):
     overlap: int = Field(default=0, ge=0, description="validation samples that are training samples too")
     why_no_evidence: str | None = None
     why_no_forks: str | None = Field(default=None, description="why no specialist can be trained in this run")
+    why_no_restart: str | None = Field(
+        default="the run was begun by a version that kept none",
+        description="why no specialist can start from the run's first weights",
+    )
     adjusts: bool = Field(
         default=False,
         description="rules may propose to change the trunk's rate and clipping where no specialist can be trained",

@@ -138,11 +138,13 @@ def price_fork(
     segments = [high - low for low, high in zip((0, *levels[:-1]), levels, strict=True)]
     train_steps = sum(n * segment for n, segment in zip(counts, segments, strict=True))
     retry_steps = max(segments)
-    states = 1 + (TRUNK_AVERAGES if run.averages else 0)
+    tail = recipe.judged == "tail"
+    states = 1 + (TRUNK_AVERAGES if run.averages and not tail else 0)
     own = 1 if any(v.ema is not None for v in recipe.variants) or recipe.search is not None else 0
     experts = counts[-1]
     per_step = step_passes(run)
-    report = _chosen(states + own, run)
+    alone = float(run.refresh) if tail else 0.0  # an average in the place of the raw weights
+    report = _chosen(states + own, run) + alone
     looks = 1 if gate is None else experts + 1  # a mixture answers with every expert
     gate_passes = _gate(gate, experts, run)
     top = levels[-1]
@@ -157,6 +159,7 @@ def price_fork(
         retry=(retry_steps + annealed) * per_step,
         evaluate=(sum(counts) + 1 + (2 if annealed else 0)) * report
         + _chosen(states, run)
+        + alone
         + (looks + 1) * float(run.val_b + run.refresh),
         resolve=_resolve(recipe, selection, run),
         gate=gate_passes,

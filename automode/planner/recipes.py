@@ -208,6 +208,11 @@ class TrainingRecipe(Part):
         default=None,
         description="where new labels come from, for the variants that take them; the user's data stay as they are",
     )
+    judged: Literal["tail"] | None = Field(
+        default=None,
+        description="null: the best of raw weights and averages of every trial and of the control; tail: the tail average of the steps since "
+        "the fork alone, which shows a rate without its noise, and costs a quarter",
+    )
     resources: Resources | None = Field(
         default=None, description="what each trial needs, on a Ray cluster; null: what the backend was told"
     )
@@ -259,6 +264,12 @@ class TrainingRecipe(Part):
     def anneals(self) -> bool:
         """Whether the card needs a control that anneals alike."""
         return "anneal" in self.schedules
+
+    @property
+    def restarts(self) -> bool:
+        """Whether any trial starts from the run's first weights."""
+        drawn = None if self.search is None else self.search.parameters.get("restart")
+        return any(v.restart for v in self.variants) or (drawn is not None and any(drawn.ends()))
 
     @property
     def candidates(self) -> int:

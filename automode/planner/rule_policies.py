@@ -63,7 +63,11 @@ class ProbePolicy(Part):
 
     from_: Fraction = Field(default=0.05, alias="from", description="no probe before this share of the run")
     until: Fraction = Field(default=0.15, description="no probe after this share of the run")
-    share: Fraction = Field(default=0.04, description="most of the run's compute that the probe may take")
+    share: Fraction = Field(default=0.04, description="most of the run's compute that a probe may take")
+    restart_share: Fraction = Field(
+        default=0.10,
+        description="the same where trials start from the first weights",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> ProbePolicy:

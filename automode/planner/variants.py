@@ -82,6 +82,10 @@ class Variant(Part):
     adapter: Adapter | None = Field(
         default=None, description="train low-rank adapters on the frozen fork; null: train all of it"
     )
+    restart: bool = Field(
+        default=False,
+        description="start from the run's first weights, with fresh optimizer state and averages, instead of from the trunk",
+    )
 
 
 ANNEALED_CONTROL: Final = Variant(name="control annealed", schedule="anneal")

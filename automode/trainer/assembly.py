@@ -55,8 +55,8 @@ from automode.trainer.selecting import Selector
 from automode.trainer.session_header import header_of
 from automode.trainer.specialists import Checkpoints, SpecialistRunner
 from automode.trainer.states import States
-from automode.trainer.step_choice import why_no_forks
-from automode.trainer.trunk import Trunk, trainable
+from automode.trainer.step_choice import keep_first_weights, why_no_forks
+from automode.trainer.trunk import trainable
 from automode.trainer.validation import SliceFn
 
 REFRESH_BATCHES = 16
@@ -75,6 +75,7 @@ def open_driver(parts: RunParts) -> Driver:
         trunk, policy, total = parts.trunk, parts.policy, parts.plan.total
         if mode in ("propose", "act") and policy.averages.enabled and total:
             trunk.averages = TrajectoryAverages(trainable(trunk.model), total)
+        no_restart = keep_first_weights(parts, mode)
         store = SessionStore.create(parts.session_path, header=header_of(parts, mode))
         offered = plugins()
         state = initial(chosen(policy, [plugin.rule for plugin in offered]))
@@ -90,7 +91,7 @@ def open_driver(parts: RunParts) -> Driver:
                 policy_digest=policy.digest_with(plugin.distribution for plugin in offered),
                 planner_version=PLANNER_VERSION,
                 plugins=tuple(plugin.distribution for plugin in offered),
-                run=_run(parts, held, backend),
+                run=_run(parts, held, backend, no_restart),
             )
         )
         return driver
@@ -180,7 +181,7 @@ def _mode(parts: RunParts, held: Held) -> tuple[Mode, str | None]:
     return parts.mode, parts.why_mode
 
 
-def _run(parts: RunParts, held: Held, backend: Backend | None) -> Run:
+def _run(parts: RunParts, held: Held, backend: Backend | None, no_restart: str | None) -> Run:
     trunk, plan, loader = parts.trunk, parts.plan, parts.loader
     _, ids = source_of(parts)
     held_out = parts.held_out if held.why_no_evidence is None else None
@@ -199,6 +200,7 @@ def _run(parts: RunParts, held: Held, backend: Backend | None) -> Run:
         overlap=held.overlap.n,
         why_no_evidence=held.why_no_evidence,
         why_no_forks=why_no_forks(parts),
+        why_no_restart=no_restart,
         adjusts=parts.hand_written is not None,
         why_no_rate=why_no_rate(trunk),
         slices={name: int(ids_.size) for name, ids_ in parts.slices.items()},
@@ -223,13 +225,9 @@ def _run(parts: RunParts, held: Held, backend: Backend | None) -> Run:
         slots=1 if backend is None else backend.slots,
         why_no_resources="no trials can be trained" if backend is None else backend.why_no_resources,
         device=trunk.device.type,
-        model_mib=_mebibytes(trunk),
+        model_mib=trunk.mebibytes,
         bf16=True,
     )
-
-
-def _mebibytes(trunk: Trunk) -> float:
-    return float(sum(t.numel() * t.element_size() for t in trunk.model.state_dict().values())) / 2**20
 
 
 def _router_size(model: torch.nn.Module) -> float:

@@ -22,6 +22,7 @@ from automode.trainer.performer import Performer, entropy_of
 from automode.trainer.recorded_card import RecordedCard
 from automode.trainer.relabelling import unpacked
 from automode.trainer.sample_source import Ids
+from automode.trainer.trunk import judged_of
 
 TOLERANCE: Final = 1e-3
 """Least tolerance where bits cannot be promised; one held-out sample judged otherwise is tolerated too."""
@@ -193,7 +194,10 @@ class CardAgain:
         weights, rest, _ = self._load(control.checkpoint, "it was judged against")
         evidence = self._performer.evidence
         assert evidence is not None
-        choice, value, _ = evidence.choose(self._performer.states.shell(), self._candidates(weights, rest))
+        recipe = self._recorded.card.training_recipe
+        assert recipe is not None
+        candidates = judged_of(self._candidates(weights, rest), recipe.judged)
+        choice, value, _ = evidence.choose(self._performer.states.shell(), candidates)
         self._compare("control", control.value, value, 1.0 / max(1, self._recorded.started.run.val_a))
         if not self.done.doubts:
             self._compare("control, weights chosen", control.choice, choice)

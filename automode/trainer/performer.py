@@ -12,9 +12,10 @@ from zlib import crc32
 import numpy as np
 
 from automode.engine import State
-from automode.engine.lifecycle import KEEP_BEST
+from automode.engine.lifecycle import KEEP_BEST, may_restart
 from automode.errors import NotExecutableError, SessionError
 from automode.merges.moe_files import save as save_mixture
+from automode.merges.trajectory import DEFAULT_EVERY
 from automode.planner.cards import PlanCard
 from automode.planner.events import (
     Adopt,
@@ -55,7 +56,7 @@ from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.evidence import Evidence
 from automode.trainer.finishing import Finisher
 from automode.trainer.new_labels import NewLabels
-from automode.trainer.optimizers import restore_rates, scale_rates, scale_schedule
+from automode.trainer.optimizers import restore_rates
 from automode.trainer.safeguarding import GoodStates
 from automode.trainer.sample_keeper import SampleKeeper
 from automode.trainer.sample_source import Ids
@@ -63,7 +64,12 @@ from automode.trainer.scanning import Scanner
 from automode.trainer.selecting import Selector
 from automode.trainer.specialists import Checkpoints, SpecialistRunner
 from automode.trainer.states import States
-from automode.trainer.trunk import Trunk, trainable
+from automode.trainer.taking_over import take_over
+from automode.trainer.trunk import EVERY_SINCE_FORK, Trunk, begin_averages, trainable
+
+
+def _by_tail(card: PlanCard) -> bool:
+    return card.training_recipe is not None and card.training_recipe.judged == "tail"
 
 
 def entropy_of(seed: int, card: PlanCard) -> tuple[int, ...]:
@@ -121,7 +127,7 @@ class Performer:
             case Scan():
                 return self.scan(body, step)
             case Snapshot():
-                return [self.snapshot(body, step)]
+                return [self.snapshot(body, state.cards[body.card].card, step)]
             case Resolve():
                 return [self.resolve(state.cards[body.card].card, step)]
             case FitGate():
@@ -148,9 +154,11 @@ class Performer:
                 assert_never(body)
 
     def forget(self, card: str) -> None:
-        """Drop the training data of a card that has ended."""
+        """Drop the training data of a card that has ended; the averages are read as seldom as ever again."""
         if self.runner is not None:
             self.runner.cards.pop(card, None)
+        if self.trunk.averages is not None:
+            self.trunk.averages.every = DEFAULT_EVERY
 
     def delete(self, checkpoints: set[str]) -> None:
         """Delete checkpoints that nothing can go on from."""
@@ -171,8 +179,10 @@ class Performer:
     # What the safeguards need.
 
     def keep(self, state: State, step: int) -> None:
-        """Keep the trunk as a good state, where one is due."""
+        """Keep the trunk as a good state, where one is due, and its first weights no longer than a card may ask for them."""
         self.good.keep(state, step)
+        if self.trunk.first is not None and not may_restart(state):
+            self.trunk.first = None
 
     def mend(self) -> int:
         """Undo what a batch that was left out did to running norm statistics; returns the layers mended."""
@@ -180,15 +190,23 @@ class Performer:
 
     # Snapshots.
 
-    def snapshot(self, command: Snapshot, step: int) -> Snapshotted:
-        """Make the trunk durable; a control is also scored on val-A by the best of raw weights and averages."""
+    def snapshot(self, command: Snapshot, card: PlanCard, step: int) -> Snapshotted:
+        """Make the trunk durable; a control is also scored on val-A, by what of the trials is judged.
+
+        Where a trial restarts, the run's first weights are stored with what the trials begin from.
+        """
         choice, value, passes = None, None, 0.0
+        recipe = card.training_recipe
+        assert recipe is not None
+        more = {"first": self.trunk.first_weights()} if command.purpose == "base" and recipe.restarts else {}
         if command.purpose == "control":
             evidence = self._evidence()
             if self.trunk.averages is not None:
                 self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
-            choice, value, passes = evidence.choose(self.states.shell(), self.trunk.candidates())
-        digest = self._save(command.purpose, step, **self._conditions())
+            choice, value, passes = evidence.choose(self.states.shell(), self.trunk.candidates(recipe.judged))
+        digest = self._save(command.purpose, step, **self._conditions(), **more)
+        if command.purpose == "base" and recipe.judged == "tail":
+            begin_averages(self.trunk.averages, every=EVERY_SINCE_FORK)
         return Snapshotted(
             card=command.card,
             purpose=command.purpose,
@@ -305,14 +323,16 @@ class Performer:
         variant = command.variant
         own = variant is None or variant.schedule == "anneal" or variant.adapter is not None
         factor = 1.0 if variant is None or own else variant.lr_mul
+        if _by_tail(card) and self.trunk.averages is not None:
+            self.trunk.averages.every = DEFAULT_EVERY  # also of the trunk that a rollback puts back
         before = self._save("before", step, clip_norm=self.trunk.clip_norm, rate_factor=factor)
         try:
             state, rest = self.states.load(command.weights)
             self.states.put(self.trunk.model, state, averaged=command.weights.choice != "raw")
             if variant is not None:
-                self._take_over(variant, rest, factor)
-            elif self.trunk.averages is not None:
-                self.trunk.averages.restart()
+                take_over(self.trunk, variant, rest, factor)
+            if variant is None or _by_tail(card):
+                begin_averages(self.trunk.averages)
             self.trunk.curate(*self._curation(card, variant))
             after = self._save("adopted", step)
             self.good.restart()
@@ -351,33 +371,6 @@ class Performer:
         mixture = self._combiner().mixture(command.weights.checkpoint)
         self.exports.mkdir(exist_ok=True)
         save_mixture(mixture, self.exports / card.id)
-
-    def _take_over(self, variant: Variant, rest: dict[str, Any], factor: float) -> None:
-        trunk = self.trunk
-        if trunk.averages is not None and "averages" in rest:
-            trunk.averages.load_state_dict(rest["averages"])
-        if (
-            variant.adapter is not None
-        ):  # its rates, decay and moments are of other parameters than the trunk's
-            return
-        if rest.get("kind") == type(trunk.optimizer).__name__:
-            groups = [
-                {k: v for k, v in group.items() if k != "params"} for group in trunk.optimizer.param_groups
-            ]
-            trunk.optimizer.load_state_dict(rest["optimizer"])
-            for group, kept in zip(trunk.optimizer.param_groups, groups, strict=True):
-                group.update(kept)
-        else:
-            trunk.optimizer.state.clear()
-        for group in trunk.optimizer.param_groups:
-            scale_rates(group, factor)
-            if "weight_decay" in group:
-                decay = group["weight_decay"] * variant.weight_decay_mul
-                group["weight_decay"] = decay if variant.weight_decay is None else variant.weight_decay
-        if trunk.scheduler is not None:
-            scale_schedule(trunk.scheduler, factor)
-        if variant.clip_norm is not None:
-            trunk.clip_norm = variant.clip_norm
 
     def roll_back(self, command: RollBack, step: int) -> RolledBack:
         """Put the trunk back to what it was before an adoption; the schedule's clock goes on, at the rates of before."""

@@ -52,6 +52,8 @@ def take(parts: RunParts, loop: Loop) -> tuple[Weights, Rest]:
         "identity": identity_of(parts),
         "length": _length_of(parts),
     }
+    if trunk.first is not None:
+        rest["first"] = trunk.first
     if isinstance(parts.request.loss_fn, nn.Module):
         rest["loss"] = parts.request.loss_fn.state_dict()
     return weights, rest
@@ -72,6 +74,7 @@ def put_trunk(parts: RunParts, weights: Mapping[str, Tensor], rest: Mapping[str,
     model = trunk.model
     put_averages(parts, rest)
     trunk.load(weights, rest, schedule=True)
+    trunk.first = rest.get("first")
     trunk.step = int(rest["step"])
     trunk.clip_norm, trunk.cap_norm = rest["clip_norm"], rest["cap_norm"]
     with torch.no_grad():

@@ -20,22 +20,30 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from automode.backends.base import SegmentDone, SegmentJob
 from automode.errors import NotExecutableError
-from automode.planner.recipes import EarlyStopping
 from automode.planner.variants import Adapter
 from automode.session.rng_state import pack_rng, unpack_rng
 from automode.trainer.adapting import ADAPTER, Adapted, unmerged
 from automode.trainer.card_data import CardData
+from automode.trainer.early_stopping import Patience
 from automode.trainer.optimizers import apply_variant, drive, scale_schedule, sharpness_aware_gradients
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.random_state import RandomState, forked_rng, seed_everything
 from automode.trainer.sample_source import BatchPlan, SampleSource
-from automode.trainer.trunk import Trunk, autocast, candidates_of, copy_of, trainable
+from automode.trainer.trunk import (
+    EVERY_SINCE_FORK,
+    Trunk,
+    autocast,
+    begin_averages,
+    candidates_of,
+    copy_of,
+    judged_of,
+    trainable,
+)
 
 TRAIN_PASSES = 3.0
 """Forward-equivalents of one trained sample: a forward pass and a backward pass of twice its cost."""
 
 SAM_PASSES = 6.0
-LOOKS_PER_RUNG = 10
 
 
 class Judge(Protocol):
@@ -127,6 +135,9 @@ class SpecialistSegment:
         with forked_rng():
             weights, rest, _ = runner.checkpoints.load(job.checkpoint)
             self._model, optimizer, self._scheduler = copy_of(runner.trunk)
+            self._restarts = job.variant.restart and job.from_resource == 0
+            if self._restarts:
+                weights = _first_of(rest, job)
             self._model.load_state_dict(weights if ADAPTER not in rest else unmerged(weights, rest[ADAPTER]))
             self._adapted = None if job.variant.adapter is None else self._adapt(job.variant.adapter)
             self._averages = copy.deepcopy(runner.trunk.averages)
@@ -157,6 +168,12 @@ class SpecialistSegment:
             self._averages.load_state_dict(rest["averages"])
         if job.from_resource == 0:
             optimizer.load_state_dict(rest["optimizer"])
+            if self._restarts:
+                optimizer.state.clear()
+            if self._data.recipe.judged == "tail":
+                begin_averages(self._averages, every=EVERY_SINCE_FORK)
+            elif self._restarts:
+                begin_averages(self._averages)
             self._optimizer = self._applied(optimizer)
             if self._scheduler is not None and "scheduler" in rest:
                 self._scheduler.load_state_dict(rest["scheduler"])
@@ -218,7 +235,8 @@ class SpecialistSegment:
             candidates["ema"] = candidates["raw"] | self._ema
         choice, value = "raw", math.nan
         if not self._diverged:
-            choice, value, passes = runner.judge.choose(self._model, candidates)
+            judged = judged_of(candidates, self._data.recipe.judged)
+            choice, value, passes = runner.judge.choose(self._model, judged)
             self._passes += passes
         digest = runner.checkpoints.save(
             candidates["raw"],
@@ -340,37 +358,6 @@ class SpecialistSegment:
             self._ema = _moving_average(self._ema, named, decay)
 
 
-class Patience:
-    """Early stopping on the mean training loss of tenths of a rung."""
-
-    def __init__(self, rule: EarlyStopping | None, steps: int) -> None:
-        self._rule = rule
-        self._size = max(1, steps // LOOKS_PER_RUNG)
-        self._sum = 0.0
-        self._n = 0
-        self._best = math.inf
-        self._stale = 0
-
-    def see(self, loss: float) -> None:
-        """Take one step's loss."""
-        if self._rule is None:
-            return
-        self._sum += loss
-        self._n += 1
-        if self._n < self._size:
-            return
-        mean, self._sum, self._n = self._sum / self._n, 0.0, 0
-        if mean < self._best - self._rule.min_delta:
-            self._best, self._stale = mean, 0
-        else:
-            self._stale += 1
-
-    @property
-    def over(self) -> bool:
-        """Whether the trial should stop here."""
-        return self._rule is not None and self._stale >= self._rule.patience
-
-
 @torch.no_grad()
 def _moving_average(
     average: dict[str, Tensor] | None, named: Mapping[str, Tensor], decay: float
@@ -381,6 +368,16 @@ def _moving_average(
     for name, p in floats.items():
         average[name].lerp_(p, 1.0 - decay)
     return average
+
+
+def _first_of(rest: Mapping[str, Any], job: SegmentJob) -> dict[str, Tensor]:
+    """The run's first weights, which the trunk's snapshot holds beside its own."""
+    if "first" not in rest:
+        raise NotExecutableError(
+            f"variant `{job.variant.name}` restarts from the run's first weights, and snapshot {job.checkpoint[:19]} does not hold them"
+        )
+    first: dict[str, Tensor] = rest["first"]
+    return first
 
 
 def _mixed(entropy: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from automode.planner.events import Mode
 from automode.trainer.accumulating import AccumulatingStep
 from automode.trainer.closures import ClosureStep, needs_closure
 from automode.trainer.loop import Train
@@ -27,6 +28,18 @@ def step_of(parts: RunParts, guarded: Guarded) -> Train:
         return DefaultStep(trunk, scaler, guarded)
     cursor, length = parts.cursor, parts.plan.steps_per_epoch
     return AccumulatingStep(trunk, scaler, guarded, every=every, last=lambda: cursor.read + 1 == length)
+
+
+def keep_first_weights(parts: RunParts, mode: Mode) -> str | None:
+    """Keep the weights as they are for specialists to restart from, or say why not."""
+    if mode not in ("propose", "act"):
+        return f"they are kept in act and propose mode, and the run began in {mode} mode"
+    if "learning_rate_probe" not in parts.policy.reasons:
+        return "they are kept for learning_rate_probe, which is none of policy.reasons"
+    why = why_no_forks(parts)
+    if why is None:
+        parts.trunk.keep_first()
+    return why
 
 
 def why_no_forks(parts: RunParts) -> str | None:

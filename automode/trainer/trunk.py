@@ -17,13 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from automode.errors import NotExecutableError
-from automode.merges.trajectory import TrajectoryAverages
+from automode.merges.trajectory import DEFAULT_EVERY, TrajectoryAverages
 from automode.trainer.curation import Curation
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.new_labels import NewLabels
 from automode.trainer.sample_source import Ids
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Judged = Literal["tail"] | None
+"""What of a candidate is judged: the tail average since the fork; None: the best of raw weights and averages."""
+
+EVERY_SINCE_FORK = 2
+"""Steps between two updates of averages that begin at a fork: some tens of steps have to do."""
+
 StepFn = Callable[[nn.Module, Any], tuple[Tensor, Any, Any]]
 """Model and batch to (loss, outputs, targets)."""
 
@@ -47,6 +53,7 @@ class Trunk:
         curation: Takes samples from batches that an adopted card left out, and gives others new labels; None while there are none.
         relabelling: Hears of the ids whose labels are replaced, before another batch is trained on; None: nobody wants to.
         step: Optimizer steps taken.
+        first: The run's first weights, on the host, while a card may restart from them, or None.
     """
 
     model: nn.Module
@@ -63,6 +70,7 @@ class Trunk:
     curation: Curation | None = None
     relabelling: Callable[[Ids], None] | None = None
     step: int = 0
+    first: dict[str, Tensor] | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -151,9 +159,47 @@ class Trunk:
         """A copy of the current weights."""
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
-    def candidates(self) -> dict[str, dict[str, Tensor]]:
-        """The raw weights and every average of them, as full state dicts."""
-        return candidates_of(self.model, self.averages)
+    @property
+    def mebibytes(self) -> float:
+        """Memory of the weights, MiB."""
+        return float(sum(t.numel() * t.element_size() for t in self.model.state_dict().values())) / 2**20
+
+    def keep_first(self) -> None:
+        """Keep a copy of the weights as they are, on the host, for cards that restart from them."""
+        self.first = {
+            name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()
+        }
+
+    def first_weights(self) -> dict[str, Tensor]:
+        """Return the run's first weights, on the host.
+
+        Raises:
+            NotExecutableError: They are not kept any more.
+        """
+        if self.first is None:
+            raise NotExecutableError(
+                "a card that restarts needs the run's first weights, which are kept until policy.probe.until of the run is over, and are not "
+                "there any more: submit it earlier, or leave restart out"
+            )
+        return self.first
+
+    def candidates(self, judged: Judged = None) -> dict[str, dict[str, Tensor]]:
+        """What is judged of the raw weights and every average of them, as full state dicts."""
+        return judged_of(candidates_of(self.model, self.averages), judged)
+
+
+def begin_averages(averages: TrajectoryAverages | None, *, every: int = DEFAULT_EVERY) -> None:
+    """Let averages forget what was before, and read the weights every so many steps from now on."""
+    if averages is not None:
+        averages.restart()
+        averages.every = every
+
+
+def judged_of(candidates: dict[str, dict[str, Tensor]], judged: Judged) -> dict[str, dict[str, Tensor]]:
+    """Return those candidates that are judged; a variant's own average is in any case."""
+    if judged is None:
+        return candidates
+    return {name: state for name, state in candidates.items() if name in ("tail", "ema")}
 
 
 def candidates_of(model: nn.Module, averages: TrajectoryAverages | None) -> dict[str, dict[str, Tensor]]:

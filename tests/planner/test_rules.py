@@ -67,6 +67,7 @@ def view_of(case: dict[str, Any]) -> View:
             "has_ids": True,
             "exact_losses": True,
             "averages": True,
+            "why_no_restart": None,
             "slices": {"rotated": 80},
             "train_slices": ["rotated"],
         }

@@ -39,6 +39,7 @@ RUN = Run(
     slices={"rare": 180},
     train_slices=("rare",),
     averages=True,
+    why_no_restart=None,
 )
 
 

@@ -588,6 +588,63 @@ def test_the_judge_chooses_the_best_of_raw_weights_and_averages(tmp_path: Path) 
     assert values[done.choice] == done.value
 
 
+def with_first(bench: Bench, first: dict[str, Tensor]) -> None:
+    """Let the bench's base hold other weights as the run's first ones."""
+    weights, rest, _ = bench.checkpoints.load(bench.base)
+    bench.base = bench.checkpoints.save(weights, rest | {"first": first}, {"kind": "base"})
+
+
+@pytest.mark.parametrize("judged", [None, "tail"])
+def test_a_restart_trains_from_the_first_weights_with_a_fresh_optimizer(judged: Any, tmp_path: Path) -> None:
+    bench = make_bench(
+        tmp_path, optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=0.02), averages=True, steps=8
+    )
+    recipe = TrainingRecipe(variants=(PLAIN,), judged=judged)
+    bench.card(recipe)
+    torch.manual_seed(11)
+    first = small_network().state_dict()
+    with_first(bench, first)
+    job = bench.job(Variant(name="r", lr_mul=0.1, restart=True), end=6, top=12)
+    lower = bench.train(job)
+
+    data, model = bench.runner.cards[CARD], small_network()
+    model.load_state_dict(first)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.002)
+    plan = BatchPlan(data.selected, data.others, replay=recipe.replay, batch_size=BATCH, entropy=data.entropy)
+    for k in range(6):
+        inputs, classes = bench.runner.source.batch(plan.ids(k))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), classes).backward()
+        optimizer.step()
+    assert identical(bench.weights(lower), model.state_dict())
+    averages = bench.rest(lower)["averages"]
+    assert averages["followed"] == 6
+    assert (lower.choice == "tail") == (judged == "tail")
+    # The next rung goes on from there, and not from the first weights again.
+    upper = bench.train(bench.job(job.variant, start=6, end=12, checkpoint=lower.checkpoint))
+    whole = bench.train(bench.job(job.variant, end=12))
+    assert identical(bench.weights(upper), bench.weights(whole))
+
+
+def test_a_restart_without_the_first_weights_is_refused(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path)
+    with pytest.raises(NotExecutableError, match="does not hold them"):
+        bench.train(bench.job(Variant(name="r", restart=True)))
+
+
+def test_the_tail_average_begins_at_the_fork_and_is_all_that_is_judged(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, optimizer=sgd(1.0), averages=True, steps=12)
+    bench.card(TrainingRecipe(variants=(PLAIN,), judged="tail"))
+    done = bench.train(bench.job(PLAIN, end=6))
+    held_out = bench.judged.scores(bench.trunk.model, "A").n
+    assert done.choice == "tail"
+    assert done.passes == 6 * BATCH * 3 + held_out
+    assert bench.rest(done)["averages"]["followed"] == 6
+    with forked_rng():
+        model, _, _ = bench_states(bench).model(Weights(checkpoint=done.checkpoint, choice="tail"))
+        assert bench.judged.value(model)[0] == done.value
+
+
 def test_what_the_user_has_frozen_stays_frozen(tmp_path: Path) -> None:
     network = small_network(norm=True, dropout=0.4)
     network[1].eval()  # statistics that are not to move

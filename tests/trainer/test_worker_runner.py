@@ -96,6 +96,16 @@ def test_a_worker_trains_what_the_training_process_would_have_trained(bench: Ben
 
 
 @LINUX
+def test_a_restart_is_the_same_in_a_worker(bench: Bench) -> None:
+    weights, rest, _ = bench.checkpoints.load(bench.base)
+    first = {name: tensor * 0.5 for name, tensor in weights.items()}
+    bench.base = bench.checkpoints.save(weights, rest | {"first": first}, {"kind": "base"})
+    with workers(bench) as backend:
+        (done,) = trained(backend, bench.job(Variant(name="again", lr_mul=0.3, restart=True)))
+        assert_same(bench, done, bench.train(done.job))
+
+
+@LINUX
 def test_a_job_follows_the_trunk_as_it_is_when_the_job_is_handed_out(tmp_path: Path) -> None:
     bench = bench_in(tmp_path, averages=False)
     with workers(bench) as backend:

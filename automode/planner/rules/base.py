@@ -33,6 +33,10 @@ class View:
     clustered: Sequence[Clustered] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     """How many cards of each reason were made so far."""
+    adopted: Mapping[str, int] = field(default_factory=dict)
+    """How many of them were adopted."""
+    first_loss: float | None = None
+    """The run's first finite training loss; None before it, and where losses are 0 or below."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
-"""Is the learning rate about right? Asked once, early, when a wrong one is cheap to find."""
+"""Is the learning rate about right? Asked early, when a wrong one is cheap to find."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isnan
 
 from automode.planner.cards import Reason
 from automode.planner.recipes import TrainingRecipe, Variant
@@ -11,19 +11,34 @@ from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.rules.execution import if_executable
 from automode.planner.signals.trend import TrendState
 
-FASTER = tuple(Variant(name=f"x{factor}", lr_mul=float(factor)) for factor in (3, 10, 30))
-SLOWER = tuple(Variant(name=f"x1/{factor}", lr_mul=1.0 / factor) for factor in (3, 10, 30))
-"""Tried only where the loss has stopped falling: over a few steps a lower rate nearly always looks better, because it
-quiets the loss, and then costs the whole run (Wu et al. 2018, arXiv:1803.02021)."""
+FASTER = (Variant(name="x10", lr_mul=10.0),)
+"""One trial, so that a sound script pays for one: what is worth finding is a rate that is wrong by an order of magnitude."""
+
+SLOWER = tuple(
+    Variant(name=f"restart x1/{factor}", lr_mul=1.0 / factor, restart=True) for factor in (10, 3, 30)
+)
+"""From the first weights, because a rate that is far too high ruins a network within few steps. It also keeps the comparison honest:
+over a few steps a lower rate nearly always looks better on trained weights, because it quiets the loss, and then costs the whole run (Wu
+et al. 2018, arXiv:1803.02021); one that starts anew has to catch up with everything that the trunk has learnt."""
+
+EITHER = (*FASTER, *SLOWER)
+"""Where the loss falls and hardly has fallen: the rate may be far too low, or so high that a ruined network finds back a little."""
+
+LEARNT = 0.75
+"""A loss above this multiple of the run's first one has hardly fallen."""
+
+MOST = 2
+"""Probes in a run, the second only after an adopted one."""
 
 
 @dataclass(frozen=True, slots=True)
 class LearningRateProbe:
-    """Propose one short sweep over learning-rate factors; the trunk itself is the arm with factor 1.
+    """Propose a short run at ten times the rate, and from the first weights at lower ones where the loss has hardly come down.
 
-    Higher rates are tried, unless the loss stands still already: then lower ones. It takes ``policy.probe.share`` of the run's
-    compute at the most, comes once, between the shares ``policy.probe.from`` and ``until`` of the run, and not while the run is unstable: then
-    ``instability_spike`` asks the same question better.
+    The trunk itself is the arm with factor 1. All are judged by the tail average of their steps since the fork: raw weights at a high rate
+    are noise, which a paired comparison of a few steps takes for a difference. A probe takes ``policy.probe.share`` of the run's compute at
+    the most, and one that starts anew ``restart_share``, since little is lost by a trunk that does not learn. It comes between the shares
+    ``policy.probe.from`` and ``until`` of the run, as soon as the trend can be told, and again only after an adopted one.
     """
 
     id: Reason = "learning_rate_probe"
@@ -33,9 +48,9 @@ class LearningRateProbe:
         probe = view.policy.probe
         total = view.step + view.remaining
         first, last = ceil(probe.from_ * total), int(probe.until * total)
-        made = view.counts.get(self.id, 0)
-        if made:
-            return Silence(code="done", why=f"{made} probe was made already")
+        made, adopted = view.counts.get(self.id, 0), view.adopted.get(self.id, 0)
+        if made > adopted or made >= MOST:
+            return Silence(code="done", why=f"{made} probes were made already, and {adopted} adopted")
         if view.step < first:
             return Silence(
                 code="too_early", why=f"step {view.step} of {total}: the probe comes from step {first}"
@@ -44,23 +59,47 @@ class LearningRateProbe:
             return Silence(
                 code="too_late", why=f"step {view.step} of {total}: the probe comes until step {last}"
             )
-        signals = view.signals
-        if signals.burst.active or signals.shift.active or signals.trend.status is TrendState.REGRESSING:
+        trend = view.signals.trend
+        if isnan(trend.best_advise):
+            return Silence(code="no_trend", why=f"{trend.describe()} Whether the loss falls cannot be told.")
+        falls = trend.status is TrendState.IMPROVING
+        learnt = _learnt(view)
+        if learnt and not falls:
+            return Silence(
+                code="not_falling",
+                why=f"the loss has come down and does not fall for certain now, which says little about the rate. {trend.describe()}",
+            )
+        if falls and (view.signals.burst.active or view.signals.shift.active):
             return Silence(code="unstable", why="the run is unstable, which is another rule's business")
-        stuck = signals.trend.status is TrendState.PLATEAU
-        variants = (SLOWER if stuck else FASTER)[: view.policy.pacing.variants]
-        return if_executable(
-            Proposal(
-                reason=self.id,
-                action="fork",
-                because=(
-                    f"Step {view.step} of {total} ({view.step / total:.0%}): a badly chosen learning rate is cheap to find now. "
-                    f"{'The loss stands still already: ' if stuck else ''}{len(variants)} short runs at {', '.join(f'{v.lr_mul:.3g}' for v in variants)} times the rate are compared "
-                    "with the trunk."
-                ),
-                training_recipe=TrainingRecipe(variants=variants),
-                share=probe.share,
-                diagnostics={"step": view.step, "total": total, "factors": tuple(v.lr_mul for v in variants)},
-            ),
-            view,
-        )
+        return if_executable(_sweep(view, total, falls=falls, learnt=learnt), view)
+
+
+def _learnt(view: View) -> bool:
+    """Whether the loss has come down from where it began, at all."""
+    now, first = view.signals.loss_z.median, view.first_loss
+    return first is None or isnan(now) or now < LEARNT * first
+
+
+def _sweep(view: View, total: int, *, falls: bool, learnt: bool) -> Proposal:
+    most = view.policy.pacing.variants
+    variants = (FASTER if learnt else EITHER)[:most] if falls else SLOWER[:most]
+    tried = ", ".join(f"{v.lr_mul:.3g}{' from the first weights' if v.restart else ''}" for v in variants)
+    seen = (
+        "The loss falls."
+        if falls and learnt
+        else f"The loss falls and stands hardly below its beginning, {view.first_loss:.3g}."
+        if falls
+        else f"The loss does not fall for certain. {view.signals.trend.describe()}"
+    )
+    probe = view.policy.probe
+    return Proposal(
+        reason="learning_rate_probe",
+        action="fork",
+        because=(
+            f"Step {view.step} of {total} ({view.step / total:.0%}): a badly chosen learning rate is cheap to find now. {seen} {len(variants)} short "
+            f"runs are compared with the trunk, at its rate times: {tried}."
+        ),
+        training_recipe=TrainingRecipe(variants=variants, judged="tail"),
+        share=probe.share if falls and learnt else probe.restart_share,
+        diagnostics={"step": view.step, "total": total, "factors": tuple(v.lr_mul for v in variants)},
+    )

@@ -1,0 +1,40 @@
+"""What the trunk takes over from the trial whose weights it has adopted, beside the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from automode.planner.recipes import Variant
+from automode.trainer.optimizers import scale_rates, scale_schedule
+from automode.trainer.trunk import Trunk
+
+
+def take_over(trunk: Trunk, variant: Variant, rest: dict[str, Any], factor: float) -> None:
+    """Give the trunk the trial's optimizer state and averages, its factors on rate and weight decay, and its clipping.
+
+    Args:
+        trunk: Holds the adopted weights already.
+        variant: How the trial trained.
+        rest: Of the trial's checkpoint.
+        factor: On every rate.
+    """
+    if trunk.averages is not None and "averages" in rest:
+        trunk.averages.load_state_dict(rest["averages"])
+    if variant.adapter is not None:  # its rates, decay and moments are of other parameters than the trunk's
+        return
+    if rest.get("kind") == type(trunk.optimizer).__name__:
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in trunk.optimizer.param_groups]
+        trunk.optimizer.load_state_dict(rest["optimizer"])
+        for group, kept in zip(trunk.optimizer.param_groups, groups, strict=True):
+            group.update(kept)
+    else:
+        trunk.optimizer.state.clear()
+    for group in trunk.optimizer.param_groups:
+        scale_rates(group, factor)
+        if "weight_decay" in group:
+            decay = group["weight_decay"] * variant.weight_decay_mul
+            group["weight_decay"] = decay if variant.weight_decay is None else variant.weight_decay
+    if trunk.scheduler is not None:
+        scale_schedule(trunk.scheduler, factor)
+    if variant.clip_norm is not None:
+        trunk.clip_norm = variant.clip_norm
