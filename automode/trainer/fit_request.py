@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,11 @@ class FitRequest:
                 raise UsageError(
                     f"{name} must be a DataLoader or another iterable of batches, got {_name(loader)}"
                 )
+        if isinstance(self.val_loader, Iterator):
+            raise UsageError(
+                "val_loader is an iterator, which can be read only once, and held-out data are read again and again; pass a DataLoader "
+                "or a list of batches"
+            )
         if settings.val_every_n_epochs and self.val_loader is None:
             raise UsageError(
                 f"val_every_n_epochs={settings.val_every_n_epochs} needs a val_loader; pass one to fit, or 0 to the Trainer"

@@ -77,6 +77,7 @@ class WatchRequest:
             NotExecutableError: The policy asks for what cannot be done, or the run is asked to resume.
             SessionError: The session's folder cannot be made.
         """
+        self._check_kinds()
         settings, policy = self._settings(), policy_of(self.policy)
         request = FitRequest(
             model=self.model,
@@ -181,6 +182,23 @@ class WatchRequest:
             console=self.console,
             checkpoint_every=None,
         )
+
+    def _check_kinds(self) -> None:
+        """Refuse by the names that they have here what other rooms would name otherwise."""
+        if self.total_steps is not None:
+            whole("total_steps", self.total_steps, least=1)
+        for name, loader in (("train", self.train), ("val", None if self._by_function else self.val)):
+            if loader is not None and not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+                raise UsageError(
+                    f"{name} must be a DataLoader or another iterable of batches, got {type(loader).__name__}"
+                )
+        if isinstance(self.val, Iterator):
+            raise UsageError(
+                "val is an iterator, which can be read only once, and held-out data are read again and again; give a DataLoader or a "
+                "list of batches"
+            )
+        if not isinstance(self.on_card, Sequence) or not all(map(callable, self.on_card)):
+            raise UsageError("on_card takes a list of functions of (card, handle)")
 
     def _check(self, settings: Settings) -> None:
         if named := os.environ.get(ENVIRONMENT):

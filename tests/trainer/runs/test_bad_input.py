@@ -200,6 +200,14 @@ def test_an_iterator_that_can_be_read_once_is_named_as_what_it_is(
     )
 
 
+def test_held_out_data_that_can_be_read_once_are_refused_before_anything_is_made(
+    play_run: Any, script: Any, tmp_path: Any
+) -> None:
+    with pytest.raises(UsageError, match="val_loader is an iterator, which can be read only once"):
+        play_run(script=script(), fit={"val_loader": iter([])})
+    assert not list(tmp_path.rglob("session.db"))
+
+
 def test_a_batch_of_another_shape_is_told_with_what_to_do(
     play_run: Any, script: Any, failed_run: Any
 ) -> None:
