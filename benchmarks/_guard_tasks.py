@@ -22,7 +22,7 @@ from automode.planner.policy import Policy
 Floats = npt.NDArray[np.float32]
 Pair = tuple[Tensor, Tensor]
 TRAIN, HELD_OUT, TEST = 800, 800, 60_000
-BATCH, EPOCHS, GROUP = 32, 30, 200
+BATCH, EPOCHS, GROUP = 32, 24, 200
 RATES = (1e-3, 3e-3, 1e-2)
 
 
@@ -110,7 +110,7 @@ def digits(seed: int, *, views: bool = False) -> Data:
         return (torch.from_numpy(np.ascontiguousarray(seen)), torch.from_numpy(labels[which])), kind
 
     parts = _parts(len(images), rng)
-    train, _ = part(parts[0], 2 if views else 1)
+    train, _ = part(parts[0], 1)
     val, kind = part(parts[1], 2)
     test, _ = part(parts[2], TEST // len(parts[2]))
     names = {name: np.flatnonzero(kind == i).tolist() for i, name in enumerate(VIEWS)} if views else {}
@@ -217,6 +217,14 @@ CARDS: dict[str, dict[str, Any]] = {
     "greedy soup": _fork(_GROUP, _PAIR, merge_recipe={"kind": "greedy"}),
     "interpolation": _fork(_GROUP, _PAIR, merge_recipe={"kind": "interpolate", "weights": [0.25, 0.5, 0.75]}),
     "Fisher soup": _fork(_GROUP, _PAIR, merge_recipe={"kind": "fisher_soup"}),
+    "distillation": _fork(_GROUP, _PAIR, merge_recipe={"kind": "distill", "steps": 20}),
+    "anneal": _fork(
+        _ALL,
+        [
+            {"name": "anneal", "schedule": "anneal"},
+            {"name": "anneal x3", "schedule": "anneal", "lr_mul": 3.0},
+        ],
+    ),
     "gate": _fork(_GROUP, _PAIR, gate_recipe={"kind": "switch_softmax", "epochs": 5}),
     "merge": {
         "action": "merge",
@@ -229,7 +237,7 @@ CARDS: dict[str, dict[str, Any]] = {
 FORKS = tuple(kind for kind in CARDS if kind != "merge")
 
 
-FORKS_AT, MERGES_AT, LADDERS = (0.1, 0.25, 0.4, 0.55, 0.7), (0.2, 0.35, 0.5, 0.65), (0.03, 0.06)
+FORKS_AT, MERGES_AT, LADDERS = (0.08, 0.26, 0.44, 0.62), (0.17, 0.35, 0.53, 0.71), (0.03, 0.05)
 """Shares of the run: when forks and merges are handed in, and how long a ladder is."""
 
 

@@ -1,10 +1,11 @@
 """How often does a session accept what is worse than its control?
 
-    python benchmarks/guard.py [--tasks digits digits4 blobs moons friedman] [--seeds 32] [--first-seed 0] [--workers 1] [--quick] [--json FILE]
+    python benchmarks/guard.py [--tasks digits digits4 blobs moons friedman] [--seeds 32] [--first-seed 0] [--workers 1]
+                               [--minutes 25] [--quick] [--json FILE]
 
 Short runs on clean tasks (scikit-learn's digits moved a little, the same in four views, Gaussian blobs, two moons, Friedman's
 regression; one hidden layer, Adam or SGD, constant rate or cosine, by the seed) in act mode with the session's real machinery. For every task and
-seed there is a session that is handed nine cards (five forks of a dozen kinds, four merges of the run's averages) and makes the
+seed there is a session that is handed eight cards (four forks of fourteen kinds, four merges of the run's averages) and makes the
 finishing merge; for every fourth seed another one under the default policy alone. A decision is one look of a card at val-B (400 samples). The
 candidate and the control that it compared are read from the session's checkpoints afterwards, and scored on 60,000 test samples
 that no session saw.
@@ -24,8 +25,10 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -152,21 +155,19 @@ def outcome_of(job: Job) -> Outcome:
     return decided(task, seed, own_cards=own_cards)
 
 
-def run(jobs: Sequence[Job], workers: int) -> list[Outcome]:
-    """Every session, in the order of the jobs, whoever ran them."""
-    if workers == 1:
-        return [_told(job, outcome_of(job), i, len(jobs)) for i, job in enumerate(jobs)]
+def run(jobs: Sequence[Job], workers: int, minutes: float | None) -> list[Outcome]:
+    """Run the sessions in the order of the jobs, whoever runs them; none is begun when the minutes are over."""
+    began, outcomes = time.perf_counter(), []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        done = pool.map(outcome_of, jobs)
-        return [
-            _told(job, outcome, i, len(jobs)) for i, (job, outcome) in enumerate(zip(jobs, done, strict=True))
-        ]
-
-
-def _told(job: Job, outcome: Outcome, i: int, n: int) -> Outcome:
-    if (i + 1) % 50 == 0:
-        print(f"{i + 1} of {n} sessions", file=sys.stderr)
-    return outcome
+        waiting = iter(jobs)
+        line = deque(pool.submit(outcome_of, job) for job in islice(waiting, 2 * workers))
+        while line:
+            outcomes.append(line.popleft().result())
+            if len(outcomes) % 50 == 0:
+                print(f"{len(outcomes)} of {len(jobs)} sessions", file=sys.stderr)
+            if minutes is None or time.perf_counter() - began < 60.0 * minutes:
+                line.extend(pool.submit(outcome_of, job) for job in islice(waiting, 1))
+    return outcomes
 
 
 def main() -> int:
@@ -177,6 +178,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=32)
     parser.add_argument("--first-seed", type=int, default=0, help="0 to 999 are development seeds")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--minutes", type=float, help="begin no further session after so long, seed by seed")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seed a task, and no goals")
     parser.add_argument("--json", type=Path, help="every decision, one JSON line each")
     arguments = parser.parse_args()
@@ -189,7 +191,7 @@ def main() -> int:
         if own or i % 4 == 0
     ]
     began = time.perf_counter()
-    outcomes = run(jobs, arguments.workers)
+    outcomes = run(jobs, arguments.workers, arguments.minutes)
     if arguments.json is not None:
         decisions = [as_plain(d) for outcome in outcomes for d in outcome.decisions]
         arguments.json.write_text("".join(json.dumps(d) + "\n" for d in decisions), encoding="utf-8")
