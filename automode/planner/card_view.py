@@ -128,7 +128,9 @@ def _facts(card: PlanCard) -> Iterator[tuple[str, str]]:
     share = f"{card.cost.share_of_remaining:.1%} of what remains"
     yield "cost", f"{card.cost.sample_passes:,.0f} sample passes, {share}{ladder}"
     slices = "no slice worse" if card.acceptance.slices == "no_worse" else "slices ignored"
-    yield "needs", f"{card.acceptance.metric} above the control's, z at least {card.acceptance.z:g}, {slices}"
+    anneals = card.training_recipe is not None and card.training_recipe.anneals
+    whose = "the annealed control's and the trunk's" if anneals else "the control's"
+    yield "needs", f"{card.acceptance.metric} above {whose}, z at least {card.acceptance.z:g}, {slices}"
     if card.diagnostics:
         yield "readings", ", ".join(f"{k} {flow(v)}" for k, v in card.diagnostics.items())
 

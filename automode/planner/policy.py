@@ -253,11 +253,11 @@ class AveragePolicy(Part):
     )
     best_state: bool = Field(
         default=True,
-        description="judge the best validated state too: one copy of the weights and their three averages in host memory, replaced at a better one",
+        description="judge the best validated state too: its weights and their three averages are kept in host memory",
     )
     clean_below: Fraction = Field(
         default=0.15,
-        description="upper limit on the share of wrong labels, as held-out data show it, up to which the finish compares classes by a log score",
+        description="largest share of wrong labels, as held-out data bound it, at which the finish compares by a log score",
     )
 
 

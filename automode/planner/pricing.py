@@ -283,7 +283,7 @@ def _merge(merge: MergeRecipe | None, experts: int, run: Run) -> float:
             return judged + run.refresh + FISHER_PASSES * members * merge.samples
         case MergeDistill():
             states = 1 + (TRUNK_AVERAGES if run.averages else 0)
-            return student_passes(merge, members, run) + _judged(states, run) + members * run.refresh
+            return student_passes(merge, members, run) + _chosen(states, run) + members * run.refresh
         case _:
             assert_never(merge)
 

@@ -789,3 +789,14 @@ def test_needs_that_no_worker_could_have_are_refused_with_the_field(resources: s
     with pytest.raises(CardError, match="resources") as caught:
         from_yaml(placed(resources))
     assert words in str(caught.value)
+
+
+def test_a_card_that_anneals_says_what_it_has_to_beat() -> None:
+    def needs(schedule: str) -> str:
+        variant = Variant.model_validate({"name": "v", "schedule": schedule})
+        plain = {"gate_recipe": None, "merge_recipe": None}
+        card = EXAMPLE.model_copy(update={"training_recipe": TrainingRecipe(variants=(variant,)), **plain})
+        return next(line for line in card_summary(card).splitlines() if "needs" in line)
+
+    assert "above the annealed control's and the trunk's, z at least" in needs("anneal")
+    assert "above the control's, z at least" in needs("keep")
