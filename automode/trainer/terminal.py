@@ -1,8 +1,8 @@
 """A terminal that hands over single keys, and is as it was before whatever happens.
 
 Keys come without Enter and are not echoed; Ctrl-C and Ctrl-Z still send their signals. The settings of before are back when
-the terminal is closed, when Ctrl-Z stops the process (until it goes on), and before a signal kills it. Only ``kill -9`` cannot be
-caught. Nothing is read and nothing is set while the process is in the background.
+the terminal is closed, when Ctrl-Z stops the process (until it goes on), and before a signal kills it. Only ``kill -9`` and a crash of
+the interpreter itself (``os.abort``, ``os._exit``) cannot be caught. Nothing is read and nothing is set while the process is in the background.
 
 On Windows there is nothing to set, and keys are asked for one by one.
 """
@@ -30,7 +30,7 @@ _open: list[Terminal] = []
 
 def as_before() -> None:
     """Give every open terminal its settings of before, for whoever is about to end the process."""
-    for terminal in _open:
+    for terminal in _open[:]:  # each takes itself off it
         terminal.close()
 
 
@@ -144,6 +144,10 @@ class Terminal:
                 (signal.SIGHUP, self._killed),
                 (signal.SIGQUIT, self._killed),
                 (signal.SIGTERM, self._killed),
+                (signal.SIGUSR1, self._killed),
+                (signal.SIGUSR2, self._killed),
+                (signal.SIGALRM, self._killed),
+                (signal.SIGXCPU, self._killed),
             ):
                 if signal.getsignal(number) is signal.SIG_DFL:
                     self._handlers[number] = signal.SIG_DFL

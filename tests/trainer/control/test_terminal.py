@@ -135,7 +135,9 @@ def test_keys_come_without_enter_and_the_terminal_is_restored_at_the_end_and_on_
     assert shown.settings == shown.before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGALRM]
+)
 def test_a_signal_that_ends_the_process_restores_the_terminal_first(
     number: signal.Signals, screen: Any
 ) -> None:
