@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from automode import Trainer
+from automode.session import Session
 from automode.testing.bench import identical
 from automode.trainer.executing import Order, execute
 from automode.trainer.fit_request import FitRequest
@@ -140,3 +144,48 @@ def test_a_backend_that_stacks_trains_adapters_alone_and_alike(
             away.checkpoint(theirs[trial]["checkpoint"])[0], played.checkpoint(report["checkpoint"])[0]
         )
     assert any("it trains adapters" in note["why"] for note in away.bodies("trials_noted"))
+
+
+def test_a_run_that_is_killed_between_two_rungs_of_its_adapters_comes_to_the_same_end(
+    script: Any, run_once: Any, tmp_path: Path
+) -> None:
+    def leave(person: Any) -> None:  # what is on disk as the second rung is trained is what a kill leaves
+        fork, there = person.driver.state.fork, (tmp_path / "left").exists()
+        if fork is not None and fork.reports and not there and "promoted" in decisions(person):
+            shutil.copytree(tmp_path / "run", tmp_path / "left")
+
+    def decisions(person: Any) -> list[str]:
+        with Session.open(person.path) as session:
+            return [e.body["decision"] for e in session.events("trial_decided")]
+
+    run = run_once(
+        tmp_path / "run",
+        script=script,
+        policy={"budget": "on_top"},
+        actions=handed_in(card()),
+        each=leave,
+        steps=STEPS,
+        checkpoint_every="3 steps",
+    )
+    path = tmp_path / "left" / run.path.relative_to(tmp_path / "run")
+    with Session.open(path) as session:
+        assert 2 <= len(list(session.events("trial_reported"))) < len(run.bodies("trial_reported"))
+    result = Trainer(
+        automode="propose",
+        policy=run.driver.state.policy,
+        max_steps=STEPS,
+        seed=3,
+        progress=False,
+        console=False,
+        session_dir=tmp_path / "left",
+        checkpoint_every=None,
+        resume=path,
+    ).fit(**script.build())
+    result.session.close()
+    with Session.open(path) as session:
+        again = {(e.body["trial"], e.body["resource"]): e.body for e in session.events("trial_reported")}
+        assert [e.body for e in session.events("verdict_given")] == run.bodies("verdict_given")
+    for report in run.bodies("trial_reported"):
+        mine = again[report["trial"], report["resource"]]
+        for name in ("value", "choice", "checkpoint", "passes"):
+            assert mine[name] == report[name]
