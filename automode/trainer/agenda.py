@@ -7,13 +7,23 @@ from collections.abc import Iterable
 
 from automode.planner.events import Envelope, Merge, Snapshot
 
-LONGEST_STRIDE, SHORT_STRIDE = 32, 16
-"""Batches between two boundaries: whole looks of the fold, about so many of them as make the shorter, never above the longer."""
+LONGEST_STRIDE = 128
+"""Batches between two boundaries at the most. What is done there costs little more for many rows than for a few."""
+
+ACTING_STRIDE, SHORT_STRIDE = 32, 16
+"""The same where automode acts on what it sees; and about what whole looks are to make there where they are shorter."""
 
 
-def stride_of(look_every: int) -> int:
-    """Give the batches between two boundaries: where the fold looks every so many steps, a look falls on a boundary."""
-    return min(LONGEST_STRIDE, look_every * max(1, SHORT_STRIDE // look_every))
+def stride_of(look_every: int, *, acts: bool) -> int:
+    """Give the batches between two boundaries: whole looks of the fold, so that a look falls on a boundary.
+
+    Args:
+        look_every: Steps from one look to the next.
+        acts: Whether automode may act by itself: then a look waits for the next boundary for no longer than it must.
+    """
+    if acts:
+        return min(ACTING_STRIDE, look_every * max(1, SHORT_STRIDE // look_every))
+    return min(LONGEST_STRIDE, look_every * max(1, LONGEST_STRIDE // look_every))
 
 
 class Agenda:

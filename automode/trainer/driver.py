@@ -27,7 +27,7 @@ from automode.planner.events import (
 )
 from automode.session import SessionStore
 from automode.session.logs import SessionLog
-from automode.trainer.agenda import LONGEST_STRIDE, stride_of
+from automode.trainer.agenda import stride_of
 from automode.trainer.card_callbacks import CardCallback, CardCallbacks
 from automode.trainer.clock import Clock, SystemClock
 from automode.trainer.earlier import Earlier, is_usable
@@ -138,8 +138,8 @@ class Driver:
     @property
     def stride(self) -> int:
         """Batches from one boundary to the next while nothing is busy."""
-        # Where nothing is decided (and off stays off), no look has to fall on a boundary.
-        return LONGEST_STRIDE if self.state.mode == "off" else stride_of(self.state.look_every)
+        mode = self.state.mode  # where off, nothing is decided, and no look has to fall on a boundary
+        return stride_of(1 if mode == "off" else self.state.look_every, acts=mode == "act")
 
     @property
     def mode(self) -> Mode:

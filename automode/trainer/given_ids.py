@@ -39,8 +39,10 @@ class GivenIds:
         """Map the ids of several batches at once; None where one is no id, and :attr:`reason` says so from then on."""
         if all(type(batch) is RootIds for batch in batches):
             return self._checked(np.fromiter((i for batch in batches for i in batch), np.int64))
+        if not any(type(batch) is RootIds for batch in batches):
+            return self._mapped(batches)
         parts = [
-            self._checked(np.asarray(batch, np.int64)) if type(batch) is RootIds else self._mapped(batch)
+            self._checked(np.asarray(batch, np.int64)) if type(batch) is RootIds else self._mapped([batch])
             for batch in batches
         ]
         return (
@@ -49,9 +51,9 @@ class GivenIds:
             else np.concatenate([p for p in parts if p is not None])
         )
 
-    def _mapped(self, batch: Sequence[Any]) -> IdArray | None:
+    def _mapped(self, batches: Sequence[Sequence[Any]]) -> IdArray | None:
         assert self._loader is not None
-        found = self._loader.root_ids([batch])
+        found = self._loader.root_ids(batches)
         self.reason = self.reason or self._loader.reason
         return found
 

@@ -20,7 +20,10 @@ from torch._utils import _flatten_dense_tensors
 
 _LOW_PRECISION = frozenset({torch.float16, torch.bfloat16})
 _TRIAL_STEPS = 3
+_SMALL_BYTES = 1 << 17
+_HELD_STEPS = 32
 _version = operator.attrgetter("_version")
+_gradient = operator.attrgetter("grad")
 
 
 def grad_norms(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -52,6 +55,43 @@ def total_norm(norms: Sequence[Tensor]) -> float | Tensor:
     return total
 
 
+class TotalNorm:
+    """Takes the norm of all gradients at once, for whoever must know it before the optimizer steps.
+
+    Those of a small model are put end to end and have one norm taken; those of a large one are read where they are.
+
+    Args:
+        parameters: Parameters whose gradients count.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        # A list that is given stays the giver's: what is added to it counts from then on.
+        self._parameters = parameters if isinstance(parameters, list) else list(parameters)
+        self._known = -1
+        self._small = False
+
+    def _choose(self) -> None:
+        self._known = len(self._parameters)
+        kinds = {(parameter.device.type, parameter.dtype) for parameter in self._parameters}
+        wide = kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+        self._small = wide and sum(parameter.nbytes for parameter in self._parameters) <= _SMALL_BYTES
+
+    def __call__(self) -> float:
+        """Take the norm of the gradients as they are now."""
+        if len(self._parameters) != self._known:
+            self._choose()
+        gradients = [gradient for parameter in self._parameters if (gradient := parameter.grad) is not None]
+        if self._small and gradients:
+            try:
+                flat: Tensor = _flatten_dense_tensors(gradients)  # type: ignore[no-untyped-call]
+            except RuntimeError:  # one is sparse
+                return float(total_norm(_norms(gradients)))
+            # A norm, and not the root of a product: that overflows sooner.
+            norm: float = torch.linalg.vector_norm(flat).item()
+            return norm
+        return float(total_norm(_norms(gradients)))
+
+
 class HeldGradients:
     """Gradients held by reference until their norms are taken together.
 
@@ -68,6 +108,7 @@ class HeldGradients:
         self._trial = _TRIAL_STEPS
         self._previous: tuple[list[Tensor], list[int]] | None = None
         self._held: list[tuple[int, list[Tensor], list[int]]] = []
+        self._taken: dict[int, float] = {}
 
     def _choose(self) -> None:
         self._known = len(self._all)
@@ -89,25 +130,35 @@ class HeldGradients:
         thawed = self._frozen and any(parameter.requires_grad for parameter in self._frozen)
         if thawed or len(self._all) != self._known:
             self._thaw()
-        gradients = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
+        try:  # a comprehension would be a call more
+            gradients = list(map(_gradient, self.parameters))
+            versions = list(map(_version, gradients))
+        except AttributeError:  # one has none
+            gradients = [gradient for gradient in gradients if gradient is not None]
+            versions = list(map(_version, gradients))
         if not self._may_hold or not gradients:
             return total_norm(_norms(gradients))
-        versions = list(map(_version, gradients))
         if self._trial:
             self._try(gradients, versions)
             return total_norm(_norms(gradients))
         self._held.append((row, gradients, versions))
+        if len(self._held) >= _HELD_STEPS:
+            self._take_held()
         return math.nan
 
     def close(self) -> dict[int, float]:
         """Take the norms of everything held.
 
         Returns:
-            Norm by row of each step held; NaN where the gradients were written to since.
+            Norm by row of each step held since the last call; NaN where the gradients were written to since.
         """
+        if self._held:
+            self._take_held()
+        taken, self._taken = self._taken, {}
+        return taken
+
+    def _take_held(self) -> None:
         held, self._held = self._held, []
-        if not held:
-            return {}
         if all(len(gradients) == len(self.parameters) for _, gradients, _ in held):
             # No gradient is missing anywhere, so that every row has as many numbers as the next.
             every = [gradient for _, gradients, _ in held for gradient in gradients]
@@ -119,7 +170,7 @@ class HeldGradients:
             if list(map(_version, gradients)) != versions:
                 norms[index] = math.nan
                 self._may_hold = False
-        return {row: norm for (row, _, _), norm in zip(held, norms, strict=True)}
+        self._taken.update({row: norm for (row, _, _), norm in zip(held, norms, strict=True)})
 
     def state(self) -> dict[str, Any]:
         """How norms are taken from here on, as plain data for :meth:`load`; everything held must have been closed."""

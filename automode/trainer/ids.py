@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import deque
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -24,13 +24,18 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from automode.errors import DataError
-from automode.trainer.recording_sampler import RecordingBatchSampler, checksum_of
+from automode.trainer.recording_sampler import (
+    RecordedIterator,
+    RecordingBatchSampler,
+    checksum_of,
+    draws_new_lists,
+)
 from automode.trainer.tensor_loader import TensorLoader
 
 IdArray = npt.NDArray[np.int64]
 
 _FINGERPRINT_ROWS = 16
-_READ_AT_MOST = 512
+_READ_AT_MOST = 128
 _CONTENT_ATTRIBUTES = ("tensors", "data", "targets", "labels")
 
 
@@ -114,6 +119,8 @@ class RecordedLoader:
     Attributes:
         loader: The object given, not modified.
         reason: Why there are no ids, or None while there are.
+        current: Positions of the batch just read; see :meth:`ids_of_batch`.
+        read: Index lists of batches read since :meth:`order` was called.
         root: The dataset that ids point into, or None.
         length: Number of samples of ``root``, or None where it has no length.
         fingerprint: :func:`fingerprint` of ``root``, or None.
@@ -128,12 +135,12 @@ class RecordedLoader:
         self.length: int | None = None
         self.fingerprint: str | None = None
         self.reason = _refusal(loader)
-        self._current: Sequence[Any] | None = None
+        self.current: Sequence[Any] | None = None
         self._map: IdArray | None = None
         self._source_length: int | None = None
         self._clone: DataLoader[Any] | None = None
         self._recorder: RecordingBatchSampler | None = None
-        self._read: list[Sequence[Any] | None] = []
+        self.read: list[Sequence[Any] | None] = []
         self._tensors: TensorLoader | None = None
         self._digest = 0
         if self.reason is not None:
@@ -169,10 +176,10 @@ class RecordedLoader:
             skip: Batches at the beginning whose index lists are drawn and dropped, their samples never read; only while
                 :attr:`recorded`.
         """
-        self._read, self._digest = [], 0
+        self.read, self._digest = [], 0
         if self._tensors is not None:
             epoch = self._tensors.epoch(skip)
-            self._read = [positions for positions, _ in itertools.islice(epoch, skip)]
+            self.read = [positions for positions, _ in itertools.islice(epoch, skip)]
             return self._noted(epoch)
         if self._clone is None or self._recorder is None:
             return iter(self.loader)
@@ -181,13 +188,14 @@ class RecordedLoader:
         kept = vars(self._clone)["_iterator"]
         self._recorder.inner = vars(self.loader)["batch_sampler"]
         self._recorder.skip = skip
+        self._recorder.shares = draws_new_lists(self.loader)
         vars(self._clone).update(vars(self.loader), batch_sampler=self._recorder, _iterator=kept)
         batches = iter(self._clone)
         self._recorder.skip = 0
         if skip:
             assert self._recorder.latest is not None
-            self._read = self._recorder.latest.skipped()
-        return _RecordedIterator(self, batches, self._recorder.pending)
+            self.read = self._recorder.latest.skipped()
+        return RecordedIterator(self, batches, self._recorder)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]  # a loader without a length raises its own TypeError
@@ -198,11 +206,11 @@ class RecordedLoader:
         Returns:
             Positions, one per sample, or None where there are no ids.
         """
-        return self._current
+        return self.current
 
     def order(self) -> int:
         """A checksum of the index lists of the batches yielded (or skipped) in this pass, in order; 0 where none are noted."""
-        self._digest, self._read = checksum_of(self._read, self._digest), []
+        self._digest, self.read = checksum_of(self.read, self._digest), []
         return self._digest
 
     def ahead(self, count: int | None = None) -> tuple[int, int]:
@@ -222,7 +230,10 @@ class RecordedLoader:
         """
         total = sum(map(len, batches))
         try:
-            ids = np.fromiter(itertools.chain.from_iterable(batches), np.int64, total)
+            if all(type(positions) is array for positions in batches):
+                ids = np.frombuffer(bytearray().join(batches), np.int64)  # type: ignore[arg-type]  # arrays of "q"
+            else:
+                ids = np.fromiter(itertools.chain.from_iterable(batches), np.int64, total)
         except (TypeError, ValueError, OverflowError) as error:
             self._refuse(f"the batch sampler yields positions that are not integers ({error})")
             return None
@@ -238,49 +249,32 @@ class RecordedLoader:
                 ids = np.where(ids < 0, ids + self._source_length, ids)
         return ids if self._map is None else self._map[ids]
 
-    def _noted(self, epoch: Iterator[tuple[list[int], Any]]) -> Iterator[Any]:
+    def _noted(self, epoch: Iterator[tuple[Sequence[int], Any]]) -> Iterator[Any]:
         for positions, batch in epoch:
             self._yielded(positions)
             yield batch
 
     def _refuse(self, reason: str) -> None:
         self.reason = reason
-        self._current = None
+        self.current = None
 
     def _yielded(self, positions: Sequence[Any] | None) -> None:
-        self._read.append(positions)
-        if len(self._read) >= _READ_AT_MOST:
-            self.order()
+        self.read.append(positions)
+        self.order_up()
+        self.current = positions
+        if positions is None or self.reason is not None:
+            self.without_ids(positions)
+
+    def without_ids(self, positions: Sequence[Any] | None) -> None:
+        """Know that the batch just read has no ids, or is not to have any; None: the first such."""
         if self.reason is None and positions is None:
             self._refuse("the batch sampler yields something other than lists of integer positions")
-        self._current = None if self.reason is not None else positions
+        self.current = None
 
-
-class _RecordedIterator:
-    __slots__ = ("_batches", "_owner", "_pending")
-
-    def __init__(
-        self, owner: RecordedLoader, batches: Iterator[Any], pending: deque[Sequence[Any] | None]
-    ) -> None:
-        self._owner = owner
-        self._batches = batches
-        self._pending = pending
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            raise
-        except Exception:
-            # The index list of a batch that failed is spent, should the caller go on to the next batch.
-            if self._pending:
-                self._pending.popleft()
-            raise
-        self._owner._yielded(self._pending.popleft())  # noqa: SLF001  # two halves of one class
-        return batch
+    def order_up(self) -> None:
+        """Sum up the index lists of batches that were read, now and then, so that they are not all kept."""
+        if len(self.read) >= _READ_AT_MOST:
+            self.order()
 
 
 def array_bytes(values: Any) -> bytes:

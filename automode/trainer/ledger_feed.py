@@ -71,6 +71,11 @@ class LedgerFeed:
         """Why the ledger is not fed; None while it is."""
         return self._reason or self._id_source.reason or self._per_sample.reason
 
+    @property
+    def quick_visits(self) -> list[_Visit] | None:
+        """Where steps of plain tensors may be appended as :meth:`keep` does it, until the next flush; None: call that."""
+        return self.visits if self._fast else None
+
     def keep(
         self, outputs: Any, targets: Any, ids: Sequence[Any], value: float | Tensor, loss: float | Tensor
     ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ from automode.trainer.probe import Probe
 from automode.trainer.progress import Console
 from automode.trainer.schedule import Schedule
 from automode.trainer.steps import Taken
+from automode.trainer.stretches import stretch
 from automode.trainer.trunk import Trunk, trainable
 from automode.trainer.user_warning import warn_user
 from automode.trainer.validation import Validation, ValidationResult
@@ -86,6 +87,12 @@ class Loop:
         phase: What is going on, for whoever has to know whether the state is that of a step boundary: ``between`` steps (also
             while a batch is waited for), ``forward`` (the training step runs), or ``update`` (the weights are written).
         epoch_ended: Called when an epoch, with its validation, is over.
+        trunk: As given, and so are ``probe``, ``observer`` and ``schedule``.
+        clock: Seconds.
+        due: When the clock lets rows be handed over.
+        anew: Whether rows have been handed over since the running stretch of steps began: anything may have changed since.
+        skipping: Whether the last step was kept from the weights.
+        average: Feeds the trunk's averages.
     """
 
     def __init__(
@@ -107,24 +114,25 @@ class Loop:
         self.history = History()
         self.reason = ""
         self.plan = plan
-        self._trunk = trunk
+        self.trunk = trunk
         self.cursor = cursor
         self.phase = "between"
         self.epoch_ended: Callable[[], None] = _nothing
         self.train = train
-        self._probe = probe
-        self._observer = observer
-        self._schedule = schedule
+        self.probe = probe
+        self.observer = observer
+        self.schedule = schedule
         self._validation = validation
         self._console = console
         self.companions = companions
-        self._clock = time.perf_counter
-        self._due = 0.0
+        self.clock = time.perf_counter
+        self.due = 0.0
         self._validated_at = -1
         self._losses = Mean()
-        self._average = _Averaging(trunk)
+        self.average = _Averaging(trunk)
         self._warned = False
-        self._skipping = False
+        self.skipping = False
+        self.anew = True
 
     def run(self) -> str:
         """Train to the end; returns why it ended."""
@@ -138,7 +146,7 @@ class Loop:
         Raises:
             DataError: The loader gave no batch, or batches that cannot be trained on.
         """
-        self._due = self._clock() + TICK_SECONDS
+        self.due = self.clock() + TICK_SECONDS
         self.cursor.go_on()
         cut = self.cursor.read > 0
         while cut or (not self.over and self.epoch != self.plan.max_epochs):
@@ -153,7 +161,7 @@ class Loop:
                 self.cursor.ended()
                 self.epoch_ended()
         self.reason = self._why()
-        if self._validated_at != self._trunk.step and self.reason != "max_epochs":
+        if self._validated_at != self.trunk.step and self.reason != "max_epochs":
             self._validate_last()
 
     def state(self) -> dict[str, Any]:
@@ -165,8 +173,8 @@ class Loop:
             "mean": self._losses.state(),
             "validated_at": self._validated_at,
             "warned": self._warned,
-            "skipping": self._skipping,
-            "schedule": self._schedule.state(),
+            "skipping": self.skipping,
+            "schedule": self.schedule.state(),
             "train": self.train.state(),
             "cursor": self.cursor.state(),
             "companions": self.companions.state(),
@@ -178,8 +186,8 @@ class Loop:
         self.history = History.from_dict(state["history"])
         self._losses.load(state["mean"])
         self._validated_at = int(state["validated_at"])
-        self._warned, self._skipping = bool(state["warned"]), bool(state["skipping"])
-        self._schedule.load(state["schedule"])
+        self._warned, self.skipping = bool(state["warned"]), bool(state["skipping"])
+        self.schedule.load(state["schedule"])
         self.train.load(state["train"])
         if "companions" in state:
             for what in self.companions.load(state["companions"]):
@@ -194,64 +202,58 @@ class Loop:
         """Hand what is still in the probe to the observer."""
         self._hand_over()
 
-    def _steps_of_epoch(self) -> Any:
+    def _steps_of_epoch(self) -> Generator[int, None, bool]:
         """Train on one pass of the loader; True when it was a whole one."""
-        trunk, observer, schedule, clock = self._trunk, self._observer, self._schedule, self._clock
-        train, record, cursor = self.train, self._probe.record, self.cursor
-        ids_of_batch = cursor.loader.ids_of_batch
-        average, epoch, last = self._average, self.epoch, self.plan.steps_per_epoch
-        stride = observer.stride
-        self.companions.epoch_begins(anew=not cursor.read)
-        optimizer = trunk.optimizer
-        for batch in cursor.batches():
-            if trunk.step >= observer.limit or observer.stop_requested is not None:
-                return False
-            kept, ids = trunk.curated(batch, ids_of_batch())
-            self.phase = "forward"
-            taken = train(kept, epoch)
-            self.batches += 1
-            turn = self.batches % stride == 0
-            # Read anew: a state that is loaded brings another list, and a rate may be a tensor that is written to.
-            rates = tuple([float(group["lr"]) for group in optimizer.param_groups])
-            # Before the optimizer's step, since some optimizers write to the gradients.
-            full = record(
-                trunk.step + taken.applied,
-                taken.loss,
-                taken.grad_norm,
-                rates,
-                taken.applied,
-                taken.outputs,
-                taken.targets,
-                ids,
-                taken.metrics,
-            )
-            self.phase = "update"
-            if taken.pending:
-                optimizer.step()
-            if taken.applied:
-                trunk.step += 1
-                if self._skipping:
-                    self._skipping = False
-                    observer.stepped()
-            if taken.stepped:
-                if trunk.averages is not None:
-                    average(trunk.averages, trunk.step)
-                if schedule.every_step:
-                    schedule.after_step()
-            cursor.read += 1
-            self.phase = "between"
-            if taken.skipped and observer.guard:
-                self._skipping = True
-                self._hand_over()
-                observer.skipped(trunk.step, taken.skipped)
-                turn = True
-            if turn or full or observer.busy or clock() >= self._due:
-                self._between(turn)
-            yield trunk.step
-            # At the last batch of an epoch the loader is asked once more, as a plain loop asks it.
-            if (trunk.step >= observer.limit or observer.stop_requested is not None) and cursor.read != last:
-                return False
-        return True
+        self.companions.epoch_begins(anew=not self.cursor.read)
+        batches, whole = self.cursor.batches(), None
+        while whole is None:
+            whole = yield from stretch(self, batches)
+        return whole
+
+    def noted(self, taken: Taken, ids: Sequence[Any] | None) -> None:
+        """Record a step, make the optimizer's where that is still to be made, and let happen what is due after it."""
+        trunk, observer = self.trunk, self.observer
+        turn = self.batches % observer.stride == 0
+        # Read anew: a state that is loaded brings another list, and a rate may be a tensor that is written to.
+        rates = tuple([float(group["lr"]) for group in trunk.optimizer.param_groups])
+        # Before the optimizer's step, since some optimizers write to the gradients.
+        full = self.probe.record(
+            trunk.step + taken.applied,
+            taken.loss,
+            taken.grad_norm,
+            rates,
+            taken.applied,
+            taken.outputs,
+            taken.targets,
+            ids,
+            taken.metrics,
+        )
+        self.phase = "update"
+        if taken.pending:
+            trunk.optimizer.step()
+        if taken.applied:
+            trunk.step += 1
+            if self.skipping:
+                self.skipping = False
+                observer.stepped()
+        if taken.stepped:
+            self.stepped()
+        self.cursor.read += 1
+        self.phase = "between"
+        if taken.skipped and observer.guard:
+            self.skipping = True
+            self._hand_over()
+            observer.skipped(trunk.step, taken.skipped)
+            turn = True
+        if turn or full or observer.busy or self.clock() >= self.due:
+            self.between(turn)
+
+    def stepped(self) -> None:
+        """Let follow what follows each step of the optimizer."""
+        if self.trunk.averages is not None:
+            self.average(self.trunk.averages, self.trunk.step)
+        if self.schedule.every_step:
+            self.schedule.after_step()
 
     @property
     def writing(self) -> bool:
@@ -261,48 +263,49 @@ class Loop:
     @property
     def over(self) -> bool:
         """Whether no further step may be taken, as far as that is known before the loader is asked again."""
-        return self._trunk.step >= self._observer.limit or self._observer.stop_requested is not None
+        return self.trunk.step >= self.observer.limit or self.observer.stop_requested is not None
 
     def _why(self) -> str:
-        if self._observer.stop_requested is not None:
-            return self._observer.stop_requested
+        if self.observer.stop_requested is not None:
+            return self.observer.stop_requested
         if self.epoch == self.plan.max_epochs:
             return "max_epochs"
-        if self._trunk.step == self.plan.max_steps:
+        if self.trunk.step == self.plan.max_steps:
             return "max_steps"
         return "budget"
 
     def _hand_over(self) -> None:
-        for block in self._probe.drain():
+        for block in self.probe.drain():
             self._note(block)
             if self.companions.block is not None:
                 self.companions.block(block)
-            self._observer.block(block)
-        self._due = self._clock() + TICK_SECONDS
+            self.observer.block(block)
+        self.due = self.clock() + TICK_SECONDS
+        self.anew = True
 
-    def _between(self, turn: bool) -> None:
+    def between(self, turn: bool) -> None:
         """Between two steps: act where it is due; because time has passed, do only what does not touch the run."""
-        if not (turn or self._observer.busy):
+        if not (turn or self.observer.busy):
             self._hand_over()
-            if not self._observer.tick(self._trunk.step):
+            if not self.observer.tick(self.trunk.step):
                 return
         self.boundary()
 
     def boundary(self) -> None:
         """Hand over the rows, then let whatever is due happen; between two steps."""
         self._hand_over()
-        self._trunk.follow()  # a callback may have added parameters
-        self._observer.boundary(self._trunk.step)
-        self._schedule.charge(self.batches, self._observer.charged_steps)
+        self.trunk.follow()  # a callback may have added parameters
+        self.observer.boundary(self.trunk.step)
+        self.schedule.charge(self.batches, self.observer.charged_steps)
 
     def _note(self, block: Block) -> None:
         losses = block.rows[:, block.names.index("loss")]
         total = float(losses.sum())
         self._losses.add(losses[block.rows[:, block.names.index("applied")] > 0])
         # A sum is not finite where a term is not; rarely, where it overflows.
-        if not math.isfinite(total) and not self._warned and not self._observer.guard:
+        if not math.isfinite(total) and not self._warned and not self.observer.guard:
             self._warn(block.rows[~np.isfinite(losses), 0])
-        self._console.step(self._trunk.step, total=_shown(self._observer.limit), loss=float(losses[-1]))
+        self._console.step(self.trunk.step, total=_shown(self.observer.limit), loss=float(losses[-1]))
 
     def _warn(self, steps: np.ndarray[Any, np.dtype[np.float64]]) -> None:
         if not len(steps):
@@ -317,15 +320,15 @@ class Loop:
     def _end_epoch(self, complete: bool) -> None:
         self.boundary()
         if complete:
-            self._schedule.after_epoch(self.batches, self._observer.charged_steps)
+            self.schedule.after_epoch(self.batches, self.observer.charged_steps)
         every = self.plan.validate_every
         train_loss, history = self._losses.take(), self.history
         self.companions.epoch_trained(train_loss)
         found = self._validate() if complete and every and (self.epoch + 1) % every == 0 else None
         history.epoch.append(self.epoch)
-        history.step.append(self._trunk.step)
+        history.step.append(self.trunk.step)
         history.train_loss.append(train_loss)
-        history.learning_rate.append(self._trunk.rates()[0])
+        history.learning_rate.append(self.trunk.rates()[0])
         history.val_loss.append(math.nan if found is None else found.loss)
         history.val_metric.append(math.nan if found is None else found.metric)
         history.slices.append({} if found is None else found.slices)
@@ -337,10 +340,10 @@ class Loop:
             return None
         self.companions.validation_begins()
         found = self._validation.run(self.companions.see)
-        self._validated_at = self._trunk.step
+        self._validated_at = self.trunk.step
         self._console.validation(found.loss)
-        self._observer.validated(self._trunk.step, found.scores)
-        self._schedule.validated(found.loss)
+        self.observer.validated(self.trunk.step, found.scores)
+        self.schedule.validated(found.loss)
         self.companions.validated(found)
         return found
 
@@ -360,12 +363,12 @@ class _Averaging:
     """Feeds the trunk's averages, with the parameters looked up once."""
 
     def __init__(self, trunk: Trunk) -> None:
-        self._trunk = trunk
+        self.trunk = trunk
         self._parameters: dict[str, Any] | None = None
 
     def __call__(self, averages: TrajectoryAverages, step: int) -> None:
         if self._parameters is None:
-            self._parameters = trainable(self._trunk.model)
+            self._parameters = trainable(self.trunk.model)
         averages.update(self._parameters, step)
 
 

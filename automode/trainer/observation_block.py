@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-
-# Step, time, loss, gradient norm, learning rates, applied, names of metrics, metrics. Plain tuples, because one is made
-# at every training step.
-Row = tuple[int, float, float, float, tuple[float, ...], bool, tuple[str, ...], Sequence[float]]
-RawRow = tuple[
-    int,
-    float,
-    float | Tensor,
-    float | Tensor,
-    tuple[float, ...],
-    bool,
-    tuple[str, ...],
-    Sequence[float | Tensor],
-]
 
 _LOSS, _NORM = 2, 3
 
@@ -50,28 +37,85 @@ class Block:
         return int(self.rows[0, 0])
 
 
-def blocks_of(rows: Sequence[Row], first_row: int, norms: Mapping[int, float]) -> list[Block]:
-    """Turn rows into blocks of floats.
+class OpenRows:
+    """Rows as a training loop notes them, one at a step, until they are taken as blocks.
 
-    Args:
-        rows: Rows in order, at least one.
-        first_row: Number of the first.
-        norms: Gradient norms that were taken later, by row number.
+    Numbers go straight into an array: nothing is made at a step that the garbage collector has to look at. Those that are still on
+    a device stand aside with their place, and are read together.
 
-    Returns:
-        One block, or more where the number of learning rates or the names of metrics change.
+    Attributes:
+        count: Rows since the last :meth:`take`.
+        values: Rows of the open block one after the other; :meth:`add` appends to it, and whoever is in a hurry.
+        plain: Learning rates of a row of the open block, where it has no metrics and a hurried row of as many fits; -1 otherwise.
     """
-    blocks: list[Block] = []
-    values = array("d")
-    lr_groups, metrics = len(rows[0][4]), rows[0][6]
-    for row, (step, time, loss, norm, lr, applied, names, numbers) in enumerate(rows, first_row):
-        if names != metrics or len(lr) != lr_groups:
-            blocks.append(_block(values, lr_groups, metrics, first_row))
-            first_row += len(blocks[-1].rows)
-            values, lr_groups, metrics = array("d"), len(lr), names
-        values.extend((step, time, loss, norms.get(row, norm), *lr, applied, 0.0, *numbers))
-    blocks.append(_block(values, lr_groups, metrics, first_row))
-    return blocks
+
+    __slots__ = ("_aside", "_closed", "_metrics", "_rates", "count", "plain", "values")
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self.count = 0
+        self.values = array("d")
+        self.plain = -1
+        self._rates = -1
+        self._metrics: tuple[str, ...] = ()
+        self._closed: list[tuple[array[float], int, tuple[str, ...]]] = []
+        self._aside: list[tuple[array[float], int, Tensor]] = []
+
+    def add(
+        self,
+        numbers: tuple[int, float, float | Tensor, float | Tensor],
+        lr: tuple[float, ...],
+        applied: bool,
+        metrics: Mapping[str, float | Tensor],
+    ) -> None:
+        """Append a row.
+
+        Args:
+            numbers: Step, time, loss, gradient norm.
+            lr: Learning rate of each parameter group.
+            applied: Whether the optimizer stepped.
+            metrics: More numbers by name; other names than before, or another number of rates, begin another block.
+        """
+        self.shape(len(lr), tuple(metrics))
+        values = self.values
+        for number in (*numbers, *lr, float(applied), 0.0, *metrics.values()):
+            if isinstance(number, Tensor):
+                self._aside.append((values, len(values), number))
+                values.append(math.nan)
+            else:
+                values.append(number)
+        self.count += 1
+
+    def shape(self, rates: int, metrics: tuple[str, ...] = ()) -> None:
+        """Begin another block, unless rows of so many learning rates and these metrics fit into the open one."""
+        if rates == self._rates and metrics == self._metrics:
+            return
+        if self.values:
+            self._closed.append((self.values, self._rates, self._metrics))
+        self.values = array("d")
+        self._rates, self._metrics = rates, metrics
+        self.plain = -1 if metrics else rates
+
+    def take(self, first_row: int, norms: Mapping[int, float]) -> list[Block]:
+        """Give everything as blocks, and begin anew.
+
+        Args:
+            first_row: Number of the first row.
+            norms: Gradient norms that were taken later, by row number.
+
+        Returns:
+            One block, or more where the number of learning rates or the names of metrics changed.
+        """
+        _read(self._aside)
+        blocks = []
+        for values, rates, metrics in (*self._closed, (self.values, self._rates, self._metrics)):
+            if values:
+                blocks.append(_block(values, rates, metrics, first_row, norms))
+                first_row += len(blocks[-1].rows)
+        self._begin()
+        return blocks
 
 
 @functools.lru_cache
@@ -80,33 +124,24 @@ def _names(lr_groups: int, metrics: tuple[str, ...]) -> tuple[str, ...]:
     return ("step", "time", "loss", "grad_norm", *rates, "applied", "finite", *metrics)
 
 
-def _block(values: array[float], lr_groups: int, metrics: tuple[str, ...], first_row: int) -> Block:
-    names = _names(lr_groups, metrics)
+def _block(
+    values: array[float], rates: int, metrics: tuple[str, ...], first_row: int, norms: Mapping[int, float]
+) -> Block:
+    names = _names(rates, metrics)
     rows = np.frombuffer(values).reshape(-1, len(names))
-    rows[:, 5 + lr_groups] = np.isfinite(rows[:, _LOSS] + rows[:, _NORM])
+    for row, norm in norms.items():
+        if 0 <= row - first_row < len(rows):
+            rows[row - first_row, _NORM] = norm
+    rows[:, 5 + rates] = np.isfinite(rows[:, _LOSS] + rows[:, _NORM])
     return Block(names=names, rows=rows, first_row=first_row)
 
 
-def read_devices(rows: Sequence[RawRow]) -> list[Row]:
-    """Read the numbers that are still on devices, each device's in one transfer.
-
-    Args:
-        rows: Rows in which some numbers are 0-dimensional tensors.
-
-    Returns:
-        The rows with floats in their place.
-    """
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for row in rows:
-        for part in (row[_LOSS], row[_NORM], *row[7]):
-            if isinstance(part, Tensor):
-                by_device.setdefault(part.device, []).append(part)
-    read = {device: iter(torch.stack(parts).tolist()) for device, parts in by_device.items()}
-
-    def number(part: float | Tensor) -> float:
-        return float(next(read[part.device])) if isinstance(part, Tensor) else part
-
-    return [
-        (step, time, number(loss), number(norm), lr, applied, names, [number(metric) for metric in metrics])
-        for step, time, loss, norm, lr, applied, names, metrics in rows
-    ]
+def _read(aside: Sequence[tuple[array[float], int, Tensor]]) -> None:
+    """Put the numbers that are still on devices into their places, each device's read in one transfer."""
+    by_device: dict[torch.device, list[tuple[array[float], int, Tensor]]] = {}
+    for place in aside:
+        by_device.setdefault(place[2].device, []).append(place)
+    for places in by_device.values():
+        read = torch.stack([number for _, _, number in places]).tolist()
+        for (values, index, _), number in zip(places, read, strict=True):
+            values[index] = number

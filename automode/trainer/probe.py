@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from automode.errors import DataError
 from automode.trainer.gradient_norms import HeldGradients, total_norm
 from automode.trainer.ids import IdSource
 from automode.trainer.ledger_feed import LedgerFeed
-from automode.trainer.observation_block import Block, RawRow, Row, blocks_of, read_devices
+from automode.trainer.observation_block import Block, OpenRows
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.sample_ledger import SampleLedger
 
@@ -45,6 +45,8 @@ class Probe:
 
     Attributes:
         rows: Rows recorded since the start, drained or not.
+        clock: As given.
+        take: Takes the norm of the gradients of a row, by its number; NaN where they are held until the drain.
     """
 
     def __init__(
@@ -54,25 +56,39 @@ class Probe:
         id_source: IdSource | None = None,
         ledger: SampleLedger | None = None,
         *,
-        capacity: int = 32,
+        capacity: int = 256,
         max_age: float = 0.25,
         max_bytes: int = 4 << 20,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.rows = 0
         self._gradients = HeldGradients(parameters)
+        self.take = self._gradients.take
         self._feed: LedgerFeed | None = None
         if per_sample is not None and id_source is not None and ledger is not None:
             self._feed = LedgerFeed(per_sample, id_source, ledger, max_bytes)
-        self._capacity, self._max_age, self._clock = capacity, max_age, clock
-        self._raw: list[RawRow] = []
-        self._on_device = False
+        self._capacity, self._max_age, self.clock = capacity, max_age, clock
+        self._open = OpenRows()
         self._since = -float("inf")
 
     @property
     def reason(self) -> str | None:
         """Why the sample ledger is not fed; None while it is."""
         return "per-sample losses were not asked for" if self._feed is None else self._feed.reason
+
+    @property
+    def feed(self) -> LedgerFeed | None:
+        """Where outputs and targets are kept for the ledger; None where there is none."""
+        return self._feed
+
+    def opened(self, rates: int) -> OpenRows:
+        """Where rows without metrics may be appended, until the next :meth:`drain`; whoever does counts them in :attr:`rows` too.
+
+        Args:
+            rates: Learning rates of a row.
+        """
+        self._open.shape(rates)
+        return self._open
 
     @property
     def overwritten(self) -> int:
@@ -135,36 +151,37 @@ class Probe:
         Raises:
             DataError: A metric is not a number.
         """
-        now = self._clock()
-        raw = self._raw
-        if not raw:
+        now = self.clock()
+        opened = self._open
+        if not opened.count:
             self._since = now
         # The two quick cases stand first: a CPU scalar is read in less time than it takes to keep it.
         if type(loss) is Tensor and loss.is_cpu:
             value: float | Tensor = loss.item()
         else:
             value = self._number(loss)
-        norm = self._gradients.take(self.rows) if grad_norm is None else self._norm(grad_norm)
+        norm = self.take(self.rows) if grad_norm is None else self._norm(grad_norm)
         if type(norm) is not float:
             norm = self._number(norm)
-        if metrics:
-            raw.append((step, now, value, norm, lr, applied, tuple(metrics), self._metrics(metrics)))
+        if not metrics and opened.plain == len(lr) and type(value) is float and type(norm) is float:
+            opened.values.extend((step, now, value, norm, *lr, applied, 0.0))
+            opened.count += 1
         else:
-            raw.append((step, now, value, norm, lr, applied, (), ()))
+            opened.add((step, now, value, norm), lr, applied, self._metrics(metrics) if metrics else {})
         self.rows += 1
         feed = self._feed
         if feed is None or ids is None or outputs is None:
-            return len(raw) >= self._capacity or now - self._since > self._max_age
+            return opened.count >= self._capacity or now - self._since > self._max_age
         feed.keep(outputs, targets, ids, value, loss)
         return (
-            len(raw) >= self._capacity
+            opened.count >= self._capacity
             or now - self._since > self._max_age
             or len(feed.visits) >= feed.max_visits
         )
 
     def gradients(self) -> float | Tensor:
         """Take the gradients' norm of the step that :meth:`record` is called for next, to be given to it: NaN where they are held."""
-        return self._gradients.take(self.rows)
+        return self.take(self.rows)
 
     def visit(self, outputs: Any, targets: Any, ids: Sequence[Any] | None, loss: Tensor | float) -> None:
         """Note a part of the step that :meth:`record` is called for next: one of several batches that it adds up.
@@ -184,12 +201,10 @@ class Probe:
         Returns:
             Blocks in order: none where nothing was recorded, more than one where the names of metrics changed.
         """
-        raw, self._raw = self._raw, []
-        if not raw:
+        opened = self._open
+        if not opened.count:
             return []
-        first_row = self.rows - len(raw)
-        rows = read_devices(raw) if self._on_device else cast("list[Row]", raw)
-        blocks = blocks_of(rows, first_row, self._gradients.close())
+        blocks = opened.take(self.rows - opened.count, self._gradients.close())
         feed = self._feed
         # Never because time has passed: how visits are grouped shows in the ledger's last digits, and equal runs are to be equal.
         if feed is not None and len(feed.visits) >= feed.max_visits:
@@ -198,7 +213,7 @@ class Probe:
 
     def state(self) -> dict[str, Any]:
         """Everything but rows: those must have been drained. Plain data and tensors, for :meth:`load`."""
-        assert not self._raw
+        assert not self._open.count
         return {
             "rows": self.rows,
             "gradients": self._gradients.state(),
@@ -226,18 +241,17 @@ class Probe:
             return float(scalar)
         if scalar.is_cpu:
             return float(scalar.item())
-        self._on_device = True
         # A copy, since the user may go on adding to the tensor.
         return scalar.detach().reshape(()).to(torch.float64, copy=True)
 
     def _norm(self, norm: float | Tensor | Sequence[Tensor]) -> float | Tensor:
         return total_norm(norm) if isinstance(norm, Sequence) else norm
 
-    def _metrics(self, metrics: Mapping[str, Any]) -> list[float | Tensor]:
-        values = []
+    def _metrics(self, metrics: Mapping[str, Any]) -> dict[str, float | Tensor]:
+        values = {}
         for name, value in metrics.items():
             try:
-                values.append(self._number(value))
+                values[name] = self._number(value)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise DataError(

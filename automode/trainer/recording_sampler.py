@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+
+if TYPE_CHECKING:
+    from automode.trainer.ids import RecordedLoader
+
+_OF_INTEGERS = (RandomSampler, SequentialSampler)
 
 
 class RecordingBatchSampler:
@@ -21,20 +30,30 @@ class RecordingBatchSampler:
 
     Attributes:
         skip: Index lists that the next iterator draws and drops before its first.
+        shares: Whether its lists may be kept as they are, since each is new, of integers, and nobody writes to it; and each is asked
+            for right before its batch is made.
         latest: The iterator made last.
         pending: Index lists drawn for batches that have not been yielded yet.
+        draw: Gives the index list of the batch that has just been yielded.
     """
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.skip = 0
+        self.shares = False
         self.latest: RecordingIterator | None = None
         self.pending: deque[Sequence[Any] | None] = deque()
+        self.draw: Callable[[], Sequence[Any] | None] = self.pending.popleft
 
     def __iter__(self) -> Iterator[Any]:
         # iter() of the inner sampler must run now and not at the first next(): some draw random numbers in it. A
         # loader with workers calls this twice before its first batch; the last call is the one that is drawn from.
         self.pending = deque()
+        if self.shares and not self.skip:
+            drawn, kept = itertools.tee(iter(self.inner))
+            self.draw = functools.partial(next, kept)
+            return drawn
+        self.draw = self.pending.popleft
         self.latest = RecordingIterator(iter(self.inner), self.pending, self.skip)
         return self.latest
 
@@ -74,23 +93,87 @@ class RecordingIterator:
         if self._skip:
             self.skipped()
         positions = next(self._inner)
-        self._pending.append(noted(positions))
+        note: Sequence[Any] | None
+        try:  # here and not in a function: this runs once a step
+            note = array("q", positions) if type(positions) is list else noted(positions)
+        except (TypeError, OverflowError):
+            note = noted(positions)
+        self._pending.append(note)
         return positions
+
+
+class RecordedIterator:
+    """One pass over a loader whose index lists are noted.
+
+    Attributes:
+        batches: The loader's own iterator. Whoever reads it calls :meth:`noted` after each batch.
+    """
+
+    __slots__ = ("_draw", "_owner", "batches")
+
+    def __init__(
+        self, owner: RecordedLoader, batches: Iterator[Any], recorder: RecordingBatchSampler
+    ) -> None:
+        self._owner = owner
+        self._draw = recorder.draw
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self.batches)
+        except StopIteration:
+            raise
+        except Exception:
+            # The index list of a batch that failed is spent, should the caller go on to the next batch.
+            with contextlib.suppress(IndexError, StopIteration):
+                self._draw()
+            raise
+        self.noted()
+        self._owner.order_up()
+        return batch
+
+    def noted(self) -> Sequence[Any] | None:
+        """Take note of the batch that has just been read; returns its positions."""
+        owner, positions = self._owner, self._draw()
+        owner.read.append(positions)
+        owner.current = positions
+        if positions is None or owner.reason is not None:
+            owner.without_ids(positions)
+            return None
+        return positions
+
+
+def draws_new_lists(loader: Any) -> bool:
+    """Whether each index list is a new one of integers that only torch's own code reads, right before its batch is made."""
+    return (
+        not loader.num_workers
+        and type(loader.batch_sampler) is BatchSampler
+        and type(loader.batch_sampler.sampler) in _OF_INTEGERS
+        and not hasattr(loader.dataset, "__getitems__")
+    )
 
 
 def checksum_of(lists: Sequence[Sequence[Any] | None], start: int) -> int:
     """CRC-32 of index lists one after the other, each with its length; what is no list of integers counts as empty."""
     for positions in lists:
-        try:
-            numbers = array("q", positions or ())
-        except (TypeError, OverflowError):
+        numbers = positions if isinstance(positions, array) else _integers(positions)
+        if numbers is None:
             numbers = array("q")
-        start = zlib.crc32(numbers.tobytes(), zlib.crc32(len(numbers).to_bytes(8, "little"), start))
+        start = zlib.crc32(numbers, zlib.crc32(len(numbers).to_bytes(8, "little"), start))
     return start
 
 
 def noted(positions: Any) -> Sequence[Any] | None:
-    """Copy an index list, since a batch sampler may reuse its list; None where it is not one."""
+    """Copy an index list, since a batch sampler may reuse its list; None where it is not one.
+
+    Integers are kept as an array: it takes less room, is no work for the garbage collector, and is put end to end with others and
+    summed up in no time.
+    """
+    if type(positions) is list and (numbers := _integers(positions)) is not None:
+        return numbers
     if isinstance(positions, (list, tuple, range)):
         if not positions or type(positions[0]) is int or isinstance(positions[0], (Integral, torch.Tensor)):
             return list(positions)
@@ -99,3 +182,11 @@ def noted(positions: Any) -> Sequence[Any] | None:
         noted: list[Any] = positions.tolist()
         return noted if not noted or isinstance(noted[0], int) else None
     return None
+
+
+def _integers(positions: Sequence[Any] | None) -> array[int] | None:
+    """The positions as an array; None where they are no integers."""
+    try:
+        return array("q", positions or ())
+    except (TypeError, OverflowError):
+        return None

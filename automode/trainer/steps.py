@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from automode.errors import DataError, UsageError
 from automode.merges.batches import move
 from automode.trainer.flat_optimizers import FlatAdam
-from automode.trainer.gradient_norms import grad_norms, total_norm
+from automode.trainer.gradient_norms import TotalNorm, grad_norms
 from automode.trainer.step_hooks import Guarded, StepHooks
 from automode.trainer.trees import is_plain
 from automode.trainer.trunk import StepFn, Trunk
@@ -96,7 +96,14 @@ def pair_step(loss_fn: Callable[..., Tensor], device: torch.device) -> StepFn:
             raise _no_scalar(loss)
         return loss, outputs, targets
 
+    if not moves:
+        step.paired_with = loss_fn  # type: ignore[attr-defined]  # for paired_loss
     return step
+
+
+def paired_loss(step_fn: StepFn) -> Callable[..., Tensor] | None:
+    """The loss function of a :func:`pair_step` whose batches stay where they are; None: it is another forward pass."""
+    return getattr(step_fn, "paired_with", None)
 
 
 class DefaultStep:
@@ -109,15 +116,17 @@ class DefaultStep:
 
     Attributes:
         began: Whether the optimizer has begun to write in this step; a pending one has not.
+        plain: Whether nothing is scaled and nothing cast.
     """
 
     def __init__(self, trunk: Trunk, scaler: Scaler, guarded: Guarded) -> None:
         self._trunk = trunk
         self._scaler = scaler
         self._guarded = guarded
-        self._plain = trunk.precision == "fp32"
+        self.plain = trunk.precision == "fp32" and not scaler.is_enabled()
         self._clipped = list(trunk.model.parameters())  # an adopted trial may bring clipping along
         self._flat = trunk.optimizer if isinstance(trunk.optimizer, FlatAdam) else None
+        self._total_norm = TotalNorm(trunk.parameters)
         self._applied = 0
         self.began = False
         self._hook = trunk.optimizer.register_step_post_hook(self._after) if scaler.is_enabled() else None
@@ -142,7 +151,7 @@ class DefaultStep:
         trunk = self._trunk
         optimizer = trunk.optimizer
         optimizer.zero_grad(set_to_none=True)
-        if self._plain:
+        if self.plain:
             loss, outputs, targets = trunk.step_fn(trunk.model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
         else:
@@ -166,6 +175,16 @@ class DefaultStep:
                 return Taken(loss, norm, False, False, False, outputs, targets, None, why)
         return Taken(loss, norm, True, True, True, outputs, targets, None, "")
 
+    def norm_of(self, *, guard: bool) -> Callable[[], float | Tensor] | None:
+        """What takes the gradients' norm in a step that is not clipped; None: it may be taken later.
+
+        Args:
+            guard: Whether the guard is on.
+        """
+        if self._flat is not None:
+            return self._flat.gradient_norm
+        return self._total_norm if guard else None
+
     def _scaled(self, loss: Tensor, norm: Any, outputs: Any, targets: Any) -> Taken:
         """Leave it to the scaler whether to step: it must see an overflow to lower its scale."""
         if norm is None:
@@ -180,14 +199,18 @@ class DefaultStep:
 
     def _judged(self, loss: Tensor, norm: Tensor | None) -> tuple[float, str]:
         """Tell the gradient norm, and why the step must not be made (empty: it may)."""
-        total = float(total_norm(grad_norms(self._trunk.parameters)) if norm is None else norm)
-        value = loss.item()
-        if not math.isfinite(value):
-            return total, f"the loss is {value}"
-        return total, "" if math.isfinite(total) else f"the gradient norm is {total}"
+        total = float(self._total_norm() if norm is None else norm)
+        return total, unfit(loss.item(), total)
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._applied += 1
+
+
+def unfit(loss: float, norm: float) -> str:
+    """Why a step must not reach the weights, by its loss and the norm of its gradients; empty: it may."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    return "" if math.isfinite(norm) else f"the gradient norm is {norm}"
 
 
 class OwnStep:

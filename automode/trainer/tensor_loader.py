@@ -8,6 +8,7 @@ in one call. Batches, their order, and every random state are the same.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -86,7 +87,7 @@ class TensorLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         return (batch for _, batch in self.epoch())
 
-    def epoch(self, skip: int = 0) -> Iterator[tuple[list[int], Batch | None]]:
+    def epoch(self, skip: int = 0) -> Iterator[tuple[array[int], Batch | None]]:
         """Begin an epoch.
 
         Args:
@@ -99,7 +100,7 @@ class TensorLoader(DataLoader[Any]):
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         return self._batches(skip)
 
-    def _batches(self, skip: int) -> Iterator[tuple[list[int], Batch | None]]:
+    def _batches(self, skip: int) -> Iterator[tuple[array[int], Batch | None]]:
         n, size = len(self.dataset), self.batch_size  # type: ignore[arg-type]  # checked when it was made
         assert size is not None
         last_draw = False
@@ -115,7 +116,7 @@ class TensorLoader(DataLoader[Any]):
                     True  # a DataLoader draws another permutation of its generator at the end, and drops it
                 )
             order = torch.randperm(n, generator=generator)
-        positions = list(range(n)) if order is None else order.tolist()
+        positions = array("q", (torch.arange(n) if order is None else order).numpy().tobytes())
         end = n - n % size if self.drop_last else n
         skipped = [(start, None) for start in range(0, min(skip * size, end), size)]
         for start, batch in itertools.chain(skipped, self._gathered(order, skip * size, end)):

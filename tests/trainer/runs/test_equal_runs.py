@@ -89,5 +89,7 @@ def test_random_sleeps_change_no_decision_and_no_step_of_one(
     assert replay(path).differences == 0
 
 
-def test_a_stride_is_whole_looks_and_never_long() -> None:
-    assert [stride_of(every) for every in (1, 2, 5, 16, 20, 31, 40, 500)] == [16, 16, 15, 16, 20, 31, 32, 32]
+def test_a_stride_is_whole_looks_and_longer_where_nothing_is_acted_on() -> None:
+    every = (1, 2, 5, 16, 20, 31, 40, 500)
+    assert [stride_of(n, acts=True) for n in every] == [16, 16, 15, 16, 20, 31, 32, 32]
+    assert [stride_of(n, acts=False) for n in every] == [128, 128, 125, 128, 120, 124, 120, 128]
