@@ -172,6 +172,8 @@ def noted(positions: Any) -> Sequence[Any] | None:
     Integers are kept as an array: it takes less room, is no work for the garbage collector, and is put end to end with others and
     summed up in no time.
     """
+    if isinstance(positions, array):
+        return positions
     if type(positions) is list and (numbers := _integers(positions)) is not None:
         return numbers
     if isinstance(positions, (list, tuple, range)):
