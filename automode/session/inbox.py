@@ -85,6 +85,11 @@ def withdraw(session_path: str | os.PathLike[str], request_id: str) -> bool:
     return True
 
 
+def is_request_id(text: str) -> bool:
+    """Whether this names a file of an inbox; what a process asks of itself has names of another kind."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
 def refusal_of(session_path: str | os.PathLike[str], request_id: str) -> str | None:
     """Say why a run has set a request aside that it could not even read; None where it has not.
 

@@ -16,7 +16,7 @@ from automode.errors import SessionError, UsageError
 from automode.planner.controls import Order, order_of
 from automode.planner.events import Controlled, Decided
 from automode.planner.plain_data import plain, problems_of
-from automode.session.inbox import Inbox
+from automode.session.inbox import Inbox, is_request_id
 
 Request = Decided | Controlled
 """A request about cards or the mode, and an order to the run that was carried out."""
@@ -142,7 +142,8 @@ class RequestsDesk:
             due.append(self._again.popleft()[1])
         due += self._waiting
         self._waiting.clear()
-        self._answered += [decided.request for decided in due]
+        # The card of an order from within the process, which an earlier attempt has followed, never had a file.
+        self._answered += [decided.request for decided in due if is_request_id(decided.request)]
         return due
 
     def clear(self) -> None:

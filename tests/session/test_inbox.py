@@ -15,7 +15,7 @@ import pytest
 
 from automode.errors import SessionError, UsageError
 from automode.session import SessionStore
-from automode.session.inbox import MAX_BYTES, Inbox, post, withdraw
+from automode.session.inbox import MAX_BYTES, Inbox, is_request_id, post, withdraw
 
 GOOD_NAME = "00000000000000000001-0000001-00000001-0123abcd.json"
 
@@ -189,3 +189,9 @@ def test_a_request_can_be_taken_back_until_it_is_answered(store: SessionStore) -
     assert not withdraw(store.path, second)
     with pytest.raises(UsageError, match="is no request id"):
         withdraw(store.path, "../session")
+
+
+def test_only_names_of_files_are_request_ids(store: SessionStore) -> None:
+    posted = post(store.path, {"n": 1})
+    assert is_request_id(posted)
+    assert not any(map(is_request_id, ("", f"{posted}+card", "call-00000018-2a60e45c+card")))
