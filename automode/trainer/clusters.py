@@ -24,7 +24,9 @@ Labels = npt.NDArray[np.int64]
 
 CANDIDATES = (3, 6)
 SMALLEST_SHARE = 0.02
-STARTS = 2
+STARTS = 8
+"""Partitions of which the tightest is taken: on digits, with 2 they agreed from scan to scan by .77, with 8 by .85, with 16 by .87."""
+
 FLOOR = 1e-3
 """Least variance of a mixture's component, in standardised features."""
 

@@ -62,6 +62,9 @@ def run(folder: Path, *, rate: float = 3e-3, **settings: Any) -> Any:
 def test_a_run_that_has_ended_tells_of_every_training_sample(tmp_path: Path) -> None:
     with run(tmp_path).session as session:
         found = session.ledger()
+        clustered = [record.body for record in session.events(kind="clustered")]
+    assert clustered
+    assert all(body["likelihoods"][str(body["k"])] < float("inf") for body in clustered)
     labels = load_digits(return_X_y=True)[1][OFFSET : OFFSET + N]
     assert (found.moment, found.step, len(found)) == ("end", 60, N)
     assert found.ids.tolist() == list(range(OFFSET, OFFSET + N))
