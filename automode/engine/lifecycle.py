@@ -32,7 +32,7 @@ from automode.planner.events import (
     TrunkEnded,
     Weights,
 )
-from automode.planner.fitting import Funds, Held, quote
+from automode.planner.fitting import Funds, Held, quote, share_of_rest
 from automode.planner.pricing import worst_case
 from automode.planner.recipes import Adjustment, Base
 from automode.planner.requests import Desk, respond
@@ -193,7 +193,9 @@ def start(state: State, card: PlanCard, out: Emission, *, cause: int | None = No
             cause=cause,
         )
         return
-    granted = state.ledger.reserve(card.id, ceil(price.passes))
+    granted = state.ledger.reserve(
+        card.id, ceil(price.passes), share=share_of_rest(state.policy, card.action)
+    )
     if isinstance(granted, Refusal):
         finish(
             state, card.id, CardState.FAILED, f"no budget is left for it: {granted.reason}", out, cause=cause

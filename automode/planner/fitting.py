@@ -10,7 +10,7 @@ from math import ceil, floor, log10
 from typing import Final
 
 from automode.planner.capability import refusals
-from automode.planner.cards import PlanCard
+from automode.planner.cards import Action, PlanCard
 from automode.planner.events import Run
 from automode.planner.policy import Policy
 from automode.planner.pricing import (
@@ -75,19 +75,31 @@ def quote(card: PlanCard, *, policy: Policy, run: Run, funds: Funds, remaining_s
     cannot = refusals(card, run, min_held_out=policy.evidence.min_samples)
     if cannot:
         return Held(code="cannot_run", why="; ".join(cannot))
-    cap = spending_cap(policy, funds)
+    cap = spending_cap(policy, funds, card.action)
     priced = worst_case(card, run)
     if isinstance(cap, Held):
         if priced.passes > 0.0:
             return cap
         cap = 0.0
-    held = unaffordable(priced, cap, funds, policy) or no_time(priced, remaining_steps, run, policy)
+    held = unaffordable(priced, cap, funds, policy, action=card.action) or no_time(
+        priced, remaining_steps, run, policy
+    )
     if held is not None:
         return _with_the_students_part(held, card, priced)
     return card.model_copy(update={"cost": stated_cost(priced, funds, run, card.action)})
 
 
-def spending_cap(policy: Policy, funds: Funds) -> float | Held:
+def share_of_rest(policy: Policy, action: Action) -> float:
+    """Share of the remaining compute that a card may take.
+
+    Forks explore, and are held to ``exploration_share``. What trains nothing and comes when little remains, as the finishing merge, may
+    take ``total_share`` of it where that is more.
+    """
+    pacing = policy.pacing
+    return pacing.exploration_share if action == "fork" else max(pacing.exploration_share, pacing.total_share)
+
+
+def spending_cap(policy: Policy, funds: Funds, action: Action) -> float | Held:
     """Sample passes that one more card may take."""
     free = policy.pacing.total_share * funds.total - funds.spent
     if free <= 0.0:
@@ -98,12 +110,18 @@ def spending_cap(policy: Policy, funds: Funds) -> float | Held:
                 f"({policy.pacing.total_share:.0%} of the run's {funds.total:,.0f}) is used up"
             ),
         )
-    shared = policy.pacing.exploration_share * (funds.remaining + funds.held) - funds.held
+    shared = share_of_rest(policy, action) * (funds.remaining + funds.held) - funds.held
     return max(0.0, min(shared, free))
 
 
 def unaffordable(
-    priced: WorstCase, cap: float, funds: Funds, policy: Policy, *, share: float | None = None
+    priced: WorstCase,
+    cap: float,
+    funds: Funds,
+    policy: Policy,
+    *,
+    share: float | None = None,
+    action: Action = "fork",
 ) -> Held | None:
     """Hold what costs more sample passes than the cap; ``share`` is the proposal's own part in it."""
     if ceil(priced.passes) <= floor(cap):  # the ledger counts whole passes
@@ -113,7 +131,7 @@ def unaffordable(
         code="over_cap",
         why=(
             f"it would take up to {priced.passes:,.0f} sample passes, and {cap:,.0f} may be spent on it "
-            f"({policy.pacing.exploration_share:.0%} of the {funds.remaining:,.0f} that remain, and within "
+            f"({share_of_rest(policy, action):.0%} of the {funds.remaining:,.0f} that remain, and within "
             f"{policy.pacing.total_share:.0%} of the run's {funds.total:,.0f} less the {funds.spent:,.0f} spent{own})"
         ),
     )

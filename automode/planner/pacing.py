@@ -133,7 +133,7 @@ def admit(
     cannot = refusals(proposal, run, min_held_out=policy.evidence.min_samples)
     if cannot:
         return Held(code="cannot_run", why="; ".join(cannot))
-    cap = spending_cap(policy, funds)
+    cap = spending_cap(policy, funds, proposal.action)
     if isinstance(cap, Held):
         if proposal.action != "adjust":
             return cap
@@ -142,11 +142,11 @@ def admit(
         cap = min(cap, proposal.share * funds.total)
     if proposal.action != "fork":
         priced = price_of(proposal.action, proposal.merge_recipe, run)
-        held = unaffordable(priced, cap, funds, policy) or no_time(priced, view.remaining, run, policy)
+        short = unaffordable(priced, cap, funds, policy, action=proposal.action)
+        held = short or no_time(priced, view.remaining, run, policy)
         if held is not None:
             return held
-        asha = None
-        first = 0
+        first, asha = 0, None
     else:
         ladder = choose_ladder(proposal, view, cap, funds)
         if isinstance(ladder, Held):

@@ -82,7 +82,10 @@ class Ledger:
     @property
     def available(self) -> int:
         """Units that can be reserved or charged outside cards right now."""
-        room = math.floor(self.share * self.remaining) - self.held
+        return self._available(self.share)
+
+    def _available(self, share: float) -> int:
+        room = math.floor(share * self.remaining) - self.held
         if self.cap is not None:
             room = min(room, self.cap - self.automode - self.held)
         return max(0, room)
@@ -106,13 +109,16 @@ class Ledger:
 
     # Admission.
 
-    def reserve(self, card: str, amount: int, *, limit: int | None = None) -> Reservation | Refusal:
+    def reserve(
+        self, card: str, amount: int, *, limit: int | None = None, share: float | None = None
+    ) -> Reservation | Refusal:
         """Set a card's worst case aside, or refuse the card.
 
         Args:
             card: The card's id.
             amount: Its worst case in units: all rungs, drain, one retry, scans, gate, merge, evaluations.
             limit: The card's own cap, if it states one.
+            share: The part of what remains that may be held once this card is admitted, in place of the ledger's own.
 
         Returns:
             The reservation, or why there is none.
@@ -133,8 +139,10 @@ class Ledger:
                 f"the worst case takes {asked} units and the card's own cap is {limit}: shrink the ladder"
             )
             return Refusal(reason=reason, asked=asked, available=limit)
-        if asked > self.available:
-            return Refusal(reason=self._shortage(asked), asked=asked, available=self.available)
+        of_rest = self.share if share is None else share
+        available = self._available(of_rest)
+        if asked > available:
+            return Refusal(reason=self._shortage(asked, available, of_rest), asked=asked, available=available)
         self._cards[card] = _Card(reserved=asked)
         self._held += asked
         return Reservation(card=card, amount=asked)
@@ -176,7 +184,9 @@ class Ledger:
         if account.card is None:
             available = self.available
             if asked > available:
-                return Refusal(reason=self._shortage(asked), asked=asked, available=available)
+                return Refusal(
+                    reason=self._shortage(asked, self.available, self.share), asked=asked, available=available
+                )
             self._general[account.purpose] = self._general.get(account.purpose, 0) + asked
             self._automode += asked
             return Charge(account=account, amount=asked, left=self.available)
@@ -291,10 +301,10 @@ class Ledger:
             raise SchedulerError(f"card {card} was never admitted: reserve its worst case first")
         return self._cards[card]
 
-    def _shortage(self, asked: int) -> str:
+    def _shortage(self, asked: int, available: int, share: float) -> str:
         reason = (
-            f"{asked} units are needed and {self.available} are free: automode may hold"
-            f" {self.share:.0%} of the {self.remaining} that remain, and {self.held} are reserved"
+            f"{asked} units are needed and {available} are free: automode may hold"
+            f" {share:.0%} of the {self.remaining} that remain, and {self.held} are reserved"
         )
         return (
             reason

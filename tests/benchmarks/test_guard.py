@@ -96,11 +96,12 @@ def test_what_is_scored_is_what_the_session_judged(bench: Any, monkeypatch: pyte
     """Scored on val-B in place of the test set, every state gives the very numbers that the session compared."""
     sessions, tasks = bench.sessions, bench.tasks
     monkeypatch.setattr(tasks, "TEST", 500)
-    seed, kinds = 1, ("gate", "average", "interpolation")
+    monkeypatch.setattr(sessions, "EPOCHS", 36)
+    seed, kinds = 1, ("rates", "average", "interpolation")
     shares = (0.1, 0.3, 0.5)
     plan = replace(
         tasks.plan("blobs", seed, own_cards=True),
-        rate=1e-2,
+        rate=1e-3,
         cosine=False,
         sgd=False,
         cards={at: (kind, 0.03) for at, kind in zip(shares, kinds, strict=True)} | {0.7: ("merge", 0.0)},
@@ -129,7 +130,7 @@ def test_what_is_scored_is_what_the_session_judged(bench: Any, monkeypatch: pyte
     outcome = sessions.decided("blobs", seed, own_cards=True)
     assert not outcome.refused
     assert len(outcome.cards) == 5
-    assert len(seen) == len(outcome.decisions) >= 3, seen
+    assert len(seen) == len(outcome.decisions) >= 2, seen
     for candidate, scored, judged in seen:
         assert scored == pytest.approx(judged, abs=1e-9), candidate
     assert not any(word in card for card in outcome.cards for word in ("failed", "stale"))

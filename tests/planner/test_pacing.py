@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import ceil, floor
 from typing import Any, get_args
 
@@ -517,3 +518,19 @@ def test_the_limits_are_inclusive() -> None:
     needed = priced.control_steps + ceil(priced.passes / 96) + 1 + ceil(MARGIN_SHARE * priced.control_steps)
     assert no_time(priced, needed, view.run, view.policy) is None
     assert no_time(priced, needed - 1, view.run, view.policy) is not None
+
+
+def test_a_merge_explores_nothing_and_may_take_the_total_share_of_what_remains() -> None:
+    """Short runs with much held-out data were denied their finish, whose price is a fixed number of looks at that data."""
+    price = worst_case(made(try_admit(MERGE, view_of())), view_of().run).passes
+    rest = price / 0.2
+    funds = Funds(remaining=rest, total=20 * rest, spent=0.0)
+    made(try_admit(MERGE, view_of(), funds=funds))
+    answer = held(try_admit(MERGE, view_of(), funds=replace(funds, remaining=price / 0.31)))
+    assert answer.code == "over_cap"
+    assert "30% of the" in answer.why
+    pacing = Policy().pacing.model_copy(update={"total_share": 0.1})
+    small = view_of(policy=Policy().model_copy(update={"pacing": pacing}))
+    made(try_admit(MERGE, small, funds=replace(funds, remaining=price / 0.14)))
+    spent_up = replace(funds, spent=0.3 * funds.total - price / 2)
+    assert held(try_admit(MERGE, view_of(), funds=spent_up)).code == "over_cap"

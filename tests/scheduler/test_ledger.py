@@ -294,3 +294,14 @@ def test_a_damaged_state_is_refused(damage: Any) -> None:
     damage(state)
     with pytest.raises(SchedulerError, match=r"no ledger state|contradicts itself"):
         Ledger.from_state(state)
+
+
+def test_a_card_of_another_kind_may_hold_another_share_of_what_remains() -> None:
+    ledger = Ledger(total=1000, share=0.1, cap=300)
+    refused = ledger.reserve("a", 200)
+    assert isinstance(refused, Refusal)
+    assert (refused.available, "10% of the 1000" in refused.reason) == (100, True)
+    assert ledger.reserve("a", 200, share=0.3) == Reservation(card="a", amount=200)
+    more = ledger.reserve("b", 101, share=0.5)  # the run's own cap stands
+    assert isinstance(more, Refusal)
+    assert more.available == 100
