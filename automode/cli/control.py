@@ -117,7 +117,7 @@ def status(session: Path) -> None:
         ["state", f"{found.condition}{f' ({found.why})' if found.why else ''}"],
         ["steps", _steps(found)],
         ["mode", found.mode],
-        ["last event", f"{duration(time.time() - found.since)} ago"],
+        ["last event", "none" if found.since is None else f"{duration(time.time() - found.since)} ago"],
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -152,7 +152,7 @@ def ls(folder: str) -> None:
         except SessionError as error:
             lines.append([safe(name), "unreadable", "", "", safe(str(error))[:60]])
             continue
-        age = duration(now - standing.since)
+        age = "" if standing.since is None else duration(now - standing.since)
         lines.append([safe(name), standing.condition, _steps(standing), standing.mode, age])
     click.echo(table(["SESSION", "STATE", "STEPS", "MODE", "AGE"], lines, right=(2, 4)))
 

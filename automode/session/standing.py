@@ -25,7 +25,7 @@ class Standing:
         steps: Rows of the trunk that count: attempted steps.
         total: Steps of the whole run; None where that is not known.
         mode: The mode in force.
-        since: Seconds since the epoch of the log's youngest record.
+        since: Seconds since the epoch of the log's youngest record; None where the log holds none.
     """
 
     condition: Condition
@@ -33,7 +33,7 @@ class Standing:
     steps: int
     total: int | None
     mode: str
-    since: float
+    since: float | None
 
     @property
     def alive(self) -> bool:
@@ -48,7 +48,8 @@ def standing_of(session: Session) -> Standing:
         session: An open session.
     """
     condition, why = _condition(session)
-    total, mode, since = 0, "?", 0.0
+    total, mode = 0, "?"
+    since: float | None = None
     for record in session.events():
         body, since = record.body, record.t_wall
         match record.kind:

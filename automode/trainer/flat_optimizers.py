@@ -52,7 +52,8 @@ class FlatAdam(torch.optim.Adam):
         weight_decay: Added to the gradient, times the parameter.
 
     Raises:
-        UsageError: A group asks for ``amsgrad``, ``maximize``, ``capturable`` or ``differentiable``, or a parameter is complex.
+        UsageError: A group asks for ``amsgrad``, ``maximize``, ``capturable`` or ``differentiable``, or names a parameter twice, or one
+            is complex.
     """
 
     _decoupled = False
@@ -74,6 +75,11 @@ class FlatAdam(torch.optim.Adam):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see torch."""
         super().add_param_group(param_group)
+        given = self.param_groups[-1]["params"]
+        if len({id(parameter) for parameter in given}) < len(given):
+            raise UsageError(
+                f"a group of {len(given)} parameters names one of them twice, which would step it twice; name each once"
+            )
         self._buckets = self._every = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -187,6 +187,13 @@ def test_a_state_that_asks_for_more_and_a_sparse_gradient_are_refused() -> None:
         optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_named_twice_is_refused() -> None:
+    parameter = torch.zeros(3, requires_grad=True)
+    with pytest.raises(UsageError, match=r"a group of 2 parameters names one of them twice"):
+        FlatAdamW([parameter, parameter])
+
+
 def test_hooks_and_closures_are_called() -> None:
     model = model_of()
     optimizer = FlatAdamW(model.parameters())

@@ -116,7 +116,10 @@ def test_a_killed_run_hears_nothing(desk: Any) -> None:
     path = desk.folder / "killed"
     SessionStore.create(path, header={"project": "p"}).abandon()
     assert "no run is training this session" in automode("ctl", path, "pause", code=1).output
-    assert "killed" in automode("status", path).output
+    shown = automode("status", path).output
+    assert "killed" in shown
+    assert "last event  none" in shown
+    assert "killed" in automode("ls", path.parent).output
 
 
 def test_a_run_that_does_not_answer_in_time_is_told_of(desk: Any) -> None:
