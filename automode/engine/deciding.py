@@ -294,6 +294,11 @@ def rolled_back(state: State, body: RolledBack, out: Emission) -> None:
         cause=seq,
     )
     state.suite.reset(f"card {body.card} was rolled back")
+    recipe = record.card.training_recipe
+    if recipe is not None and recipe.restarts:
+        state.guards.level.restart(
+            body.step
+        )  # likewise: a ruined network is put back, and has not diverged now
 
 
 def _summary(group: Group) -> PairedSummary:

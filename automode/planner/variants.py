@@ -84,7 +84,7 @@ class Variant(Part):
     )
     restart: bool = Field(
         default=False,
-        description="start from the run's first weights, with fresh optimizer state and averages, instead of from the trunk",
+        description="start from the run's first weights, with the optimizer state of then and fresh averages, instead of from the trunk",
     )
 
 

@@ -30,7 +30,9 @@ class BestState:
 
     Classes are judged by the log score, which tells two states of one run apart where accuracy does not; all else by the utility.
     What counts is the mean over the latest three validations: of many states the one with the best single score is often only the
-    luckiest.
+    luckiest. Where the trunk is replaced, the mean begins anew.
+    What was kept before an adoption or a rewind stays: the trunk was in that state, val-A shows nothing better since, and only the one
+    look at val-B brings it back. What was kept between an adoption and its rollback is dropped: somebody has left that trunk.
     Nothing of the trunk is written and no random number drawn.
 
     Args:
@@ -66,6 +68,21 @@ class BestState:
         self.step, self._value = step, smooth
         self._weights = _copied(self._trunk.model.state_dict())
         self._averages = _copied(averages.state_dict()) if averages.updates else None
+
+    def replaced(self) -> None:
+        """Begin the mean anew: the trunk was replaced, and scores of two trunks are no mean of either."""
+        self._recent.clear()
+
+    def rolled_back(self, step: int | None) -> None:
+        """Begin the mean anew, and keep nothing but what was kept at the adoption, of this step (None: nothing was)."""
+        if self.step != step:
+            self.clear()
+        self.replaced()
+
+    def clear(self) -> None:
+        """Keep nothing; its memory is free."""
+        self.step, self._value = None, None
+        self._weights, self._averages = {}, None
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights, and the rest of a checkpoint that they can be judged from."""

@@ -141,6 +141,8 @@ class Executor:
         for card in self._done_with:
             gone |= self.trials.lower_rungs(card)
             self._performer.forget(card)
+        if self._done_with:
+            self._performer.slow_down(state)
         self._done_with.clear()
         if gone:
             try:

@@ -45,7 +45,6 @@ from automode.planner.events import (
     StopTrial,
     Validated,
 )
-from automode.planner.recipes import Variant
 from automode.session.rng_state import pack_rng
 from automode.trainer.adapting import rehearse
 from automode.trainer.best_state import BestState
@@ -55,7 +54,6 @@ from automode.trainer.diagnosing import Diagnoser
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.evidence import Evidence
 from automode.trainer.finishing import Finisher
-from automode.trainer.new_labels import NewLabels
 from automode.trainer.optimizers import restore_rates
 from automode.trainer.safeguarding import GoodStates
 from automode.trainer.sample_keeper import SampleKeeper
@@ -64,7 +62,7 @@ from automode.trainer.scanning import Scanner
 from automode.trainer.selecting import Selector
 from automode.trainer.specialists import Checkpoints, SpecialistRunner
 from automode.trainer.states import States
-from automode.trainer.taking_over import take_over
+from automode.trainer.taking_over import curation_of, take_over
 from automode.trainer.trunk import EVERY_SINCE_FORK, Trunk, begin_averages, trainable
 
 
@@ -141,7 +139,9 @@ class Performer:
             case RollBack():
                 return [self.roll_back(body, step)]
             case Rewind():
-                return [self.good.rewind(body, step)]
+                rewound = self.good.rewind(body, step)
+                self.best.replaced()
+                return [rewound]
             case SetLearningRate():
                 return [self.good.set_rate(body, step)]
             case SetClip():
@@ -154,10 +154,14 @@ class Performer:
                 assert_never(body)
 
     def forget(self, card: str) -> None:
-        """Drop the training data of a card that has ended; the averages are read as seldom as ever again."""
+        """Drop the training data of a card that has ended."""
         if self.runner is not None:
             self.runner.cards.pop(card, None)
-        if self.trunk.averages is not None:
+
+    def slow_down(self, state: State) -> None:
+        """Read the averages as seldom as ever again, where no running card is judged by its tail."""
+        running = (state.cards[card].card for card in state.executions)
+        if self.trunk.averages is not None and not any(_by_tail(card) for card in running):
             self.trunk.averages.every = DEFAULT_EVERY
 
     def delete(self, checkpoints: set[str]) -> None:
@@ -182,7 +186,7 @@ class Performer:
         """Keep the trunk as a good state, where one is due, and its first weights no longer than a card may ask for them."""
         self.good.keep(state, step)
         if self.trunk.first is not None and not may_restart(state):
-            self.trunk.first = None
+            self.trunk.forget_first()
 
     def mend(self) -> int:
         """Undo what a batch that was left out did to running norm statistics; returns the layers mended."""
@@ -198,7 +202,7 @@ class Performer:
         choice, value, passes = None, None, 0.0
         recipe = card.training_recipe
         assert recipe is not None
-        more = {"first": self.trunk.first_weights()} if command.purpose == "base" and recipe.restarts else {}
+        more = self.trunk.first_state() if command.purpose == "base" and recipe.restarts else {}
         if command.purpose == "control":
             evidence = self._evidence()
             if self.trunk.averages is not None:
@@ -223,10 +227,14 @@ class Performer:
         return {"clip_norm": self.trunk.clip_norm, "judge": judge}
 
     def save_final(self, step: int) -> str:
-        """Store what the run leaves behind."""
+        """Store what the run leaves behind, and free what was kept for it to go on."""
         if self.samples is not None:
             self.samples.at_end(step)
-        return self._save("final", step)
+        digest = self._save("final", step)
+        self.best.clear()
+        self.good.restart()
+        self.trunk.forget_first()
+        return digest
 
     def _save(self, kind: str, step: int, **more: Any) -> str:
         weights, rest = self.trunk.state()
@@ -325,7 +333,8 @@ class Performer:
         factor = 1.0 if variant is None or own else variant.lr_mul
         if _by_tail(card) and self.trunk.averages is not None:
             self.trunk.averages.every = DEFAULT_EVERY  # also of the trunk that a rollback puts back
-        before = self._save("before", step, clip_norm=self.trunk.clip_norm, rate_factor=factor)
+        kept = {"clip_norm": self.trunk.clip_norm, "rate_factor": factor, "best_step": self.best.step}
+        before = self._save("before", step, **kept)
         try:
             state, rest = self.states.load(command.weights)
             self.states.put(self.trunk.model, state, averaged=command.weights.choice != "raw")
@@ -333,9 +342,11 @@ class Performer:
                 take_over(self.trunk, variant, rest, factor)
             if variant is None or _by_tail(card):
                 begin_averages(self.trunk.averages)
-            self.trunk.curate(*self._curation(card, variant))
+            data = None if self.runner is None else self.runner.cards.get(card.id)
+            self.trunk.curate(*curation_of(card, variant, data))
             after = self._save("adopted", step)
             self.good.restart()
+            self.best.replaced()
         except BaseException:
             self._put_back(before, as_it_was=True)
             with contextlib.suppress(
@@ -353,19 +364,6 @@ class Performer:
             relabelled=self.trunk.relabelled.size,
         )
 
-    def _curation(self, card: PlanCard, variant: Variant | None) -> tuple[Ids, NewLabels]:
-        """What the trials left out and relabelled, and the trunk is to leave out and relabel from now on."""
-        data = None if self.runner is None else self.runner.cards.get(card.id)
-        recipe = card.training_recipe
-        if data is not None:
-            source = variant.labels if variant is not None else next(iter(data.recipe.label_sources))
-            return data.stays_out(source), data.labels(source)
-        if recipe is None or (recipe.exclude is None and recipe.relabel is None):
-            return np.empty(0, dtype=np.int64), NewLabels.none()
-        raise NotExecutableError(
-            f"what card {card.id} leaves out is not known any more, so that it cannot be adopted as it was judged"
-        )
-
     def _export(self, card: PlanCard, command: Adopt) -> None:
         """Write an accepted mixture as files of its own, to be read by ``automode.merges.moe_files.load`` without this run."""
         mixture = self._combiner().mixture(command.weights.checkpoint)
@@ -374,19 +372,21 @@ class Performer:
 
     def roll_back(self, command: RollBack, step: int) -> RolledBack:
         """Put the trunk back to what it was before an adoption; the schedule's clock goes on, at the rates of before."""
-        self._put_back(command.checkpoint, as_it_was=False)
+        rest = self._put_back(command.checkpoint, as_it_was=False)
         self.good.restart()
+        self.best.rolled_back(rest.get("best_step"))
         return RolledBack(card=command.card, checkpoint=command.checkpoint, step=step)
 
-    def _put_back(self, before: str, *, as_it_was: bool) -> None:
-        """Load the trunk of before an adoption; ``as_it_was`` with its clock, else at the rates that are due by now."""
+    def _put_back(self, before: str, *, as_it_was: bool) -> dict[str, Any]:
+        """Load the trunk of before an adoption; ``as_it_was`` with its clock, else at the rates that are due by now. Returns the rest."""
         trunk = self.trunk
         weights, rest, _ = self.checkpoints.load(before)
         now = [group["lr"] for group in trunk.optimizer.param_groups]
         trunk.load(weights, rest, schedule=as_it_was)
         trunk.clip_norm = rest["clip_norm"]
         if trunk.scheduler is None or as_it_was:
-            return
+            return rest
         restore_rates(trunk.scheduler, rest["scheduler"])
         for group, rate in zip(trunk.optimizer.param_groups, now, strict=True):
             group["lr"] = rate / rest["rate_factor"]
+        return rest

@@ -53,7 +53,7 @@ def take(parts: RunParts, loop: Loop) -> tuple[Weights, Rest]:
         "length": _length_of(parts),
     }
     if trunk.first is not None:
-        rest["first"] = trunk.first
+        rest |= trunk.first_state()
     if isinstance(parts.request.loss_fn, nn.Module):
         rest["loss"] = parts.request.loss_fn.state_dict()
     return weights, rest
@@ -74,7 +74,7 @@ def put_trunk(parts: RunParts, weights: Mapping[str, Tensor], rest: Mapping[str,
     model = trunk.model
     put_averages(parts, rest)
     trunk.load(weights, rest, schedule=True)
-    trunk.first = rest.get("first")
+    trunk.first, trunk.first_moments = rest.get("first"), rest.get("first_moments", {})
     trunk.step = int(rest["step"])
     trunk.clip_norm, trunk.cap_norm = rest["clip_norm"], rest["cap_norm"]
     with torch.no_grad():

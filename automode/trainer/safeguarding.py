@@ -209,7 +209,8 @@ class GoodStates:
             if state.averages is None:
                 trunk.averages.restart()
             else:
-                trunk.averages.load_state_dict({**state.averages, "last_step": trunk.step})
+                now = {"last_step": trunk.step, "every": trunk.averages.every}
+                trunk.averages.load_state_dict({**state.averages, **now})
         for parameter in trunk.parameters:
             parameter.grad = None
 

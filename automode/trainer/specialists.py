@@ -168,8 +168,9 @@ class SpecialistSegment:
             self._averages.load_state_dict(rest["averages"])
         if job.from_resource == 0:
             optimizer.load_state_dict(rest["optimizer"])
-            if self._restarts:
-                optimizer.state.clear()
+            if self._restarts:  # some kinds, as Adagrad, hold something before their first step
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": rest.get("first_moments", {}), "param_groups": groups})
             if self._data.recipe.judged == "tail":
                 begin_averages(self._averages, every=EVERY_SINCE_FORK)
             elif self._restarts:

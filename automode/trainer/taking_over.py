@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from automode.errors import NotExecutableError
+from automode.planner.cards import PlanCard
 from automode.planner.recipes import Variant
+from automode.trainer.card_data import CardData
+from automode.trainer.new_labels import NewLabels
 from automode.trainer.optimizers import scale_rates, scale_schedule
+from automode.trainer.sample_source import Ids
 from automode.trainer.trunk import Trunk
 
 
@@ -38,3 +45,25 @@ def take_over(trunk: Trunk, variant: Variant, rest: dict[str, Any], factor: floa
         scale_schedule(trunk.scheduler, factor)
     if variant.clip_norm is not None:
         trunk.clip_norm = variant.clip_norm
+
+
+def curation_of(card: PlanCard, variant: Variant | None, data: CardData | None) -> tuple[Ids, NewLabels]:
+    """Return what the trials left out and relabelled, and the trunk is to leave out and relabel from now on.
+
+    Args:
+        card: The card that is adopted.
+        variant: How the trial trained; None where no single trial is adopted.
+        data: What the card's trials trained on, if that is known.
+
+    Raises:
+        NotExecutableError: The card leaves out or relabels what is not known any more.
+    """
+    recipe = card.training_recipe
+    if data is not None:
+        source = variant.labels if variant is not None else next(iter(data.recipe.label_sources))
+        return data.stays_out(source), data.labels(source)
+    if recipe is None or (recipe.exclude is None and recipe.relabel is None):
+        return np.empty(0, dtype=np.int64), NewLabels.none()
+    raise NotExecutableError(
+        f"what card {card.id} leaves out is not known any more, so that it cannot be adopted as it was judged"
+    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from automode.errors import NotExecutableError
+from automode.merges.batches import map_tensors
 from automode.merges.trajectory import DEFAULT_EVERY, TrajectoryAverages
 from automode.trainer.curation import Curation
 from automode.trainer.ids import RecordedLoader
@@ -54,6 +55,7 @@ class Trunk:
         relabelling: Hears of the ids whose labels are replaced, before another batch is trained on; None: nobody wants to.
         step: Optimizer steps taken.
         first: The run's first weights, on the host, while a card may restart from them, or None.
+        first_moments: What the optimizer held then, by parameter; most kinds hold nothing before their first step.
     """
 
     model: nn.Module
@@ -71,6 +73,7 @@ class Trunk:
     relabelling: Callable[[Ids], None] | None = None
     step: int = 0
     first: dict[str, Tensor] | None = None
+    first_moments: dict[Any, Any] = field(default_factory=dict)
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -165,13 +168,16 @@ class Trunk:
         return float(sum(t.numel() * t.element_size() for t in self.model.state_dict().values())) / 2**20
 
     def keep_first(self) -> None:
-        """Keep a copy of the weights as they are, on the host, for cards that restart from them."""
-        self.first = {
-            name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()
-        }
+        """Keep a copy of weights and optimizer state as they are, on the host, for cards that restart from them."""
+        self.first = _on_host(dict(self.model.state_dict()))
+        self.first_moments = _on_host(self.optimizer.state_dict()["state"])
 
-    def first_weights(self) -> dict[str, Tensor]:
-        """Return the run's first weights, on the host.
+    def forget_first(self) -> None:
+        """Free what :meth:`keep_first` keeps."""
+        self.first, self.first_moments = None, {}
+
+    def first_state(self) -> dict[str, Any]:
+        """Return what the run began with, on the host, as snapshots hold it: ``first`` and ``first_moments``.
 
         Raises:
             NotExecutableError: They are not kept any more.
@@ -181,11 +187,15 @@ class Trunk:
                 "a card that restarts needs the run's first weights, which are kept until policy.probe.until of the run is over, and are not "
                 "there any more: submit it earlier, or leave restart out"
             )
-        return self.first
+        return {"first": self.first, "first_moments": self.first_moments}
 
     def candidates(self, judged: Judged = None) -> dict[str, dict[str, Tensor]]:
         """What is judged of the raw weights and every average of them, as full state dicts."""
         return judged_of(candidates_of(self.model, self.averages), judged)
+
+
+def _on_host(value: Any) -> Any:
+    return map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), value)
 
 
 def begin_averages(averages: TrajectoryAverages | None, *, every: int = DEFAULT_EVERY) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from automode.engine import fold, healthy, story
+from automode.planner.card_text import submission_from_yaml
 from automode.planner.events import Envelope, Safeguarded, TrunkEnded
 from automode.planner.policy import Policy
 
@@ -317,4 +318,31 @@ def test_whatever_happens_rewinds_are_few_go_back_and_replay(moves):
     assert not any(
         c.kind in ("rewind", "set_clip", "set_learning_rate") for c in world.state.pending.values()
     )
+    replayed(world)
+
+
+ANEW = """
+action: fork
+because: The rate has ruined the network.
+training_recipe: {variants: [{name: tenth, lr_mul: 0.1, restart: true}]}
+budget_steps: 20
+asha: {reduction_factor: 3, max_steps: 20}
+"""
+
+
+def test_a_ruined_network_that_a_rollback_puts_back_has_not_diverged(make_world, to_rows):
+    """Its loss is far above the restarted one's, which was another trajectory's."""
+    run = make_world().run.model_copy(update={"why_no_restart": None})
+    world = started(make_world, run=run)
+    world.rows(to_rows(level(2.3, 400)))
+    world.decide("submit", body=submission_from_yaml(ANEW))
+    card = world.facts("card_proposed")[0].card
+    world.decide("approve", card.id, rev=card.rev)
+    world.rows(to_rows(level(2.3, 100), start=401))
+    assert world.states_of(card.id)[-1] == "adopted"
+    world.rows(to_rows(2.0 * learning(1000), start=501))
+    world.decide("rollback", card.id)
+    assert world.states_of(card.id)[-1] == "rolled_back"
+    world.rows(to_rows(level(2.3, 400, seed=4), start=1501))
+    assert not commands(world, "rewind", "set_learning_rate")
     replayed(world)

@@ -127,3 +127,27 @@ def test_nothing_is_kept_where_nobody_asks_or_the_run_keeps_no_averages(
     best = BestState(make_trunk(averages=averages), enabled=enabled)
     best.note(1, scores(0.9))
     assert best.step is None
+
+
+def test_where_the_trunk_is_replaced_the_mean_begins_anew_and_what_was_kept_stays() -> None:
+    trunk = make_trunk()
+    best = BestState(trunk, enabled=True)
+    follow(best, trunk, [0.2, 0.8, 0.1, 0.1])
+    best.replaced()
+    assert best.step == 2
+    best.note(5, scores(0.85))
+    assert best.step == 5  # with the two of before in the mean it would not have been
+
+
+def test_a_rollback_drops_what_was_kept_since_the_adoption_and_nothing_else() -> None:
+    trunk = make_trunk()
+    best = BestState(trunk, enabled=True)
+    follow(best, trunk, [0.2, 0.8])
+    best.rolled_back(2)
+    assert best.step == 2
+    best.note(3, scores(0.9))
+    best.rolled_back(2)
+    assert best.step is None
+    assert best.stored() == ({}, {"step": None})
+    best.note(4, scores(0.01))
+    assert best.step == 4

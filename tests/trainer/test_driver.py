@@ -221,6 +221,9 @@ class Stage:
     def forget(self, card: str) -> None:
         assert card
 
+    def slow_down(self, state: State) -> None:
+        assert state.run is not None
+
     def delete(self, checkpoints: set[str]) -> None:
         assert checkpoints
 

@@ -113,6 +113,19 @@ def test_going_back_restores_weights_moments_and_averages_bit_by_bit_however_oft
     script.train(3)
 
 
+def test_going_back_leaves_how_often_averages_are_read() -> None:
+    script = Script()
+    good = GoodStates(script.trunk, SafeguardPolicy(keep_every=10))
+    assert script.trunk.averages is not None
+    script.trunk.averages.every = 2  # as while a card is judged by the tail since its fork
+    script.train(10)
+    good.keep(act(), 10)
+    script.trunk.averages.every = 32
+    script.train(5)
+    good.rewind(back(12), script.trunk.step)
+    assert script.trunk.averages.every == 32
+
+
 def test_keeping_a_state_touches_nothing() -> None:
     script, other = Script(), Script()
     good = GoodStates(script.trunk, SafeguardPolicy(keep_every=1))

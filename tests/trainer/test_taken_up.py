@@ -203,6 +203,9 @@ class Stage:
     def forget(self, card: str) -> None:
         self.runner.cards.pop(card, None)
 
+    def slow_down(self, state: State) -> None:
+        assert state.run is not None
+
     def delete(self, checkpoints: set[str]) -> None:
         self.deleted += checkpoints
 
