@@ -244,7 +244,7 @@ def adopted(state: State, body: Adopted, out: Emission) -> None:
             verdict="accepted",
         )
         if body.before is not None:
-            state.undo[body.card] = body.before
+            state.undo[body.card], state.best_of[body.card] = body.before, state.best
         state.suite.reset(f"card {body.card} was adopted")
         if execution.chosen.variant is not None and execution.chosen.variant.restart:
             state.guards.level.restart(body.step)  # the lowest loss was another trajectory's
@@ -280,6 +280,7 @@ def rolled_back(state: State, body: RolledBack, out: Emission) -> None:
     seq = out.fact(moved)
     approval.apply(record, moved, step=state.step, time=state.t_mono)
     state.undo.pop(body.card, None)
+    state.best = state.best_of.pop(body.card, None)  # no state of the trunk that was left
     state.adoptions += 1
     before, state.lineage = state.lineage, f"trunk:{state.adoptions}"
     lifecycle.grow(

@@ -146,6 +146,8 @@ class State:
     """Adopted card to the digest of the trunk before it."""
     best: str | None = None
     """Digest of the complete state at the best validation so far, where one is stored."""
+    best_of: dict[str, str | None] = field(default_factory=dict)
+    """Card to what :attr:`best` was when it was adopted; a rollback goes back to it."""
     trunk_ended: bool = False
     ended: bool = False
     counts: dict[str, int] = field(default_factory=dict)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from automode.engine import fold, story
 from automode.errors import ReplayDifferenceError
 from automode.planner.approval import CardRecord
-from automode.planner.events import Clustered, Envelope, Evaluated, Group, Rows, TrialsNoted
+from automode.planner.card_text import submission_from_yaml
+from automode.planner.events import Checkpointed, Clustered, Envelope, Evaluated, Group, Rows, TrialsNoted
 from automode.planner.policy import Policy
 from automode.planner.recipes import Resources
 
@@ -151,6 +152,30 @@ def test_an_adoption_can_be_rolled_back(make_world, plateau_rows):
     world.decide("rollback", card.id)
     assert world.states_of(card.id)[-1] == "rolled_back"
     assert world.state.lineage == "trunk:2"
+
+
+@pytest.mark.parametrize("rolled_back", [True, False])
+def test_a_run_that_is_stopped_does_not_keep_the_best_of_a_trunk_that_was_rolled_back(
+    make_world, plateau_rows, rolled_back
+):
+    before, after = (f"sha256:{digit * 64}" for digit in "12")
+    world = make_world(policy=plateau_policy())
+    world.start()
+    world.feed(Checkpointed(checkpoint=before, step=0, why="best"))
+    world.rows(plateau_rows[:4500])
+    card = world.facts("card_proposed")[0].card
+    assert world.states_of(card.id)[-1] == "adopted"
+    world.feed(Checkpointed(checkpoint=after, step=world.state.step, why="best"))
+    if rolled_back:
+        world.decide("rollback", card.id)
+        assert world.states_of(card.id)[-1] == "rolled_back"
+    world.decide("submit", body=submission_from_yaml("{action: stop, because: Enough.}"))
+    stop = world.facts("card_proposed")[-1].card
+    world.decide("approve", stop.id, rev=stop.rev)
+    world.end()
+    (merge,) = [e.body for e in world.log if isinstance(e, Envelope) and e.body.kind == "merge"]
+    assert [member.checkpoint for member in merge.members] == [before if rolled_back else after]
+    assert fold(world.log).differences == 0
 
 
 def test_the_finishing_merge_waits_for_the_end_and_is_judged(make_world, plateau_rows):

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from automode import Policy, Trainer, replay
+from automode import Policy, TensorLoader, Trainer, replay
 from automode.session import Session
 from automode.session.checkpoints import CheckpointStore
 from automode.trainer.result import FitResult
@@ -51,11 +51,8 @@ def trained(folder: Path, rate: float, automode: bool) -> FitResult:
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=rate),
         loss_fn=nn.CrossEntropyLoss(),
-        train_loader=DataLoader(
-            TensorDataset(x[:1000], y[:1000]),
-            batch_size=16,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(4),
+        train_loader=TensorLoader(
+            x[:1000], y[:1000], batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(4)
         ),
         val_loader=DataLoader(TensorDataset(x[1000:], y[1000:]), batch_size=512),
     )
