@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from automode import TensorLoader
+from automode import TensorLoader, Trainer, replay
 from automode.engine.story import story
 from automode.session import Session
 from automode.session.replaying import to_envelope
@@ -109,20 +110,47 @@ def test_the_trunk_is_bit_for_bit_what_it_is_without(
     assert not any(name.startswith("best:") for name in merged["members"])
 
 
-def test_where_held_out_labels_may_be_wrong_accuracy_decides(
-    run_once: Play, few: Any, tmp_path: Path
-) -> None:
-    run = run_once(
-        tmp_path / "run",
+@pytest.fixture(scope="module")
+def doubtful(run_once: Play, few: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run a third of whose held-out labels are wrong."""
+    return run_once(
+        tmp_path_factory.mktemp("doubtful") / "run",
         automode="act",
         script=FewSamples(few, wrong=True),
         policy=terms(),
         steps=100,
         val_every_n_epochs=1,
     )
-    (merged,) = run.bodies("merged")
+
+
+def test_where_held_out_labels_may_be_wrong_accuracy_decides(doubtful: Any) -> None:
+    (merged,) = doubtful.bodies("merged")
     assert merged["metric"] == "utility"
     assert merged["noise_at_most"] > 0.33
+
+
+def test_a_run_that_is_made_longer_still_knows_its_best_state(
+    doubtful: Any, few: Any, tmp_path: Path
+) -> None:
+    (before,) = doubtful.bodies("merged")
+    assert before["best_step"] < 100
+    copied = tmp_path / "longer" / doubtful.path.relative_to(doubtful.folder)
+    shutil.copytree(doubtful.path, copied)
+    result = Trainer(
+        automode="act",
+        policy=doubtful.driver.state.policy,
+        max_steps=120,
+        seed=3,
+        progress=False,
+        console=False,
+        session_dir=tmp_path / "longer",
+        val_every_n_epochs=1,
+        resume=copied,
+    ).fit(**FewSamples(few, wrong=True).build())
+    with result.session as session:
+        (merged,) = (record.body for record in session.events("merged"))
+        replay(session).check()
+    assert (merged["step"], merged["best_step"]) == (120, before["best_step"])
 
 
 def test_the_card_is_run_again_with_the_same_outcome(finished: Any, few: Any, tmp_path: Path) -> None:
