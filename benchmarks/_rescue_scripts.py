@@ -212,9 +212,12 @@ class Damaging(nn.Module):
         self.inner, self.damage = inner, damage
 
     def forward(self, x: Tensor) -> Tensor:
-        marked = x[:, :1] >= MARK
+        marked = x[:, 0] >= MARK
         out: Tensor = self.inner(torch.where(x >= MARK, x - MARK, x))
-        return torch.where(marked, self.damage(out), out)
+        # By rows: a product with NaN that `where` then leaves out has gradients that are not.
+        spoilt = out.clone()
+        spoilt[marked] = self.damage(out[marked])
+        return spoilt
 
 
 def _mislabelled(sound: Script, rng: np.random.Generator) -> tuple[Script, Script]:

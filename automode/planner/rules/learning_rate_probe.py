@@ -22,10 +22,11 @@ over a few steps a lower rate nearly always looks better on trained weights, bec
 et al. 2018, arXiv:1803.02021); one that starts anew has to catch up with everything that the trunk has learnt."""
 
 EITHER = (*FASTER, *SLOWER)
-"""Where the loss falls and hardly has fallen: the rate may be far too low, or so high that a ruined network finds back a little."""
+"""Where the loss falls and has not come down: the rate may be far too low, or so high that a ruined network finds back a little."""
 
-LEARNT = 0.75
-"""A loss above this multiple of the run's first one has hardly fallen."""
+STANDS, LEARNT = 0.95, 0.75
+"""A loss above the first multiple of the run's first one has not come down, one below the second has. Between them are sound runs on
+noisy targets (wrong labels, text) and networks that are half ruined, so that there as few trials have to do as can be."""
 
 MOST = 2
 """Probes in a run, the second only after an adopted one."""
@@ -33,7 +34,7 @@ MOST = 2
 
 @dataclass(frozen=True, slots=True)
 class LearningRateProbe:
-    """Propose a short run at ten times the rate, and from the first weights at lower ones where the loss has hardly come down.
+    """Propose a short run at ten times the rate, and from the first weights at lower ones where the loss has not come down.
 
     The trunk itself is the arm with factor 1. All are judged by the tail average of their steps since the fork: raw weights at a high rate
     are noise, which a paired comparison of a few steps takes for a difference. A probe takes ``policy.probe.share`` of the run's compute at
@@ -63,34 +64,38 @@ class LearningRateProbe:
         if isnan(trend.best_advise):
             return Silence(code="no_trend", why=f"{trend.describe()} Whether the loss falls cannot be told.")
         falls = trend.status is TrendState.IMPROVING
-        learnt = _learnt(view)
-        if learnt and not falls:
+        height = _height(view)
+        if height < LEARNT and not falls:
             return Silence(
                 code="not_falling",
                 why=f"the loss has come down and does not fall for certain now, which says little about the rate. {trend.describe()}",
             )
         if falls and (view.signals.burst.active or view.signals.shift.active):
             return Silence(code="unstable", why="the run is unstable, which is another rule's business")
-        return if_executable(_sweep(view, total, falls=falls, learnt=learnt), view)
+        return if_executable(_sweep(view, total, falls=falls, height=height), view)
 
 
-def _learnt(view: View) -> bool:
-    """Whether the loss has come down from where it began, at all."""
+def _height(view: View) -> float:
+    """The loss as a multiple of the run's first one; 0 where that is not known."""
     now, first = view.signals.loss_z.median, view.first_loss
-    return first is None or isnan(now) or now < LEARNT * first
+    return 0.0 if first is None or isnan(now) or first <= 0.0 else now / first
 
 
-def _sweep(view: View, total: int, *, falls: bool, learnt: bool) -> Proposal:
-    most = view.policy.pacing.variants
-    variants = (FASTER if learnt else EITHER)[:most] if falls else SLOWER[:most]
+def _sweep(view: View, total: int, *, falls: bool, height: float) -> Proposal:
+    stands = height >= STANDS
+    variants: tuple[Variant, ...]
+    if height < LEARNT:
+        variants = FASTER
+    elif stands:
+        variants = EITHER if falls else SLOWER
+    else:
+        variants = EITHER[:2] if falls else SLOWER[:1]
+    variants = variants[: view.policy.pacing.variants]
     tried = ", ".join(f"{v.lr_mul:.3g}{' from the first weights' if v.restart else ''}" for v in variants)
-    seen = (
-        "The loss falls."
-        if falls and learnt
-        else f"The loss falls and stands hardly below its beginning, {view.first_loss:.3g}."
-        if falls
-        else f"The loss does not fall for certain. {view.signals.trend.describe()}"
-    )
+    seen = "The loss falls" if falls else "The loss does not fall for certain"
+    if height >= LEARNT:
+        seen = f"{seen} and stands at {height:.0%} of its beginning, {view.first_loss:.3g}"
+    seen = f"{seen}." if falls else f"{seen}. {view.signals.trend.describe()}"
     probe = view.policy.probe
     return Proposal(
         reason="learning_rate_probe",
@@ -100,6 +105,6 @@ def _sweep(view: View, total: int, *, falls: bool, learnt: bool) -> Proposal:
             f"runs are compared with the trunk, at its rate times: {tried}."
         ),
         training_recipe=TrainingRecipe(variants=variants, judged="tail"),
-        share=probe.share if falls and learnt else probe.restart_share,
+        share=probe.restart_share if stands else probe.share,
         diagnostics={"step": view.step, "total": total, "factors": tuple(v.lr_mul for v in variants)},
     )
