@@ -39,7 +39,7 @@ POLICY = Policy.model_validate(
         "trend": {"budget": 40, "gain": 0.95},
         "scan": {"every": 9, "probe": 32, "share": None, "cost": 1.0, "tail_ratio": 1.01},
         "averages": {"finish_at": 0.7},
-        "probe": {"share": 1.0},
+        "probe": {"share": 1.0, "restart_share": 1.0, "until": 0.5},
         "diagnostics": {"enabled": False},
         "pacing": {
             "min_rung": 2,
@@ -152,7 +152,7 @@ def train(folder: Path, *, backend: Any, resume: bool, kill: int, stop: int) -> 
     count_segments(folder.parent / f"{folder.name}-segments")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0005, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0, momentum=0.9)
     optimizer.register_step_post_hook(lambda *_: stop_at(stop))
     if not resume:
         folder.mkdir(parents=True)

@@ -178,7 +178,7 @@ def test_a_card_that_a_stop_has_cut_short_goes_on_when_the_run_does(
     nursery: Nursery, whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "session"
-    stopped = nursery.train(folder, stop=9)
+    stopped = nursery.train(folder, stop=29)
     assert stopped not in (0, KILLED)
     with Session.open(folder) as session:
         assert [r.body["after"] for r in session.events("card_moved")][-1] == "inconclusive"

@@ -52,7 +52,8 @@ def test_within_the_budget_trunk_and_automode_take_no_more_than_was_asked_for(
     assert compute["trunk"] == run.result.steps * PASSES
     assert compute["automode"] > 4000
     assert compute["trunk"] + compute["automode"] <= 200 * PASSES
-    assert compute["trunk"] + compute["automode"] > 190 * PASSES  # and nearly all of it is used
+    # Nearly all of it is used: what the merge reserves for a best state of before comes back when there are no steps to give it to.
+    assert compute["trunk"] + compute["automode"] > 185 * PASSES
     assert run.result.reason == "budget"
 
 
