@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,20 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from automode.session import Session
 from automode.trainer.heldout import HeldOut
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import _guard_sessions
-        import _guard_tasks
-        import guard
-
-        yield SimpleNamespace(guard=guard, sessions=_guard_sessions, tasks=_guard_tasks)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def bench(benchmark_modules: Callable[..., Any]) -> Any:
+    return benchmark_modules(guard="guard", sessions="_guard_sessions", tasks="_guard_tasks")
 
 
 def decision(bench: Any, **more: Any) -> Any:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,20 +16,10 @@ from torch.utils.data import DataLoader
 from automode import Trainer
 from automode.planner.policy import Policy
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import _matched_tasks
-        import _random_control
-        import matched_compute
-
-        yield SimpleNamespace(matched=matched_compute, tasks=_matched_tasks, control=_random_control)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def bench(benchmark_modules: Callable[..., Any]) -> Any:
+    return benchmark_modules(matched="matched_compute", tasks="_matched_tasks", control="_random_control")
 
 
 @pytest.mark.slow

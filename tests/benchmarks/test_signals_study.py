@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def study() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import _study_baselines
-        import _study_scores
-
-        yield SimpleNamespace(baselines=_study_baselines, scores=_study_scores)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def study(benchmark_modules: Callable[..., Any]) -> Any:
+    return benchmark_modules(baselines="_study_baselines", scores="_study_scores")
 
 
 def test_a_share_has_wilsons_interval(study: Any) -> None:

@@ -351,6 +351,17 @@ def test_bf16_computes_in_bf16_and_keeps_single_precision_weights(tmp_path: Path
     assert set(kinds) == {torch.float32}
 
 
+def assert_weighed_step(bench: Any, deltas: dict[str, Tensor], ids: Any, weight: Tensor) -> None:
+    """The first step went down the gradient of the weighed mean loss of these samples."""
+    model = small_network()
+    model.load_state_dict(bench.checkpoints.load(bench.base)[0])
+    inputs, classes = bench.runner.source.batch(ids)
+    losses = nn.functional.cross_entropy(model(inputs), classes, reduction="none")
+    grads = torch.autograd.grad((losses * weight).sum() / weight.sum(), list(model.parameters()))
+    for delta, grad in zip(deltas.values(), grads, strict=True):
+        torch.testing.assert_close(delta, -0.1 * grad)
+
+
 def test_loss_weight_favours_the_selected_samples(tmp_path: Path) -> None:
     bench = make_bench(tmp_path, optimizer=sgd())
     bench.card(TrainingRecipe(variants=(PLAIN,), replay=0.5), selected=np.arange(30))
@@ -360,13 +371,7 @@ def test_loss_weight_favours_the_selected_samples(tmp_path: Path) -> None:
     ids = plan.ids(0)
     weight = torch.where(torch.from_numpy(ids < 30), 4.0, 1.0)
     assert weight.tolist() == [4.0] * 8 + [1.0] * 8
-    model = small_network()
-    model.load_state_dict(bench.checkpoints.load(bench.base)[0])
-    inputs, classes = bench.runner.source.batch(ids)
-    losses = nn.functional.cross_entropy(model(inputs), classes, reduction="none")
-    grads = torch.autograd.grad((losses * weight).sum() / weight.sum(), list(model.parameters()))
-    for delta, grad in zip(deltas.values(), grads, strict=True):
-        torch.testing.assert_close(delta, -0.1 * grad)
+    assert_weighed_step(bench, deltas, ids, weight)
 
 
 def test_batches_of_all_samples_hold_each_once_a_pass_and_weigh_the_selected_wherever_they_stand(
@@ -386,13 +391,7 @@ def test_batches_of_all_samples_hold_each_once_a_pass_and_weigh_the_selected_whe
     assert plan.chosen(0).tolist() == (ids < 30).tolist()
     assert 0 < plan.chosen(0).sum() < BATCH
     weight = torch.where(torch.from_numpy(ids < 30), 3.0, 1.0)
-    model = small_network()
-    model.load_state_dict(bench.checkpoints.load(bench.base)[0])
-    inputs, classes = bench.runner.source.batch(ids)
-    losses = nn.functional.cross_entropy(model(inputs), classes, reduction="none")
-    grads = torch.autograd.grad((losses * weight).sum() / weight.sum(), list(model.parameters()))
-    for delta, grad in zip(deltas.values(), grads, strict=True):
-        torch.testing.assert_close(delta, -0.1 * grad)
+    assert_weighed_step(bench, deltas, ids, weight)
 
 
 def test_a_weighed_batch_of_all_samples_is_weighed_alike_in_both_passes_of_a_sharp_step(

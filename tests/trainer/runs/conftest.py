@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from automode import Trainer, replay
+from automode.backends import stacking_rule
+from automode.backends.stacked_group import StackedGroup
 from automode.planner.card_text import submission_from_yaml
 from automode.planner.cards import TRANSITIONS, PlanCard
 from automode.planner.policy import Policy
@@ -369,6 +371,44 @@ def failed_run(tmp_path: Path) -> Callable[..., Path]:
 def run_once() -> Play:
     """Plays a run whose result several tests share."""
     return play
+
+
+def take_up_run(path: Path, run: Played, script: Script, *, steps: int, **settings: Any) -> FitResult:
+    """Take up, as a person's next process would, what another run has left in a copy of its session."""
+    return Trainer(
+        automode="propose",
+        policy=run.driver.state.policy,
+        max_steps=steps,
+        seed=3,
+        progress=False,
+        console=False,
+        session_dir=path.parents[1],
+        resume=path,
+        **{"checkpoint_every": None} | settings,
+    ).fit(**script.build())
+
+
+@pytest.fixture(scope="session")
+def take_up() -> Callable[..., FitResult]:
+    return take_up_run
+
+
+@pytest.fixture
+def group_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many trials trained together in each step; whatever is more than one does, however short."""
+    monkeypatch.setattr(
+        stacking_rule, "why_too_short", lambda members, *_, **__: None if members > 1 else "alone"
+    )
+    monkeypatch.setattr(stacking_rule, "why_slower", lambda *_: None)
+    sizes: list[int] = []
+    step = StackedGroup._step
+
+    def counted(group: StackedGroup, built: Any) -> Any:
+        sizes.append(len(group.segments))
+        return step(group, built)
+
+    monkeypatch.setattr(StackedGroup, "_step", counted)
+    return sizes
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from automode import Trainer
 from automode.session import Session
 from automode.testing.bench import identical
 from automode.trainer.executing import Order, execute
@@ -147,7 +146,7 @@ def test_a_backend_that_stacks_trains_adapters_alone_and_alike(
 
 
 def test_a_run_that_is_killed_between_two_rungs_of_its_adapters_comes_to_the_same_end(
-    script: Any, run_once: Any, tmp_path: Path
+    script: Any, run_once: Any, take_up: Any, tmp_path: Path
 ) -> None:
     def leave(person: Any) -> None:  # what is on disk as the second rung is trained is what a kill leaves
         fork, there = person.driver.state.fork, (tmp_path / "left").exists()
@@ -170,18 +169,7 @@ def test_a_run_that_is_killed_between_two_rungs_of_its_adapters_comes_to_the_sam
     path = tmp_path / "left" / run.path.relative_to(tmp_path / "run")
     with Session.open(path) as session:
         assert 2 <= len(list(session.events("trial_reported"))) < len(run.bodies("trial_reported"))
-    result = Trainer(
-        automode="propose",
-        policy=run.driver.state.policy,
-        max_steps=STEPS,
-        seed=3,
-        progress=False,
-        console=False,
-        session_dir=tmp_path / "left",
-        checkpoint_every=None,
-        resume=path,
-    ).fit(**script.build())
-    result.session.close()
+    take_up(path, run, script, steps=STEPS).session.close()
     with Session.open(path) as session:
         again = {(e.body["trial"], e.body["resource"]): e.body for e in session.events("trial_reported")}
         assert [e.body for e in session.events("verdict_given")] == run.bodies("verdict_given")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from automode import Trainer, replay
+from automode import replay
 from automode.planner.variants import ANNEALED_CONTROL, Variant
 from automode.session import Session
 from automode.testing.bench import identical
@@ -169,7 +169,7 @@ def test_an_anneal_alone_is_no_gain(play_run: Any, script: Any) -> None:
 
 
 def test_a_run_that_is_killed_while_its_control_anneals_comes_to_the_same_end(
-    script: Any, run_once: Any, tmp_path: Path
+    script: Any, run_once: Any, take_up: Any, tmp_path: Path
 ) -> None:
     left: list[int] = []
 
@@ -188,18 +188,7 @@ def test_a_run_that_is_killed_while_its_control_anneals_comes_to_the_same_end(
     )
     assert left == [1]
     path = tmp_path / "left" / run.path.relative_to(tmp_path / "run")
-    result = Trainer(
-        automode="propose",
-        policy=run.driver.state.policy,
-        max_steps=STEPS,
-        seed=3,
-        progress=False,
-        console=False,
-        session_dir=tmp_path / "left",
-        checkpoint_every=None,
-        resume=path,
-    ).fit(**script.build())
-    result.session.close()
+    take_up(path, run, script, steps=STEPS).session.close()
     with Session.open(path) as session:
         verdicts = [e.body for e in session.events("verdict_given")]
         again = {(e.body["trial"], e.body["resource"]): e.body for e in session.events("trial_reported")}

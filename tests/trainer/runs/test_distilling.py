@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from automode import Trainer, story
+from automode import story
 from automode.planner.events import Adopt, Weights
 from automode.session import Session
 from automode.session.checkpoints import CheckpointStore
@@ -167,7 +167,12 @@ class Killed(BaseException):
 
 
 def test_a_student_that_was_cut_off_is_trained_again_and_comes_out_the_same(
-    played: Any, script: Any, tmp_path: Path, run_once: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    played: Any,
+    script: Any,
+    tmp_path: Path,
+    run_once: Callable[..., Any],
+    take_up: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     steps = 0
     train = distilling.Distiller._train
@@ -194,18 +199,7 @@ def test_a_student_that_was_cut_off_is_trained_again_and_comes_out_the_same(
     path = tmp_path / "left" / kept[0].path.relative_to(tmp_path / "cut")
     with Session.open(path) as session:
         assert not list(session.events("merged"))
-    result = Trainer(
-        automode="propose",
-        policy=played.driver.state.policy,
-        max_steps=STEPS,
-        seed=3,
-        progress=False,
-        console=False,
-        session_dir=tmp_path / "left",
-        checkpoint_every="40 steps",
-        resume=path,
-    ).fit(**script.build())
-    result.session.close()
+    take_up(path, played, script, steps=STEPS, checkpoint_every="40 steps").session.close()
     with Session.open(path) as session:
         (again,) = [event.body for event in session.events("merged")]
     (first,) = played.bodies("merged")

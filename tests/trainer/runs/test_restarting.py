@@ -11,9 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from automode import Trainer
-from automode.backends import stacking_rule
-from automode.backends.stacked_group import StackedGroup
 from automode.session import Session
 from automode.testing.bench import identical
 from automode.trainer.executing import Order, execute
@@ -108,23 +105,12 @@ def test_the_first_weights_are_freed_when_the_window_closes(
 
 
 def test_a_run_that_is_killed_between_the_rungs_of_a_restart_comes_to_the_same_end(
-    left: tuple[Any, Path], script: Any
+    left: tuple[Any, Path], script: Any, take_up: Callable[..., Any]
 ) -> None:
     run, path = left
     with Session.open(path) as session:
         assert len(list(session.events("trial_reported"))) < len(run.bodies("trial_reported"))
-    result = Trainer(
-        automode="propose",
-        policy=run.driver.state.policy,
-        max_steps=STEPS,
-        seed=3,
-        progress=False,
-        console=False,
-        session_dir=path.parents[1],
-        checkpoint_every=None,
-        val_every_n_epochs=1,
-        resume=path,
-    ).fit(**script.build())
+    result = take_up(path, run, script, steps=STEPS, val_every_n_epochs=1)
     assert identical(dict(result.model.state_dict()), run.final)
     with result.session as session:
         again = {(e.body["trial"], e.body["resource"]): e.body for e in session.events("trial_reported")}
@@ -149,23 +135,11 @@ def test_such_a_card_is_run_again_with_the_same_outcome(
 
 
 def test_restarts_train_together_with_what_goes_on_from_the_trunk(
-    left: tuple[Any, Path], run_once: Play, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    left: tuple[Any, Path], run_once: Play, script: Any, tmp_path: Path, group_sizes: list[int]
 ) -> None:
     run, _ = left
-    monkeypatch.setattr(
-        stacking_rule, "why_too_short", lambda members, *_, **__: None if members > 1 else "alone"
-    )
-    monkeypatch.setattr(stacking_rule, "why_slower", lambda *_: None)
-    sizes: list[int] = []
-    step = StackedGroup._step
-
-    def counted(group: StackedGroup, built: Any) -> Any:
-        sizes.append(len(group.segments))
-        return step(group, built)
-
-    monkeypatch.setattr(StackedGroup, "_step", counted)
     together = restarted(run_once, tmp_path / "run", script, backend="stacked", val_every_n_epochs=1)
-    assert 3 in sizes
+    assert 3 in group_sizes
     mine, theirs = reports(together), reports(run)
     assert mine.keys() == theirs.keys()
     for key, report in mine.items():

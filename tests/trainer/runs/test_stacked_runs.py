@@ -8,8 +8,6 @@ import pytest
 from click.testing import CliRunner
 
 from automode import replay
-from automode.backends import stacking_rule
-from automode.backends.stacked_group import StackedGroup
 from automode.cli.main import main
 from automode.session import Session
 
@@ -48,24 +46,12 @@ def reports(run: Any) -> dict[tuple[int, int], float]:
 
 
 def test_a_card_goes_the_same_way_with_its_trials_trained_together(
-    play_run: Any, script: Any, monkeypatch: pytest.MonkeyPatch
+    play_run: Any, script: Any, group_sizes: list[int]
 ) -> None:
-    monkeypatch.setattr(
-        stacking_rule, "why_too_short", lambda members, *_, **__: None if members > 1 else "alone"
-    )
-    monkeypatch.setattr(stacking_rule, "why_slower", lambda *_: None)
-    sizes: list[int] = []
-    step = StackedGroup._step
-
-    def counted(group: StackedGroup, built: Any) -> Any:
-        sizes.append(len(group.segments))
-        return step(group, built)
-
-    monkeypatch.setattr(StackedGroup, "_step", counted)
     inline = played(play_run, script, "inline")
-    assert sizes == []
+    assert group_sizes == []
     stacked = played(play_run, script, "stacked")
-    assert sizes[:8] == [6] * 8  # the first rung, after four steps alone
+    assert group_sizes[:8] == [6] * 8  # the first rung, after four steps alone
     mine, theirs = reports(stacked), reports(inline)
     assert len(mine) >= 8
     assert mine.keys() == theirs.keys()
@@ -98,13 +84,8 @@ def printed(*arguments: object) -> str:
     return done.output
 
 
-def test_who_trained_alone_and_why_stands_with_the_card_everywhere(
-    play_run: Any, script: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        stacking_rule, "why_too_short", lambda members, *_, **__: None if members > 1 else "alone"
-    )
-    monkeypatch.setattr(stacking_rule, "why_slower", lambda *_: None)
+@pytest.mark.usefixtures("group_sizes")
+def test_who_trained_alone_and_why_stands_with_the_card_everywhere(play_run: Any, script: Any) -> None:
     run = play_run(
         script=script(rate=0.003, norm=False, dropout=0.0),
         policy={"budget": "on_top"},
