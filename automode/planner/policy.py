@@ -131,7 +131,7 @@ class PacingPolicy(Part):
         default=8, ge=0, description="adopted cards on top of each other, beyond which no further one is made"
     )
     exploration_share: Fraction = Field(
-        default=0.15,
+        default=0.18,
         description="share of the remaining compute that one fork may take; what trains nothing may take `total_share` of it",
     )
     total_share: Fraction = Field(

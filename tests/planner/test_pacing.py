@@ -32,6 +32,7 @@ from automode.planner.rules import PRIORITY
 from automode.planner.rules.base import Proposal, View
 from automode.planner.watching import signals_for
 
+SHARE = Policy().pacing.exploration_share
 THREE = TrainingRecipe(variants=tuple(Variant(name=n) for n in ("a", "b", "c")))
 
 
@@ -124,7 +125,7 @@ def test_a_proposal_that_fits_becomes_a_priced_card() -> None:
     assert card.cost.sample_passes == worst_case(card, view.run).passes
     exact = card.cost.sample_passes / (3000 * 96)
     assert exact <= card.cost.share_of_remaining <= 1.01 * exact
-    assert card.cost.share_of_remaining <= 0.15
+    assert card.cost.share_of_remaining <= SHARE
     assert card.cooldown_steps == 800
     assert card.asha.max_steps <= 800
     assert card.asha.max_steps == card.budget_steps * 3
@@ -144,7 +145,7 @@ def test_the_ladder_is_the_longest_that_fits_with_one_rung_to_spare_in_a_long_ru
     assert card.asha.max_steps == card.budget_steps * ratio
     top = (card.budget_steps + 1) * ratio
     longer = card.revised(budget_steps=card.budget_steps + 1, asha={"reduction_factor": 3, "max_steps": top})
-    assert worst_case(longer, view.run).passes > 0.15 * remaining * 96 or top > 800
+    assert worst_case(longer, view.run).passes > SHARE * remaining * 96 or top > 800
 
 
 def test_a_small_run_gets_a_short_ladder_without_the_extra_rung() -> None:
@@ -171,7 +172,7 @@ def test_what_does_not_fit_is_held_with_the_numbers() -> None:
     answer = held(try_admit(fork(), view_of(step=300, remaining=700, budget=340)))
     assert answer.code == "over_cap"
     assert "3 trials, 20 to 60 steps" in answer.why
-    assert "15% of the 67,200 that remain" in answer.why
+    assert f"{SHARE:.0%} of the 67,200 that remain" in answer.why
 
 
 def test_a_planning_budget_below_the_shortest_ladder_is_held() -> None:
@@ -226,15 +227,15 @@ def test_what_is_spent_counts_against_the_whole_runs_share() -> None:
 
 
 def test_what_running_cards_hold_the_next_one_may_not_take() -> None:
-    # The ledger lets cards hold 15 % of what remains together; a card beyond that would be approved and then refused.
+    # The ledger lets cards hold one share of what remains together; a card beyond that would be approved and then refused.
     remaining, kept = 3000 * 96.0, 10_000.0
     card = made(
         try_admit(
             fork(), view_of(), funds=Funds(remaining=remaining - kept, total=1e7, spent=kept, held=kept)
         )
     )
-    assert card.cost.sample_passes <= 0.15 * remaining - kept
-    full = Funds(remaining=0.85 * remaining, total=1e7, spent=0.15 * remaining, held=0.15 * remaining)
+    assert card.cost.sample_passes <= SHARE * remaining - kept
+    full = Funds(remaining=(1.0 - SHARE) * remaining, total=1e7, spent=SHARE * remaining, held=SHARE * remaining)
     assert held(try_admit(fork(), view_of(), funds=full)).code == "over_cap"
 
 
