@@ -12,7 +12,7 @@ from automode.planner.events import Group, Validated
 from automode.planner.metrics import Metric
 from automode.planner.paired import PairedSummary
 from automode.planner.pricing import choosing_samples
-from automode.trainer.evaluation import Evaluator, Part, PerSampleScores
+from automode.trainer.evaluation import Evaluator, Floats, Part, PerSampleScores
 from automode.trainer.states import States
 
 EVERYTHING = None
@@ -79,8 +79,15 @@ class Evidence:
     def paired(
         self, candidate: PerSampleScores, control: PerSampleScores, metric: Metric = "utility"
     ) -> tuple[Group, dict[str, Group]]:
-        """Return paired differences, candidate minus control, over all samples and over each slice."""
-        difference = candidate.by(metric) - control.by(metric)
+        """Return paired differences, candidate minus control, over all samples and over each slice.
+
+        A control that has no finite score on a sample counts there as the worst of all finite scores, where the candidate is
+        finite everywhere: it fared worse than that. A candidate's own scores are left as they are, and NaN adopts nothing.
+        """
+        scored, against = candidate.by(metric), control.by(metric)
+        if np.isfinite(scored).all():
+            against = _at_worst(against, scored)
+        difference = scored - against
         groups = {name: _group(difference[np.isin(candidate.ids, ids)]) for name, ids in self._slices.items()}
         return _group(difference), {name: group for name, group in groups.items() if group.n > 0}
 
@@ -114,14 +121,20 @@ def metrics_of(scores: PerSampleScores) -> dict[str, float]:
     return found
 
 
-def _group(difference: np.ndarray[Any, np.dtype[np.float64]]) -> Group:
+def _at_worst(control: Floats, candidate: Floats) -> Floats:
+    finite = np.isfinite(control)
+    if finite.all() or candidate.size == 0:
+        return control
+    worst = min(float(candidate.min()), float(control[finite].min(initial=np.inf)))
+    return np.where(finite, control, worst)
+
+
+def _group(difference: Floats) -> Group:
     summary = PairedSummary.of(difference)
     return Group(n=summary.n, mean=summary.mean, variance=summary.variance, effective_n=summary.effective_n)
 
 
-def _contrast(
-    inside: np.ndarray[Any, np.dtype[np.float64]], rest: np.ndarray[Any, np.dtype[np.float64]]
-) -> Group:
+def _contrast(inside: Floats, rest: Floats) -> Group:
     """Two independent means as one group: the variance is such that variance / n is the difference's (Welch)."""
     n = inside.size
     variance = float(inside.var(ddof=1)) + float(rest.var(ddof=1)) * n / rest.size
