@@ -45,6 +45,14 @@ class NoiseEvidence:
     why: str
 
 
+NEXT_SYMBOL = NoiseEvidence(
+    rate=None,
+    suspects=np.empty(0, dtype=np.int64),
+    why="the classes are the symbols that the inputs are written in: what follows them is open, and nobody can tell it from a wrong label",
+)
+"""What is known of labels that are the next symbol of a text (:mod:`automode.trainer.symbols`)."""
+
+
 def confident_rate(probabilities: Floats, labels: npt.NDArray[np.int64]) -> float | None:
     """Estimate the share of wrong labels from held-out class probabilities.
 

@@ -17,6 +17,7 @@ from automode.trainer.clusters import Clusters, agreement, fit_clusters, losses_
 from automode.trainer.embedding import embeddings
 from automode.trainer.last_layer import gradient_norms
 from automode.trainer.noise import (
+    NEXT_SYMBOL,
     NoiseEvidence,
     confident_rate,
     neighbour_disagreement,
@@ -27,6 +28,7 @@ from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.reviewing import review
 from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.sample_source import Ids, SampleSource
+from automode.trainer.symbols import foretells_symbols
 from automode.trainer.trunk import Trunk
 
 READ_BATCH = 256
@@ -82,14 +84,16 @@ class Scanner:
     clusters: Clusters | None = None
     details: Details = field(default_factory=Details)
     _probe: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    _symbols: bool | None = None
 
     def scan(self, command: Scan, step: int) -> list[Scanned | Clustered]:
         """Answer a Scan command."""
         probe = self._probe_of(command.probe)
-        features, _, labels, passes = self._read(probe)
-        held = self._held_out() if labels is not None or command.clusters else None
+        features, outputs, labels, passes = self._read(probe)
+        symbols = labels is not None and self._foretells_symbols(probe, outputs, labels)
+        held = self._held_out() if (labels is not None and not symbols) or command.clusters else None
         spent = 0.0 if held is None else float(len(held[0]))
-        noise = self._weigh_noise(probe, features, labels, held)
+        noise = NEXT_SYMBOL if symbols else self._weigh_noise(probe, features, labels, held)
         self.noise = noise
         self.details, more = self._detailed(command, probe, features)
         spent += more
@@ -158,6 +162,14 @@ class Scanner:
         if self.val_a is None:
             return None
         return embeddings(self.trunk.model, self.trunk.step_fn, self.val_a(), seed=self.seed)
+
+    def _foretells_symbols(self, probe: Ids, outputs: list[Any], labels: Ids) -> bool:
+        """Ask it of the first batch, once: it is a matter of the data."""
+        if self._symbols is None:
+            few = probe[:READ_BATCH]
+            targets = torch.from_numpy(labels[: few.size])
+            self._symbols = foretells_symbols(self.source.batch(few), outputs[0], targets)
+        return self._symbols
 
     def _weigh_noise(
         self,
