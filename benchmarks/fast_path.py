@@ -10,7 +10,9 @@ timed from ``on_train_start`` to ``on_train_end``, everything switched off; auto
 ``by hand, DataLoader`` is the loop of every tutorial. ``by hand, gathered`` indexes each batch out of the tensors and notes its
 loss. ``by hand, permuted`` draws one permutation an epoch, gathers all rows
 with ``index_select`` and slices: the fastest that a person writes without touching the optimizer; it records nothing.
-automode's loop (mode off) also records loss, gradient norm and learning rate of every step in its session.
+``by hand, permuted, losses`` also notes its loss, which is the least that automode does: in mode off it records loss, gradient norm,
+learning rate and time of every step in its session, and in ``observe`` per-sample losses, signals and rules besides. Torch's own AdamW
+ends with the same bits in all loops that have it.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def loaded(case: Case) -> Iterator[None]:
     return by_hand(case, lambda: iter(loader))
 
 
-def permuted(case: Case) -> Iterator[None]:
+def permuted(case: Case, *, notes: list[float] | None = None) -> Iterator[None]:
     inputs, targets = data(case).tensors
 
     def batches() -> Iterator[Any]:
@@ -106,7 +108,7 @@ def permuted(case: Case) -> Iterator[None]:
         shuffled = inputs.index_select(0, order), targets.index_select(0, order)
         return zip(*(part.split(case.batch) for part in shuffled), strict=True)
 
-    return by_hand(case, batches)
+    return by_hand(case, batches, notes=notes)
 
 
 def gathered(case: Case) -> Iterator[None]:
@@ -199,12 +201,14 @@ def loops(case: Case, folder: str) -> dict[str, Callable[[], float]]:
     held = {
         YARDSTICK: permuted(case),
         "by hand, permuted, again": permuted(case),
+        "by hand, permuted, losses": permuted(case, notes=[]),
         "by hand, gathered": gathered(case),
         "by hand, DataLoader": loaded(case),
-        "automode, DataLoader": automode(case, folder, DataLoader, plain),
-        "automode, TensorLoader": automode(case, folder, TensorLoader, plain),
-        "automode, TensorLoader, flat": automode(case, folder, TensorLoader, FlatAdamW),
-        "the same, observe": automode(case, folder, TensorLoader, FlatAdamW, "observe"),
+        "automode, DataLoader, off": automode(case, folder, DataLoader, plain),
+        "automode, TensorLoader, off": automode(case, folder, TensorLoader, plain),
+        "the same, observe": automode(case, folder, TensorLoader, plain, "observe"),
+        "with FlatAdamW, off": automode(case, folder, TensorLoader, FlatAdamW),
+        "with FlatAdamW, observe": automode(case, folder, TensorLoader, FlatAdamW, "observe"),
     }
     return {name: stepped(steps, case.steps) for name, steps in held.items()} | {"Lightning": lightning(case)}
 

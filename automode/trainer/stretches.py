@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from automode.trainer.quick_adam import clearing_of, update_of
 from automode.trainer.recording_sampler import RecordedIterator
 from automode.trainer.steps import DefaultStep, Taken, paired_loss, unfit
 
@@ -79,7 +80,7 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
     """Train by the plain step; see :func:`stretch`."""
     trunk, observer, cursor, probe = loop.trunk, loop.observer, loop.cursor, loop.probe
     model, step_fn, optimizer, clock = trunk.model, trunk.step_fn, trunk.optimizer, loop.clock
-    zero_grad, update, guard, paired = optimizer.zero_grad, optimizer.step, observer.guard, None
+    clear, update, guard, paired = clearing_of(optimizer), update_of(optimizer), observer.guard, None
     stride, last, loader = observer.stride, loop.plan.steps_per_epoch, cursor.loader
     follows = loop.stepped if trunk.averages is not None or loop.schedule.every_step else None
     norm_of, opened, feed = cast(DefaultStep, loop.train).norm_of(guard=guard), probe.opened(1), probe.feed
@@ -90,7 +91,7 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
         if trunk.step >= observer.limit or observer.stop_requested is not None:
             return False
         loop.phase = "forward"
-        zero_grad(set_to_none=True)
+        clear()
         if paired is not None and type(batch) is list and len(batch) == 2:
             inputs, targets = batch
             loss = paired(outputs := model(inputs), targets)

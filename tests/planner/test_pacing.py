@@ -235,7 +235,9 @@ def test_what_running_cards_hold_the_next_one_may_not_take() -> None:
         )
     )
     assert card.cost.sample_passes <= SHARE * remaining - kept
-    full = Funds(remaining=(1.0 - SHARE) * remaining, total=1e7, spent=SHARE * remaining, held=SHARE * remaining)
+    full = Funds(
+        remaining=(1.0 - SHARE) * remaining, total=1e7, spent=SHARE * remaining, held=SHARE * remaining
+    )
     assert held(try_admit(fork(), view_of(), funds=full)).code == "over_cap"
 
 
