@@ -79,6 +79,7 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
 
 
 def _candidates(state: State, execution: Execution) -> list[Candidate]:
+    """What could replace the control; specialists of parts only together, as a mixture or a merge."""
     if execution.action != "fork":
         merged = execution.merged
         if merged is None or (merged.control is not None and merged.weights == merged.control):
@@ -93,7 +94,7 @@ def _candidates(state: State, execution: Execution) -> list[Candidate]:
             value=report.value,
             variant=execution.variants[report.trial],
         )
-        for report in finished_trials(execution, state)
+        for report in ([] if execution.steps else finished_trials(execution, state))
     ]
     if execution.merged is not None and isfinite(execution.merged.value):
         found.append(

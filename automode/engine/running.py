@@ -7,11 +7,19 @@ on val-B when one of them is to replace it. Answers for cards that have ended me
 from __future__ import annotations
 
 from math import ceil
+from typing import Final
 
 from automode.engine import annealing, deciding, lifecycle
 from automode.engine.emission import Emission
 from automode.engine.state import Execution, State
-from automode.engine.trials import control_weights, experts_of, finished_trials, weights_of
+from automode.engine.trials import (
+    control_weights,
+    experts_of,
+    finished_trials,
+    rung_of,
+    way_of,
+    weights_of,
+)
 from automode.planner.cards import CardState, PlanCard
 from automode.planner.events import (
     CardStarted,
@@ -32,7 +40,11 @@ from automode.planner.events import (
 )
 from automode.planner.pricing import worst_case
 from automode.planner.recipes import MergeDistill
+from automode.planner.sharing import split_steps
 from automode.scheduler import ASHA
+
+ATTEMPTS: Final = 3
+"""Tries of a segment; specialists of parts have one, since their lengths differ and one repeat of the longest was not paid for."""
 
 
 def snapshotted(state: State, body: Snapshotted, out: Emission) -> None:
@@ -58,8 +70,13 @@ def resolved(state: State, body: Resolved, out: Emission) -> None:
         return
     card = state.cards[body.card].card
     assert card.asha is not None
+    assert card.training_recipe is not None
     price = worst_case(card, state.run)
     execution.variants = body.variants
+    shared = card.training_recipe.per_part
+    if shared is not None:
+        sizes = [part.n for part in body.parts]
+        execution.steps = split_steps(len(sizes) * card.asha.max_steps, sizes, shared)
     execution.control_at = state.step + price.control_steps
     pace = (price.resource_steps + price.control_trial_steps) / price.control_steps
     execution.per_trunk_step = max(1.0, pace)
@@ -71,6 +88,7 @@ def resolved(state: State, body: Resolved, out: Emission) -> None:
         candidates=len(body.variants),
         seed=(state.seed + card.step) & 0x7FFFFFFF,
         quota=True,
+        max_attempts=1 if execution.steps else ATTEMPTS,
         budget=price.resource_steps,
     )
     started = out.fact(
@@ -97,8 +115,9 @@ def reported(state: State, body: TrialReported, out: Emission) -> None:
         if told is not None:
             _go_on(state, execution, out, cause=told)
         return
-    outcome = execution.asha.report(body.trial, body.resource, body.value, body.rung_attempt)
-    execution.reports[(body.trial, body.resource)] = body
+    rung = rung_of(execution, state, body.resource)
+    outcome = execution.asha.report(body.trial, rung, body.value, body.rung_attempt)
+    execution.reports[(body.trial, rung)] = body
     seq = _decided(state, execution, outcome, out)
     _drop(execution)
     _go_on(state, execution, out, cause=seq)
@@ -127,7 +146,7 @@ def trial_failed(state: State, body: TrialFailed, out: Emission) -> None:
     outcome = execution.asha.failed(
         body.trial,
         body.rung_attempt,
-        resource=body.resource,
+        resource=None if body.resource is None else rung_of(execution, state, body.resource),
         retryable=body.retryable,
         cause=body.error[:200],
         spent=ceil(body.passes / state.passes_per_step),
@@ -175,8 +194,8 @@ def _issue(state: State, execution: Execution, out: Emission, *, cause: int) -> 
                 base=execution.base.checkpoint,
                 checkpoint=checkpoint,
                 from_resource=job.from_resource,
-                to_resource=job.to_resource,
-                top_resource=card.asha.max_steps,
+                to_resource=way_of(execution, job.trial, job.to_resource),
+                top_resource=way_of(execution, job.trial, card.asha.max_steps),
                 per_trunk_step=execution.per_trunk_step,
                 resources=card.training_recipe.resources,
             ),
@@ -195,7 +214,7 @@ def _decided(
             {
                 "card": execution.card,
                 "trial": trial,
-                "resource": resource or 0,
+                "resource": way_of(execution, trial, resource or 0),
                 "decision": type(decision).__name__.lower(),
                 "rank": getattr(decision, "rank", None),
                 "why": decision.reason,  # type: ignore[attr-defined]
@@ -232,11 +251,13 @@ def combine(state: State, execution: Execution, out: Emission, *, cause: int | N
             checkpoint=report.checkpoint,
             cause=cause,
         )
-    experts = tuple(weights_of(report) for report in experts_of(execution, state))
+    reports = experts_of(execution, state)
+    experts = tuple(weights_of(report) for report in reports)
     control = control_weights(execution)
     if card.gate_recipe is not None:
+        names = tuple(execution.variants[r.trial].name for r in reports) if execution.steps else ()
         execution.waiting_for.add(
-            out.command(FitGate(card=card.id, control=control, experts=experts), cause=cause)
+            out.command(FitGate(card=card.id, control=control, experts=experts, names=names), cause=cause)
         )
     if card.merge_recipe is not None and not _taught_by_mixture(card):
         execution.waiting_for.add(

@@ -59,6 +59,8 @@ class Execution:
     control: Snapshotted | None = None
     variants: tuple[Variant, ...] = ()
     asha: ASHA | None = None
+    steps: tuple[int, ...] = ()
+    """Steps of each trial, where each is the specialist of a part; empty: they climb a ladder."""
     control_at: int = 0
     per_trunk_step: float = 1.0
     control_trial: int | None = None
@@ -67,7 +69,7 @@ class Execution:
     annealed: TrialReported | None = None
     """What that trial came to."""
     reports: dict[tuple[int, int], TrialReported] = field(default_factory=dict)
-    """Reports by (trial, resource)."""
+    """Reports by (trial, rung)."""
     dropped: set[str] = field(default_factory=set)
     """Checkpoints of trials that nothing can go on from any more; the files may be deleted."""
     waiting_for: set[str] = field(default_factory=set)

@@ -104,7 +104,7 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
                 if body.new_labels
                 else ""
             )
-            return f"selection resolved to {body.n} samples; {len(body.variants)} trials{new}"
+            return f"selection resolved to {body.n} samples{_parts(body)}; {len(body.variants)} trials{new}"
         case CardStarted():
             return f"started at step {body.step}; the control is compared at step {body.control_at}"
         case TrialDecided():
@@ -163,3 +163,7 @@ def _measured(body: Evaluated) -> str:
     told = [f"{name} {group.mean:+.5f} on {group.n}" for name, group in sorted(body.slices.items())]
     by_slice = f"; by slice: {', '.join(told)}" if told else ""
     return f"{body.overall.mean:+.5f} on {body.overall.n} samples{by_slice}"
+
+
+def _parts(body: Resolved) -> str:
+    return f" ({', '.join(f'{part.name}: {part.n}' for part in body.parts)})" if body.parts else ""

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from math import isfinite
-from typing import Final
 
 from automode.engine.state import Execution, State
 from automode.planner.events import TrialReported, Weights
+from automode.planner.sharing import MAX_EXPERTS
 
-MAX_EXPERTS: Final = 3
-"""Specialists that a router or a merge takes at the most."""
+
+def rung_of(execution: Execution, state: State, resource: int) -> int:
+    """The scheduler's rung that a trial's own resource stands for: the specialist of a part is done wherever its share ends."""
+    card = state.cards[execution.card].card
+    assert card.asha is not None
+    return card.asha.max_steps if execution.steps else resource
+
+
+def way_of(execution: Execution, trial: int, rung: int) -> int:
+    """How far a trial trains to come to a rung, in resource steps."""
+    return execution.steps[trial] if execution.steps else rung
 
 
 def finished_trials(execution: Execution, state: State) -> list[TrialReported]:
@@ -17,13 +26,14 @@ def finished_trials(execution: Execution, state: State) -> list[TrialReported]:
     card = state.cards[execution.card].card
     assert card.asha is not None
     top = card.asha.max_steps
-    reports = [r for (_, resource), r in execution.reports.items() if resource == top and isfinite(r.value)]
+    reports = [r for (_, rung), r in execution.reports.items() if rung == top and isfinite(r.value)]
     return sorted(reports, key=lambda r: (-r.value, r.trial))
 
 
 def experts_of(execution: Execution, state: State) -> list[TrialReported]:
-    """Reports of the specialists that a router or a merge takes beside the control, best first."""
-    return finished_trials(execution, state)[:MAX_EXPERTS]
+    """Reports of the specialists that a router or a merge takes beside the control, best first; those of parts are all taken."""
+    found = finished_trials(execution, state)
+    return found if execution.steps else found[:MAX_EXPERTS]
 
 
 def weights_of(report: TrialReported) -> Weights:

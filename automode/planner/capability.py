@@ -26,9 +26,11 @@ from automode.planner.recipes import (
     Selection,
     SelectKMeans,
     SelectQuantile,
+    SelectSlices,
     TrainingRecipe,
     Variant,
 )
+from automode.planner.sharing import sharing_refusals
 
 if TYPE_CHECKING:
     from automode.planner.rules.base import Proposal
@@ -55,6 +57,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("selection", "all"),
     Ability("selection", "quantile"),
     Ability("selection", "kmeans"),
+    Ability("selection", "slices"),
     Ability("selection", "indices"),
     Ability("variant.lr_mul", "*"),
     Ability("variant.weight_decay_mul", "*"),
@@ -86,6 +89,8 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("training_recipe.variants", "*"),
     Ability("training_recipe.search", "*"),
     Ability("training_recipe.early_stopping", "*"),
+    Ability("training_recipe.per_part", "equal"),
+    Ability("training_recipe.per_part", "by_size"),
     Ability("training_recipe.exclude", "*"),
     Ability("training_recipe.relabel", "predicted"),
     Ability("training_recipe.relabel", "given"),
@@ -141,6 +146,7 @@ def refusals(planned: Planned, run: Run, *, min_held_out: int = 2) -> list[str]:
     if planned.training_recipe is not None:
         found += _training(planned.training_recipe, planned.selection, run)
         found += _annealing(planned)
+        found += sharing_refusals(planned)
     if planned.gate_recipe is not None:
         found += _unable("gate_recipe", planned.gate_recipe.kind)
         if run.task not in ROUTED:
@@ -225,16 +231,22 @@ def _selection(part: str, selection: Selection, run: Run) -> Iterator[str]:
     )
     if margins and run.task != "classification":
         yield f"{part}: margins exist for classification only, and this run's task is {run.task}"
-    if isinstance(selection, SelectIndices) and selection.slice is not None:
-        named_only = selection.ids is None and selection.artifact is None
-        if named_only and selection.slice not in run.slices:
-            known = ", ".join(sorted(run.slices)) or "none"
-            yield f"{part}: there is no slice {selection.slice!r}; this run has {known}"
-        elif named_only and selection.slice not in run.train_slices:
-            yield (
-                f"{part}: slice {selection.slice!r} is a list of held-out samples, so its training samples are not known: "
-                "give the slice as a function of (inputs, targets)"
-            )
+    if isinstance(selection, SelectSlices):
+        for name in selection.slices:
+            yield from _slice(part, name, run)
+    if isinstance(selection, SelectIndices) and selection.ids is None and selection.artifact is None:
+        yield from _slice(part, selection.slice or "", run)
+
+
+def _slice(part: str, name: str, run: Run) -> Iterator[str]:
+    if name not in run.slices:
+        known = ", ".join(sorted(run.slices)) or "none"
+        yield f"{part}: there is no slice {name!r}; this run has {known}"
+    elif name not in run.train_slices:
+        yield (
+            f"{part}: slice {name!r} is a list of held-out samples, so its training samples are not known: "
+            "give the slice as a function of (inputs, targets)"
+        )
 
 
 def _training(recipe: TrainingRecipe, selection: Selection, run: Run) -> Iterator[str]:
@@ -245,6 +257,8 @@ def _training(recipe: TrainingRecipe, selection: Selection, run: Run) -> Iterato
         if isinstance(recipe.exclude, SelectAll):
             yield "training_recipe.exclude: all samples excluded leave nothing to train on"
         yield from _selection("training_recipe.exclude", recipe.exclude, run)
+    if recipe.per_part is not None:
+        yield from _unable("training_recipe.per_part", recipe.per_part)
     if recipe.judged is not None:
         yield from _unable("training_recipe.judged", recipe.judged)
     if recipe.judged == "tail" and not run.averages:

@@ -21,9 +21,11 @@ from automode.planner.recipes import (
     Selection,
     SelectKMeans,
     SelectQuantile,
+    SelectSlices,
     TrainingRecipe,
     Variant,
 )
+from automode.planner.sharing import part_names
 from automode.planner.variants import Draw, DrawChoice, DrawInt, DrawLogUniform, DrawUniform
 from automode.planner.yaml_text import shown
 from automode.planner.yaml_writer import flow
@@ -42,6 +44,8 @@ def selection_text(selection: Selection) -> str:
         case SelectKMeans(clusters=clusters, k=k, feature=feature):
             which = ", ".join(map(str, clusters))
             return f"cluster{'s' if len(clusters) > 1 else ''} {which} of {k} by {feature}"
+        case SelectSlices(slices=names):
+            return f"slice{'s' if len(names) > 1 else ''} {', '.join(names)}"
         case SelectIndices(ids=ids, slice=name):
             count = f"{len(ids)} given samples" if ids is not None else "given samples (artifact)"
             return count if name is None else f"slice {name}" if ids is None else f"{count} of slice {name}"
@@ -73,6 +77,12 @@ def _recipe_text(recipe: TrainingRecipe) -> str:
         over = ", ".join(f"{name} {draw_text(draw)}" for name, draw in search.parameters.items())
         told.append(f"{search.draws} drawn by {search.sampler} over {over}")
     return "; ".join(told)
+
+
+def _parts_text(selection: Selection, how: str, steps: int) -> str:
+    k = len(part_names(selection))
+    shared = f"{steps} steps each" if how == "equal" else f"{k * steps} steps shared by size"
+    return f"a specialist for each of {k}, {shared}"
 
 
 def _data_text(selection: Selection, recipe: TrainingRecipe | None) -> str:
@@ -118,13 +128,20 @@ def _facts(card: PlanCard) -> Iterator[tuple[str, str]]:
     yield "data", _data_text(card.selection, card.training_recipe)
     if card.training_recipe is not None:
         yield "variants", _recipe_text(card.training_recipe)
+        if card.training_recipe.per_part is not None and card.asha is not None:
+            yield "parts", _parts_text(card.selection, card.training_recipe.per_part, card.asha.max_steps)
         if card.training_recipe.resources is not None:
             yield "each gets", card.training_recipe.resources.text
     if card.gate_recipe is not None:
         yield "gate", f"{card.gate_recipe.kind}, temperature {card.gate_recipe.temperature:g}"
     if card.merge_recipe is not None:
         yield "merge", _merge_text(card.merge_recipe)
-    ladder = f"; first rung {card.budget_steps} steps, top rung {card.asha.max_steps}" if card.asha else ""
+    parts = card.training_recipe is not None and card.training_recipe.per_part is not None
+    ladder = (
+        ""
+        if parts or card.asha is None
+        else f"; first rung {card.budget_steps} steps, top rung {card.asha.max_steps}"
+    )
     share = f"{card.cost.share_of_remaining:.1%} of what remains"
     yield "cost", f"{card.cost.sample_passes:,.0f} sample passes, {share}{ladder}"
     slices = "no slice worse" if card.acceptance.slices == "no_worse" else "slices ignored"

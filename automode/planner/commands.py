@@ -80,6 +80,9 @@ class FitGate(Part):
     card: str
     control: Weights
     experts: tuple[Weights, ...]
+    names: tuple[str, ...] = Field(
+        default=(), description="of the experts, where each is for a part; else empty"
+    )
 
 
 class Merge(Part):

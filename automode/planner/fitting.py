@@ -23,6 +23,7 @@ from automode.planner.pricing import (
 )
 from automode.planner.recipes import Asha, Cost, MergeDistill
 from automode.planner.rules.base import Proposal, View
+from automode.planner.sharing import trials_of
 
 MARGIN_SHARE: Final = 0.05
 """Share of the control's steps that is kept free between a card's end and the run's."""
@@ -158,15 +159,16 @@ def choose_ladder(
     """Choose the longest ladder that fits: cap, time, and at most B steps at the top.
 
     One rung more than the candidates need is tried first, because it decides earlier; where its first rung would be short,
-    the rungs that the candidates need.
+    the rungs that the candidates need. Specialists of parts do not compete, and have one rung.
     """
     recipe = proposal.training_recipe
     assert recipe is not None
     pacing = view.policy.pacing
     eta = pacing.reduction_factor
-    need = 1
-    while climbers(recipe.candidates, need, eta)[-1] > 1:
+    trials, need = trials_of(recipe, proposal.selection), 1
+    while recipe.per_part is None and climbers(trials, need, eta)[-1] > 1:
         need += 1
+    longer = [] if recipe.per_part else [(need + 1, 2 * pacing.min_rung)]
 
     def priced(first: int, count: int) -> WorstCase:
         return price_fork(
@@ -185,7 +187,7 @@ def choose_ladder(
             worst, view.remaining, view.run, view.policy
         )
 
-    for count, least in ((need + 1, 2 * pacing.min_rung), (need, pacing.min_rung)):
+    for count, least in (*longer, (need, pacing.min_rung)):
         high = view.planning_budget // eta ** (count - 1)
         if high < least or misfit(least, count) is not None:
             continue
@@ -206,7 +208,7 @@ def choose_ladder(
     assert held is not None
     return Held(
         code=held.code,
-        why=f"the shortest ladder worth running ({recipe.candidates} trials, {pacing.min_rung} to {top} steps): {held.why}",
+        why=f"the shortest ladder worth running ({trials} trials, {pacing.min_rung} to {top} steps): {held.why}",
     )
 
 

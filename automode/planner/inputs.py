@@ -79,7 +79,9 @@ class Run(Part):
         default=0, ge=0, description="training samples that recompute norm statistics; 0: the model has none"
     )
     router: float = Field(
-        default=1.0, gt=0, description="size of a router relative to the trunk, at the most"
+        default=1.0,
+        gt=0,
+        description="size of a router over four networks relative to the trunk, at the most",
     )
     slots: int = Field(default=1, ge=1, description="segments that the backend runs at once")
     why_no_resources: str | None = Field(
@@ -154,6 +156,14 @@ class Snapshotted(Part):
     passes: float = Field(default=0.0, ge=0)
 
 
+class ResolvedPart(Part):
+    """A cluster or slice that has a specialist of its own."""
+
+    name: str
+    n: int = Field(ge=1, description="its training samples")
+    artifact: Digest = Field(description="their ids")
+
+
 class Resolved(Part):
     """Answer to Resolve: the selection became sample ids."""
 
@@ -171,6 +181,9 @@ class Resolved(Part):
     )
     new_labels: int = Field(default=0, ge=0, description="how many samples have one")
     variants: tuple[Variant, ...] = Field(description="the trials' variants, a search space drawn out")
+    parts: tuple[ResolvedPart, ...] = Field(
+        default=(), description="of each trial, where each part has its own; else empty"
+    )
     passes: float = Field(default=0.0, ge=0)
 
 

@@ -5,7 +5,8 @@ n. Rungs are measured in ordinary training steps, so a sharpness-aware step, whi
 no price of its own. The control costs nothing: it is the trunk itself.
 
 The worst case counts every rung at its quota (``max(1, n // eta)`` go on), the drain included, one repeat of the longest segment,
-every evaluation on val-A, the router, the merge and the one look at val-B. Whoever runs the ladder gives the scheduler the
+every evaluation on val-A, the router, the merge and the one look at val-B. Specialists of parts are not repeated: one that fails is left
+out, since how long the longest is depends on sizes that are not known yet. Whoever runs the ladder gives the scheduler the
 same limits, ``quota=True`` and ``budget=WorstCase.resource_steps``: then it is a bound and not an estimate.
 """
 
@@ -35,6 +36,7 @@ from automode.planner.recipes import (
     SelectKMeans,
     TrainingRecipe,
 )
+from automode.planner.sharing import MAX_EXPERTS, trials_of
 
 TRAIN_PASSES: Final = 3.0
 """Forward-equivalents of training on one sample: a forward pass, and a backward pass of twice its price."""
@@ -49,6 +51,10 @@ trajectory, whose differences on a sample are small, so that few samples tell th
 CROSS_FIT: Final = 2
 """Halves of val-A on which a router is fitted and judged crosswise; another one on all of it is kept."""
 
+CHECK_STEPS: Final = 8
+"""Gradients of each specialist of a part that a backend which stacks may take beside its steps, to check its arithmetic (it takes four,
+and as many again where the stack is made anew). Where a repeat is reserved, that pays for them."""
+
 FISHER_PASSES: Final = 4.0
 """Of one sample's Fisher information: one forward pass to draw a label, then a forward and a backward pass."""
 
@@ -59,7 +65,7 @@ class WorstCase:
 
     Attributes:
         train: Every rung at its quota.
-        retry: One repeat of the longest segment.
+        retry: One repeat of the longest segment; of parts, what a backend takes to check its arithmetic.
         evaluate: Reports, snapshots and the look at val-B.
         resolve: Features of the training samples, where a selection needs them.
         gate: Experts' outputs on val-A and the router's own training.
@@ -134,10 +140,11 @@ def price_fork(
     Returns:
         The worst case by part.
     """
-    counts = climbers(recipe.candidates, len(levels), reduction_factor)
+    parts = recipe.per_part is not None
+    counts = climbers(trials_of(recipe, selection), len(levels), reduction_factor)
     segments = [high - low for low, high in zip((0, *levels[:-1]), levels, strict=True)]
     train_steps = sum(n * segment for n, segment in zip(counts, segments, strict=True))
-    retry_steps = max(segments)
+    retry_steps = counts[0] * CHECK_STEPS if parts else max(segments)
     tail = recipe.judged == "tail"
     states = 1 + (TRUNK_AVERAGES if run.averages and not tail else 0)
     own = 1 if any(v.ema is not None for v in recipe.variants) or recipe.search is not None else 0
@@ -148,8 +155,10 @@ def price_fork(
     looks = 1 if gate is None else experts + 1  # a mixture answers with every expert
     gate_passes = _gate(gate, experts, run)
     top = levels[-1]
-    several = gate is not None or isinstance(
-        merge, MergeUniform | MergeGreedy | MergeFisherSoup | MergeDistill | MergeAdapterFuse
+    several = (
+        parts
+        or gate is not None
+        or isinstance(merge, MergeUniform | MergeGreedy | MergeFisherSoup | MergeDistill | MergeAdapterFuse)
     )
     together = experts * top if several else top
     taught = student_passes(merge, experts + 1, run)
@@ -157,17 +166,17 @@ def price_fork(
     return WorstCase(
         train=(train_steps + annealed) * per_step,
         retry=(retry_steps + annealed) * per_step,
-        evaluate=(sum(counts) + 1 + (2 if annealed else 0)) * report
+        evaluate=(sum(counts) + (0 if parts else 1) + (2 if annealed else 0)) * report
         + _chosen(states, run)
         + alone
         + (looks + 1) * float(run.val_b + run.refresh),
         resolve=_resolve(recipe, selection, run),
         gate=gate_passes,
         merge=_merge(merge, experts, run),
-        resource_steps=train_steps + retry_steps,
+        resource_steps=train_steps + (0 if parts else retry_steps),
         control_trial_steps=annealed,
         control_steps=together + ceil((gate_passes + taught) / per_step),
-        copies=experts + 1 if taught else 0,
+        copies=experts + 1 if taught or parts else 0,
     )
 
 
@@ -258,12 +267,17 @@ def _judged(states: int, run: Run) -> float:
     return float(states * run.val_a + (states - 1) * run.refresh)
 
 
+def _router(members: int, run: Run) -> float:
+    """Size of a router over so many networks relative to the trunk, at the most: its outputs alone grow with them."""
+    return run.router * max(1.0, members / (MAX_EXPERTS + 1))
+
+
 def _gate(gate: GateRecipe | None, experts: int, run: Run) -> float:
     if gate is None:
         return 0.0
     members = experts + 1  # the control is one
     outputs = members * (run.refresh + (1 + CROSS_FIT) * run.val_a)
-    training = TRAIN_PASSES * run.router * (CROSS_FIT * 0.5 + 1.0) * gate.epochs * run.val_a
+    training = TRAIN_PASSES * _router(members, run) * (CROSS_FIT * 0.5 + 1.0) * gate.epochs * run.val_a
     return float(outputs + training)
 
 
@@ -298,5 +312,5 @@ def student_passes(merge: MergeRecipe | None, members: int, run: Run) -> float:
     """
     if not isinstance(merge, MergeDistill):
         return 0.0
-    teachers = members + (run.router if merge.teacher == "mixture" else 0.0)
+    teachers = members + (_router(members, run) if merge.teacher == "mixture" else 0.0)
     return merge.steps * run.batch * (TRAIN_PASSES + teachers)

@@ -12,7 +12,6 @@ import torch
 
 from automode.backends.base import Backend
 from automode.engine import State, initial
-from automode.engine.trials import MAX_EXPERTS
 from automode.errors import MergeError
 from automode.merges.gate import most_parameters
 from automode.merges.moe import last_layer
@@ -21,6 +20,7 @@ from automode.merges.trajectory import TrajectoryAverages
 from automode.planner.events import Mode, Resumed, Run, SessionStarted
 from automode.planner.policy import PLANNER_VERSION
 from automode.planner.rules import chosen
+from automode.planner.sharing import MAX_EXPERTS
 from automode.plugins import plugins
 from automode.session import Session, SessionStore
 from automode.session.artifacts import ArtifactStore

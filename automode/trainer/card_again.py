@@ -129,6 +129,7 @@ class CardAgain:
             trunk_labels=performer.trunk.relabelled,
             new_labels=labels,
             chosen=chosen,
+            parts=tuple(self._artifacts.get_ids(part.artifact) for part in resolved.parts),
         )
 
     def _judge_as(self, rest: Mapping[str, Any]) -> None:

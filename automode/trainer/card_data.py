@@ -30,6 +30,7 @@ class CardData:
         trunk_labels: New labels that the trunk trained with at the fork.
         new_labels: The card's own, for the variants that take them; a sample that was left out comes back with its label.
         chosen: Of these samples, the ids that belong to the selection.
+        parts: Of each trial, the ids that it specialises on; empty: all of them on ``selected``.
     """
 
     recipe: TrainingRecipe
@@ -41,11 +42,15 @@ class CardData:
     trunk_labels: NewLabels = field(default_factory=NewLabels.none)
     new_labels: NewLabels = field(default_factory=NewLabels.none)
     chosen: Ids = field(default_factory=_no_ids)
+    parts: tuple[Ids, ...] = ()
 
-    def pools(self, variant: Variant) -> tuple[Ids, Ids]:
-        """Return (ids to specialise on, ids to replay from) of a variant, each ascending."""
+    def pools(self, variant: Variant, trial: int = 0) -> tuple[Ids, Ids]:
+        """Return (ids to specialise on, ids to replay from) of a trial, each ascending."""
         if variant == ANNEALED_CONTROL:  # whatever the card selects and leaves out
             return np.union1d(np.union1d(self.selected, self.others), self.left_out), _no_ids()
+        if self.parts:
+            everything = np.union1d(self.selected, self.others)
+            return self.parts[trial], np.setdiff1d(everything, self.parts[trial])
         if variant.labels == "keep" or not self.new_labels.size:
             return self.selected, self.others
         back = np.intersect1d(self.left_out, self.new_labels.ids)

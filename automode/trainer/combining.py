@@ -127,7 +127,7 @@ class Combiner:
             value=value,
             loads=report.loads,
             entropy=report.entropy,
-            experts=("control", *(f"expert {i}" for i in range(1, len(references)))),
+            experts=("control", *(command.names or (f"expert {i}" for i in range(1, len(references))))),
             checkpoint=digest,
             passes=passes + seen.passes + judged + math.ceil(training),
         )

@@ -262,6 +262,7 @@ class Performer:
             trunk_labels=self.trunk.relabelled,
             new_labels=chosen.new_labels,
             chosen=chosen.chosen,
+            parts=tuple(ids for _, ids in chosen.parts),
         )
         return Resolved(
             card=card.id,
@@ -272,6 +273,7 @@ class Performer:
             relabelled=chosen.relabelled,
             new_labels=chosen.new_labels.size,
             variants=chosen.variants,
+            parts=self.selector.stored(chosen.parts),
             passes=chosen.passes,
         )
 

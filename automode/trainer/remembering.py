@@ -47,6 +47,7 @@ def remembered(performer: Performer) -> dict[str, Any]:
                 "step": data.step,
                 "trunk_labels": _tensor(data.trunk_labels.packed()),
                 "new_labels": _tensor(packed(data.new_labels, data.chosen)),
+                "parts": [_tensor(ids) for ids in data.parts],
             }
         if runner.per_sample is not None:
             found["per_sample"] = runner.per_sample.state()
@@ -115,10 +116,11 @@ def remind_card(
                 trunk_labels=NewLabels.unpacked(stored["trunk_labels"].numpy()),
                 new_labels=labels,
                 chosen=chosen,
+                parts=tuple(ids.numpy() for ids in stored.get("parts", ())),
             )
             return
     again = performer.resolve(card, performer.trunk.step)
-    for name in ("n", "pool", "artifact", "relabelled", "variants"):
+    for name in ("n", "pool", "artifact", "relabelled", "variants", "parts"):
         then, now = getattr(resolved, name), getattr(again, name)
         if then != now:
             performer.forget(card.id)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Any, assert_never
 
 import numpy as np
 import torch
 
 from automode.errors import NotExecutableError
 from automode.planner.cards import PlanCard
+from automode.planner.inputs import ResolvedPart
 from automode.planner.recipes import (
     SelectAll,
     SelectIndices,
     Selection,
     SelectKMeans,
     SelectQuantile,
+    SelectSlices,
     TrainingRecipe,
     Variant,
 )
+from automode.planner.sharing import part_names
 from automode.planner.variants import DRAWN
 from automode.scheduler.candidates import Candidates
 from automode.session.artifacts import ArtifactStore
@@ -47,6 +50,7 @@ class Selected:
         new_labels: Labels for the variants that take new ones.
         chosen: Of these samples, the ids that belong to the selection.
         relabelled: The new labels, where there are any.
+        parts: Name and ids of each cluster or slice, where each has a specialist; else empty.
         passes: Sample passes that selecting took.
     """
 
@@ -59,6 +63,7 @@ class Selected:
     new_labels: NewLabels
     chosen: Ids
     relabelled: str | None
+    parts: tuple[tuple[str, Ids], ...]
     passes: float
 
 
@@ -96,7 +101,8 @@ class Selector:
         """
         recipe = card.training_recipe
         assert recipe is not None
-        selected, passes = self._ids(card.selection)
+        found, passes = self._parts(card.selection)
+        selected = _union([ids for _, ids in found])
         excluded: Ids = np.empty(0, dtype=np.int64)
         artifact: str | None = None
         if recipe.exclude is not None:
@@ -118,17 +124,27 @@ class Selector:
         selected = np.intersect1d(selected, allowed)
         if selected.size == 0:
             raise NotExecutableError(f"the selection of card {card.id} holds no training sample")
+        parts = () if recipe.per_part is None else _of_their_own(found, allowed)
         return Selected(
             selected=selected,
             others=np.setdiff1d(allowed, selected),
             left_out=np.setdiff1d(excluded, gone),
-            variants=self._variants(card, recipe),
+            variants=tuple(recipe.variants[0].model_copy(update={"name": name}) for name, _ in parts)
+            or self._variants(card, recipe),
             artifact=self._kept(card.selection, selected),
             excluded=artifact,
             new_labels=labels,
             chosen=chosen,
             relabelled=self.artifacts.put_array(packed(labels, chosen)) if labels.size else None,
+            parts=parts,
             passes=passes,
+        )
+
+    def stored(self, parts: tuple[tuple[str, Ids], ...]) -> tuple[ResolvedPart, ...]:
+        """Store the ids of parts: which cluster a sample is of hangs on the network as it was."""
+        return tuple(
+            ResolvedPart(name=name, n=int(ids.size), artifact=self.artifacts.put_ids(ids))
+            for name, ids in parts
         )
 
     def _kept(self, selection: Selection, ids: Ids) -> str | None:
@@ -143,15 +159,22 @@ class Selector:
         return self._ids(selection)[0]
 
     def _ids(self, selection: Selection) -> tuple[Ids, float]:
+        parts, passes = self._parts(selection)
+        return _union([ids for _, ids in parts]), passes
+
+    def _parts(self, selection: Selection) -> tuple[list[tuple[str, Ids]], float]:
+        """Return the parts of a selection by name (a selection that has none is one, without a name), and sample passes."""
         match selection:
             case SelectAll():
-                return self.train_ids, 0.0
+                return [("", self.train_ids)], 0.0
             case SelectQuantile():
-                return self._quantile(selection), 0.0
+                return [("", self._quantile(selection))], 0.0
             case SelectKMeans():
                 return self._clusters(selection)
+            case SelectSlices():
+                return [(name, self._slice(name)) for name in selection.slices], 0.0
             case SelectIndices():
-                return self._indices(selection), 0.0
+                return [("", self._indices(selection))], 0.0
             case _:
                 assert_never(selection)
 
@@ -167,7 +190,7 @@ class Selector:
             )
         return np.setdiff1d(ids, self.scanner.noise.suspects)
 
-    def _clusters(self, selection: SelectKMeans) -> tuple[Ids, float]:
+    def _clusters(self, selection: SelectKMeans) -> tuple[list[tuple[str, Ids]], float]:
         if selection.feature != "embedding":
             return self._scalar_clusters(selection), 0.0
         if self.scanner is None:
@@ -185,10 +208,9 @@ class Selector:
                 f"the selection speaks of {selection.k} clusters, and the scan found {clusters.k}"
             )
         features, passes = self.scanner.embed(self.train_ids)
-        mine = np.isin(clusters.assign(features), selection.clusters)
-        return self.train_ids[mine], passes
+        return _members(selection, self.train_ids, clusters.assign(features)), passes
 
-    def _scalar_clusters(self, selection: SelectKMeans) -> Ids:
+    def _scalar_clusters(self, selection: SelectKMeans) -> list[tuple[str, Ids]]:
         """Clusters of one number a sample are ranges; they are numbered from the smallest to the largest."""
         if self.ledger is None:
             raise NotExecutableError(
@@ -211,7 +233,7 @@ class Selector:
                 values[:, None]
             )
         rank = np.argsort(np.argsort(fitted.cluster_centers_[:, 0]))
-        return ids[np.isin(rank[fitted.labels_], selection.clusters)]
+        return _members(selection, ids, rank[fitted.labels_])
 
     def _indices(self, selection: SelectIndices) -> Ids:
         if selection.ids is not None:
@@ -219,16 +241,14 @@ class Selector:
         if selection.artifact is not None:
             return self.artifacts.get_ids(selection.artifact)
         assert selection.slice is not None
-        if selection.slice not in self.slices:
-            known = ", ".join(sorted(self.slices)) or "none"
-            raise NotExecutableError(
-                f"no slice of the training data is called {selection.slice!r}; there are: {known}"
-            )
-        return self._members(self.slices[selection.slice])
+        return self._slice(selection.slice)
 
-    def _members(self, function: SliceFn) -> Ids:
+    def _slice(self, name: str) -> Ids:
         """The training samples that a slice's function marks; no model is asked."""
-        found = []
+        if name not in self.slices:
+            known = ", ".join(sorted(self.slices)) or "none"
+            raise NotExecutableError(f"no slice of the training data is called {name!r}; there are: {known}")
+        function, found = self.slices[name], []
         with forked_rng(), torch.no_grad():
             for start in range(0, self.train_ids.size, READ_BATCH):
                 ids = self.train_ids[start : start + READ_BATCH]
@@ -248,3 +268,25 @@ class Selector:
             Variant.model_validate({"name": f"{DRAWN}{i}", **drawn.ask().values}) for i in range(search.draws)
         ]
         return (*recipe.variants, *found)
+
+
+def _members(selection: SelectKMeans, ids: Ids, labels: np.ndarray[Any, Any]) -> list[tuple[str, Ids]]:
+    """The samples of each selected cluster, by the cluster of every sample."""
+    names = part_names(selection)
+    return [(name, ids[labels == cluster]) for name, cluster in zip(names, selection.clusters, strict=True)]
+
+
+def _union(parts: list[Ids]) -> Ids:
+    """Every sample of any of them, in the order of a lone one, else ascending."""
+    return parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
+
+
+def _of_their_own(found: list[tuple[str, Ids]], allowed: Ids) -> tuple[tuple[str, Ids], ...]:
+    """What each part's specialist may train on."""
+    parts = tuple((name, np.intersect1d(ids, allowed)) for name, ids in found)
+    empty = [name for name, ids in parts if not ids.size]
+    if empty:
+        raise NotExecutableError(
+            f"{', '.join(empty)} hold{'' if len(empty) > 1 else 's'} no training sample, so that no specialist can be trained on it"
+        )
+    return parts

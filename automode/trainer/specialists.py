@@ -119,7 +119,7 @@ class SpecialistSegment:
             raise NotExecutableError(
                 f"variant `{job.variant.name}` weights losses, and this run has no exact per-sample losses"
             )
-        selected, others = data.pools(job.variant)
+        selected, others = data.pools(job.variant, job.trial)
         self._labels = data.labels(job.variant.labels)
         self._plan = BatchPlan(
             selected,

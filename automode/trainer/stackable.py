@@ -117,6 +117,7 @@ class StackableSpecialist(SpecialistSegment):
             control,
             variant.labels,
             variant.batches,
+            self._job.trial if self._data.parts else None,
             self._steps,
             self._runner.batch_size,
         )

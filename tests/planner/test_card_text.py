@@ -49,6 +49,7 @@ from automode.planner.recipes import (
     SelectIndices,
     SelectKMeans,
     SelectQuantile,
+    SelectSlices,
     TrainingRecipe,
     Variant,
 )
@@ -238,7 +239,8 @@ given_ids = st.lists(st.integers(0, 2**63), min_size=1, max_size=200).map(tuple)
 indices = st.builds(SelectIndices, ids=given_ids, slice=st.none() | names) | st.builds(
     SelectIndices, artifact=digests, slice=st.none() | names
 )
-selections = st.builds(SelectAll) | quantiles | clusterings | indices
+named = st.builds(SelectSlices, slices=st.lists(names, min_size=1, max_size=64, unique=True).map(tuple))
+selections = st.builds(SelectAll) | quantiles | clusterings | named | indices
 variants = st.builds(
     Variant,
     name=names,

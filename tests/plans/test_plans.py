@@ -22,7 +22,7 @@ from automode.presets import preset_names, preset_text
 
 POLICIES = ("aggressive", "conservative", "default", "observe-only")
 REASONS = get_args(Reason)
-OWN = ("manual", "distill", "adapter_fuse", "anneal")
+OWN = ("manual", "distill", "adapter_fuse", "anneal", "parts")
 """Templates of cards that only a person makes: their reason is manual."""
 TEMPLATES = (*REASONS, *OWN[1:], "stop")
 PLANNED = tuple(reason for reason in REASONS if reason != "manual")
@@ -67,8 +67,10 @@ def test_there_is_a_template_of_every_kind_and_nothing_else() -> None:
 def test_a_template_is_a_card_of_its_kind_that_this_version_can_run(name: str) -> None:
     card = card_of(name)
     merge = None if card.merge_recipe is None else card.merge_recipe.kind
-    schedules = () if card.training_recipe is None else card.training_recipe.schedules
-    assert name in (card.reason, card.action, merge, *schedules)
+    recipe = card.training_recipe
+    schedules = () if recipe is None else recipe.schedules
+    parts = "parts" if recipe is not None and recipe.per_part is not None else None
+    assert name in (card.reason, card.action, merge, *schedules, parts)
     assert refusals(card, RUN, min_held_out=30) == []
 
 
