@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from automode.merges.trajectory import TrajectoryAverages
 from automode.planner.acceptance import utility_classification
-from automode.planner.metrics import finishing_metric, noise_at_most
+from automode.planner.metrics import accuracy_given_up, finishing_metric, noise_at_most
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -127,6 +127,7 @@ class Rule:
 
     ``metric``: utility, log, or shown. ``best``: None, or how many validations are averaged. ``margin``: least z by which the best state must be
     ahead of the last averages on the first half. ``guard``: what must not be significantly worse where the log score decides.
+    ``agree``: the metric that is not used must agree, over both halves.
     """
 
     metric: str
@@ -135,6 +136,7 @@ class Rule:
     margin: float = 0.0
     guard: str | None = "accuracy"
     clean_below: float = 0.15
+    agree: bool = False
 
 
 RULES = {
@@ -151,7 +153,8 @@ RULES = {
     "log, best of 3, no guard": Rule("log", 3, guard=None),
     "log, best of 3, guard utility": Rule("log", 3, guard="utility"),
     "shown at .1, best of 3": Rule("shown", 3, clean_below=0.1),
-    "shown, best of 3 (is)": Rule("shown", 3),
+    "shown, best of 3": Rule("shown", 3),
+    "shown, both agree (is)": Rule("shown", 3, agree=True),
 }
 
 
@@ -167,6 +170,18 @@ def score(of: Scores, metric: str, floor: float) -> Floats:
 def z_of(difference: Floats) -> float:
     error = difference.std(ddof=1) / np.sqrt(difference.size)
     return float(difference.mean() / error) if error > 0 else 0.0
+
+
+def agreed(chosen: Scores, raw: Scores, metric: str, b: Ids) -> bool:
+    """Whether the other metric allows it: accuracy where the log score decides, else the log score."""
+    if chosen.right is None or raw.right is None:
+        return True
+    if metric == "log":
+        held = chosen.right - raw.right
+        return (
+            float(held.mean()) >= -accuracy_given_up(float(raw.right[b].mean())) and z_of(held) >= WORST_GUARD
+        )
+    return z_of(score(chosen, "log", 1e-3) - score(raw, "log", 1e-3)) >= LEAST_Z
 
 
 def ends_with(run: Run, rule: Rule, a: Ids, b: Ids) -> tuple[int, str]:
@@ -192,7 +207,15 @@ def ends_with(run: Run, rule: Rule, a: Ids, b: Ids) -> tuple[int, str]:
     if difference[a].mean() <= 0.0 or z_of(difference[b]) < LEAST_Z:
         return -1, "raw"
     chosen = run.val[picked[0]][picked[1]]
-    if rule.guard and metric == "log" and raw.right is not None and chosen.right is not None:
+    if rule.agree and not agreed(chosen, raw, metric, b):
+        return -1, "raw"
+    if (
+        rule.guard
+        and not rule.agree
+        and metric == "log"
+        and raw.right is not None
+        and chosen.right is not None
+    ):
         held = chosen.right - raw.right
         if rule.guard == "utility":
             held = score(chosen, "utility", rule.floor) - score(raw, "utility", rule.floor)

@@ -11,7 +11,7 @@ from automode.engine.emission import Emission
 from automode.engine.state import Candidate, Execution, State
 from automode.engine.trials import control_weights, experts_of, finished_trials, weights_of
 from automode.planner import approval
-from automode.planner.acceptance import Evidence, judge_summary
+from automode.planner.acceptance import Evidence, Guard, judge_summary
 from automode.planner.approval import PLANNER
 from automode.planner.cards import Action, CardState
 from automode.planner.events import (
@@ -24,6 +24,7 @@ from automode.planner.events import (
     VerdictGiven,
     Weights,
 )
+from automode.planner.metrics import accuracy_given_up, other_of
 from automode.planner.paired import PairedSummary
 
 SLICE_Z = 1.64
@@ -128,7 +129,7 @@ def evaluated(state: State, body: Evaluated, out: Emission) -> None:
         _summary(body.overall),
         alpha=alpha,
         slices={name: _summary(group) for name, group in slices.items()},
-        guard=None if body.guard is None else _summary(body.guard),
+        guard=_guard(execution, body, least_z),
         slice_z=SLICE_Z,
         least_z=least_z,
     )
@@ -169,6 +170,20 @@ def _strictness(state: State, execution: Execution) -> tuple[float, float]:
         return min(0.499, 0.5 * erfc(least / sqrt(2.0))), least
     assert execution.look is not None
     return state.spending.alpha(execution.look), max(asked, policy.evidence.z)
+
+
+def _guard(execution: Execution, body: Evaluated, least_z: float) -> Guard | None:
+    """What must agree, over both halves: a run's states are told apart by two metrics where one of them is the luck of few samples."""
+    if body.guard is None:
+        return None
+    name, on_b = other_of(body.metric), _summary(body.guard)
+    if execution.merged is None or execution.merged.guard is None:
+        return Guard(differences=on_b, name=name)
+    both = _summary(execution.merged.guard).joined(on_b)
+    if body.metric == "utility":
+        return Guard(differences=both, name=name, least_z=least_z)
+    paid = accuracy_given_up(body.control_metrics.get("accuracy"))
+    return Guard(differences=both, name=name, least_mean=-paid)
 
 
 def _verdict(execution: Execution, body: Evaluated, evidence: Evidence) -> VerdictGiven:

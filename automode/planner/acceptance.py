@@ -27,6 +27,7 @@ from automode.planner.student_t import t_tail, upper_t_quantile
 __all__ = [
     "AlphaSpending",
     "Evidence",
+    "Guard",
     "PairedSummary",
     "SliceEvidence",
     "Verdict",
@@ -74,6 +75,23 @@ class SliceEvidence:
     mean: float
     n: int
     worse: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """A second metric, which forbids what the first one would accept.
+
+    Attributes:
+        differences: Candidate minus control by it.
+        name: Of the metric, for the card.
+        least_z: Smallest z that passes.
+        least_mean: Smallest mean difference that passes.
+    """
+
+    differences: PairedSummary
+    name: str
+    least_z: float = -REJECT_Z
+    least_mean: float = -inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +202,7 @@ def judge_summary(
     *,
     alpha: float,
     slices: Mapping[str, PairedSummary] | None = None,
-    guard: PairedSummary | None = None,
+    guard: Guard | None = None,
     n_candidates: int = 1,
     slice_z: float = 1.64,
     delta: float = 0.0,
@@ -192,7 +210,7 @@ def judge_summary(
 ) -> Evidence:
     """Judge from summaries, as the log holds them; see `judge` for the arguments.
 
-    ``guard``: the same samples by another metric, which must not be significantly worse either.
+    ``guard``: another metric, and what it must show at the least; it turns an acceptance into inconclusive and nothing else.
     """
     if n_candidates < 1:
         raise UsageError(
@@ -212,12 +230,12 @@ def judge_summary(
         p_value = t_tail(z, whole.degrees_of_freedom)
     else:
         lower, upper, p_value = -inf, inf, nan
-    held = None if guard is None else _judge_slice(guard, slice_z)
+    held = None if guard is None else _guarded(guard)
     verdict, why = _decide(whole, z, threshold, parts)
-    if verdict == "accepted" and held is not None and held.worse:
+    if verdict == "accepted" and guard is not None and held is not None and held.worse:
         verdict, why = (
             "inconclusive",
-            f"{why}; but accuracy is worse (z {held.z:+.2f}); the control is kept",
+            f"{why}; but {_held_against(guard, held)}; the control is kept",
         )
     return Evidence(
         verdict=verdict,
@@ -234,6 +252,18 @@ def judge_summary(
         guard=held,
         why=why,
     )
+
+
+def _guarded(guard: Guard) -> SliceEvidence:
+    found = _judge_slice(guard.differences, -guard.least_z)
+    return SliceEvidence(
+        z=found.z, mean=found.mean, n=found.n, worse=found.worse or found.mean < guard.least_mean
+    )
+
+
+def _held_against(guard: Guard, held: SliceEvidence) -> str:
+    least = "" if guard.least_mean == -inf else f" and {guard.least_mean:+.4f}"
+    return f"the {guard.name} shows {held.mean:+.4f} on {held.n} (z {held.z:+.2f}), where {guard.least_z:+.2f}{least} is the least"
 
 
 def _judge_slice(part: PairedSummary, slice_z: float) -> SliceEvidence:

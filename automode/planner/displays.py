@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from automode.planner.metrics import other_of
 from automode.planner.yaml_text import shown
 from automode.planner.yaml_writer import flow
 
@@ -140,6 +141,6 @@ def verdict_panel(verdict: VerdictGiven) -> Panel:
     if verdict.metric == "log_score":
         rows.append(("compared", "log score, p(y) not below 0.001"))
     if verdict.guard is not None:
-        rows.append(("accuracy", f"z {verdict.guard:.2f}"))
+        rows.append((other_of(verdict.metric), f"z {verdict.guard:.2f}"))
     rows += [(f"slice {name}", f"z {z:.2f}") for name, z in verdict.slices.items()]
     return Panel(title=f"card {verdict.card}: {verdict.verdict}", lead=verdict.why, rows=rows)

@@ -141,7 +141,8 @@ class VerdictGiven(Part):
     slices: dict[str, float] = Field(default_factory=dict, description="z of each slice")
     metric: Metric = Field(default="utility", description="what was compared")
     guard: float | None = Field(
-        default=None, description="z of accuracy, which must not be worse where the log score is compared"
+        default=None,
+        description="z of what must agree with the metric: accuracy where the log score is compared, and the other way round",
     )
     why: str
 

@@ -217,6 +217,10 @@ class Merged(Part):
     noise_at_most: float | None = Field(
         default=None, description="upper limit on the share of wrong labels, which the metric was chosen by"
     )
+    guard: Group | None = Field(
+        default=None,
+        description="of the trunk's own states: differences from the control on val-A by what must agree with the metric",
+    )
     best: Digest | None = Field(
         default=None, description="for the finishing merge: the best state of before, one of the members"
     )
@@ -236,7 +240,8 @@ class Evaluated(Part):
     slices: dict[str, Group] = Field(default_factory=dict)
     metric: Metric = Field(default="utility", description="what the differences are of")
     guard: Group | None = Field(
-        default=None, description="differences of accuracy, where the log score is compared"
+        default=None,
+        description="of the trunk's own states: differences of accuracy where the log score is compared, and the other way round",
     )
     candidate_metrics: dict[str, float] = Field(default_factory=dict)
     control_metrics: dict[str, float] = Field(default_factory=dict)

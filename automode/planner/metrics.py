@@ -23,6 +23,10 @@ Metric: TypeAlias = Literal["utility", "log_score"]
 FLOOR: Final = 0.001
 """Probability below which a log score falls no further."""
 
+GIVEN_UP: Final = 0.005
+GIVEN_UP_OF_ERROR: Final = 0.05
+"""Accuracy that a better log score may cost: half a point, and a twentieth of the errors where that is less."""
+
 CONFIDENCE: Final = 0.95
 """Of the upper limit on the share of wrong labels."""
 
@@ -94,6 +98,20 @@ def finishing_metric(at_most: float | None, clean_below: float) -> Metric:
         clean_below: ``policy.averages.clean_below``.
     """
     return "log_score" if at_most is not None and at_most <= clean_below else "utility"
+
+
+def other_of(metric: Metric) -> str:
+    """Name the metric that must agree where states of one run are compared by this one."""
+    return "log score" if metric == "utility" else "accuracy"
+
+
+def accuracy_given_up(accuracy: float | None) -> float:
+    """How much of its accuracy a run may pay for a better log score, as a share of the samples.
+
+    Args:
+        accuracy: Of the control; None: not known, and nothing may be paid.
+    """
+    return 0.0 if accuracy is None else min(GIVEN_UP, GIVEN_UP_OF_ERROR * (1.0 - accuracy))
 
 
 def _at_most(found: int, n: int, share: float) -> float:

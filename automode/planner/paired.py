@@ -66,6 +66,22 @@ class PairedSummary:
         """Build a summary from Welford's sums: `m2` is the sum of squared deviations from the mean."""
         return cls(n=n, mean=mean if n else nan, variance=m2 / (n - 1) if n > 1 else 0.0)
 
+    def joined(self, other: PairedSummary) -> PairedSummary:
+        """Summarise both groups as one; they share no sample. Effective samples add up, which is exact for groups alike."""
+        if not self.n or not other.n:
+            return other if not self.n else self
+        n = self.n + other.n
+        apart = other.mean - self.mean
+        m2 = self.variance * (self.n - 1) + other.variance * (other.n - 1) + apart**2 * self.n * other.n / n
+        known = (
+            None
+            if self.effective_n is None or other.effective_n is None
+            else self.effective_n + other.effective_n
+        )
+        return PairedSummary(
+            n=n, mean=self.mean + apart * other.n / n, variance=m2 / (n - 1), effective_n=known
+        )
+
     @property
     def standard_error(self) -> float:
         """sqrt(variance / n); infinite without samples."""

@@ -26,6 +26,7 @@ from automode.planner.recipes import (
     MergeDistill,
     MergeFisherSoup,
     MergeInterpolate,
+    MergeSwa,
 )
 from automode.trainer.adapting import best_fused
 from automode.trainer.distilling import Distiller
@@ -284,7 +285,8 @@ class Combiner:
             candidate, spent = self._scored(command.weights, part)
             passes += spent
         overall, slices = self._evidence.paired(candidate, control, command.metric)
-        guard = None if command.metric == "utility" else self._evidence.accuracy(candidate, control)
+        own = card.action == "merge" and isinstance(card.merge_recipe, MergeSwa)
+        guard = self._evidence.otherwise(candidate, control, command.metric) if own else None
         return Evaluated(
             card=card.id,
             candidate=command.candidate,

@@ -91,11 +91,14 @@ class Evidence:
         groups = {name: _group(difference[np.isin(candidate.ids, ids)]) for name, ids in self._slices.items()}
         return _group(difference), {name: group for name, group in groups.items() if group.n > 0}
 
-    def accuracy(self, candidate: PerSampleScores, control: PerSampleScores) -> Group | None:
-        """Return paired differences of being right, over all samples; None where there are no classes."""
+    @staticmethod
+    def otherwise(candidate: PerSampleScores, control: PerSampleScores, metric: Metric) -> Group | None:
+        """Return paired differences by what must agree with a metric: being right, or the log score; None where there are no classes."""
         if candidate.correct is None or control.correct is None:
             return None
-        return _group(candidate.correct - control.correct)
+        if metric == "log_score":
+            return _group(candidate.correct - control.correct)
+        return _group(candidate.by("log_score") - control.by("log_score"))
 
     def validated(self, step: int, scores: PerSampleScores) -> Validated:
         """Put the trunk's scores on val-A into an event; each slice as the difference of its mean from the rest's."""

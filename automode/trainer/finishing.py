@@ -55,17 +55,12 @@ class Finisher:
         scores, passes = self._scored(states, "A")
         at_most = scores["raw"].noise_at_most
         metric = finishing_metric(at_most, self._clean_below)
-        return self._merged(
-            card,
-            "swa",
-            states,
-            {name: _mean(found, metric) for name, found in scores.items()},
-            why=why,
-            step=step,
-            passes=passes,
-        ).model_copy(
+        values = {name: _mean(found, metric) for name, found in scores.items()}
+        chosen = scores[_best_of(values)]
+        return self._merged(card, "swa", states, values, why=why, step=step, passes=passes).model_copy(
             update={
                 "metric": metric,
+                "guard": self._evidence.otherwise(chosen, scores["raw"], metric),
                 "noise_at_most": at_most,
                 "best": best,
                 "best_step": None if best is None else best_step,
@@ -143,7 +138,7 @@ class Finisher:
         step: int,
         passes: float,
     ) -> Merged:
-        best = max(values, key=lambda name: values[name])  # of equals, the first: the last raw weights
+        best = _best_of(values)
         control = states["raw"][0]
         return Merged(
             card=card.id,
@@ -157,6 +152,10 @@ class Finisher:
             step=step,
             passes=passes,
         )
+
+
+def _best_of(values: Mapping[str, float]) -> str:
+    return max(values, key=lambda name: values[name])  # of equals, the first: the last raw weights
 
 
 def _mean(scores: PerSampleScores, metric: Metric) -> float:

@@ -63,6 +63,59 @@ def test_what_the_log_score_favours_must_not_cost_accuracy(
     assert given.why in told
 
 
+LOG_SCORE, UTILITY = {"metric": "log_score", "noise_at_most": 0.03}, {"noise_at_most": 0.31}
+
+
+def differences(mean: float) -> Group:
+    """Of 200 samples, with a standard error of 0.0071; of two halves together 0.0050."""
+    return Group(n=200, mean=mean, variance=0.01, effective_n=200.0)
+
+
+@pytest.mark.parametrize(
+    ("merged", "accuracy", "on_a", "on_b", "verdict"),
+    [
+        (LOG_SCORE, 0.9, -0.004, -0.005, "accepted"),
+        (LOG_SCORE, 0.9, -0.020, 0.012, "accepted"),
+        (LOG_SCORE, 0.9, -0.004, -0.007, "inconclusive"),  # over half a point
+        (LOG_SCORE, 0.95, -0.002, -0.002, "accepted"),
+        (LOG_SCORE, 0.95, -0.004, -0.005, "inconclusive"),  # over a twentieth of the errors
+        (UTILITY, 0.6, 0.006, 0.006, "accepted"),
+        (UTILITY, 0.6, -0.004, 0.016, "accepted"),
+        (
+            UTILITY,
+            0.6,
+            0.006,
+            0.002,
+            "inconclusive",
+        ),  # the log score is ahead by less than one standard error
+        (UTILITY, 0.6, -0.03, -0.03, "inconclusive"),
+    ],
+)
+def test_what_one_metric_favours_the_other_must_allow_over_both_halves(
+    merged: dict[str, Any],
+    accuracy: float,
+    on_a: float,
+    on_b: float,
+    verdict: str,
+    make_world: Any,
+    plateau_rows: Any,
+) -> None:
+    world = make_world(
+        policy=Policy.model_validate({"reasons": ["merge_cadence"]}),
+        guard=differences(on_b),
+        merged=merged | {"guard": differences(on_a)},
+        control_metrics={"accuracy": accuracy},
+    )
+    world.start()
+    world.rows(plateau_rows)
+    world.end()
+    (given,) = world.facts("verdict_given")
+    assert given.verdict == verdict
+    assert given.guard == pytest.approx((on_a + on_b) / 2 / 0.0050, abs=0.4)
+    if verdict == "inconclusive":
+        assert ("the accuracy" if merged is LOG_SCORE else "the log score") in given.why
+
+
 def test_where_labels_may_be_wrong_accuracy_and_p_are_compared_and_the_card_says_why(
     make_world: Any, plateau_rows: Any
 ) -> None:

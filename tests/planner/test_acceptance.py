@@ -192,6 +192,19 @@ def test_sums_by_welford_give_the_same_summary() -> None:
     assert PairedSummary.from_sums(0, 0.0, 0.0).z() != 0.0
 
 
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 2**32 - 1))
+def test_two_groups_joined_are_summarised_as_one(n: int, m: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    here, there = rng.normal(1.0, 2.0, n), rng.normal(-3.0, 0.5, m)
+    joined, whole = (
+        PairedSummary.of(here).joined(PairedSummary.of(there)),
+        PairedSummary.of(np.concatenate([here, there])),
+    )
+    assert joined.n == whole.n
+    assert joined.mean == pytest.approx(whole.mean, nan_ok=True)
+    assert joined.variance == pytest.approx(whole.variance, nan_ok=True, abs=1e-12)
+
+
 def test_the_false_acceptance_rate_under_the_null_is_alpha() -> None:
     # 6000 normal null data sets of 60: with the effective df the true rate is at most alpha = 0.05; 390 acceptances
     # (5.3 standard deviations above 300) or more have probability below 1e-6.
