@@ -206,10 +206,9 @@ def choose_ladder(
         return Held(code="no_time", why=why)
     held = misfit(pacing.min_rung, need)
     assert held is not None
-    return Held(
-        code=held.code,
-        why=f"the shortest ladder worth running ({trials} trials, {pacing.min_rung} to {top} steps): {held.why}",
-    )
+    several = "1 trial" if trials == 1 else f"{trials} trials"
+    steps = f"{top} steps" if need == 1 else f"{pacing.min_rung} to {top} steps"
+    return Held(code=held.code, why=f"the shortest ladder worth running ({several}, {steps}): {held.why}")
 
 
 def _with_the_students_part(held: Held, card: PlanCard, priced: WorstCase) -> Held:

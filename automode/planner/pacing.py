@@ -149,6 +149,10 @@ def admit(
         first, asha = 0, None
     else:
         ladder = choose_ladder(proposal, view, cap, funds)
+        for fewer in proposal.cheaper:
+            if not isinstance(ladder, Held):
+                break
+            proposal, ladder = fewer, choose_ladder(fewer, view, cap, funds)
         if isinstance(ladder, Held):
             return ladder
         first, asha, priced = ladder

@@ -226,6 +226,24 @@ def test_what_is_spent_counts_against_the_whole_runs_share() -> None:
     assert "5,000 may be spent" in little.why
 
 
+@given(remaining=st.integers(300, 4000))
+def test_where_all_trials_do_not_fit_fewer_are_tried_and_what_is_held_names_the_fewest(
+    remaining: int,
+) -> None:
+    two, one = (fork(recipe=TrainingRecipe(variants=THREE.variants[:n])) for n in (2, 1))
+    proposal = replace(fork(), cheaper=(two, one))
+    view = view_of(step=300, remaining=remaining, budget=340)
+    alone = [try_admit(each, view) for each in (fork(), two, one)]
+    answer = try_admit(proposal, view)
+    fits = [card for card in alone if isinstance(card, PlanCard)]
+    if fits:
+        assert made(answer).training_recipe == fits[0].training_recipe
+        assert made(answer).cost == fits[0].cost
+    else:
+        assert answer == alone[-1]
+        assert "the shortest ladder worth running (1 trial, 20 steps)" in held(answer).why
+
+
 def test_what_running_cards_hold_the_next_one_may_not_take() -> None:
     # The ledger lets cards hold one share of what remains together; a card beyond that would be approved and then refused.
     remaining, kept = 3000 * 96.0, 10_000.0

@@ -115,6 +115,9 @@ def test_a_rule_answers_its_case(rule: str, case: dict[str, Any]) -> None:
         if "variants" in expect:
             assert answer.training_recipe is not None
             assert [v.name for v in answer.training_recipe.variants] == expect["variants"]
+        if "cheaper" in expect:
+            recipes = [fewer.training_recipe for fewer in answer.cheaper]
+            assert [[v.name for v in recipe.variants] for recipe in recipes if recipe] == expect["cheaper"]
         if "drawn" in expect:
             assert answer.training_recipe is not None
             search = answer.training_recipe.search

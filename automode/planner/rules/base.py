@@ -45,6 +45,7 @@ class Proposal:
 
     Attributes:
         share: Most of the whole run's compute that the card may take, below the policy's caps; None: they alone hold.
+        cheaper: The same with fewer trials, each tried where what stands before it does not fit.
     """
 
     reason: Reason
@@ -57,6 +58,7 @@ class Proposal:
     adjustment: Adjustment | None = None
     risk: Risk = "low"
     share: float | None = None
+    cheaper: tuple[Proposal, ...] = ()
     diagnostics: Mapping[str, Diagnostic] = field(default_factory=dict)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from automode.planner.capability import relabel_refusals
@@ -25,8 +25,9 @@ VARIANTS = (
 class LabelNoise:
     """Propose to leave the suspects out or to give them new labels, where noise estimate and suspects agree.
 
-    The scan's artifact lists the suspects; what their new labels are is found out when the card begins. Where their number does not fit the estimate the two detectors disagree, and
-    then nobody can tell hard from wrong: the rule abstains, and the list is there for a person to review. Thresholds are
+    The scan's artifact lists the suspects; what their new labels are is found out when the card begins. Where their number does not
+    fit the estimate the two detectors disagree, and then nobody can tell hard from wrong: the rule abstains, and the list is there
+    for a person to review. Where the compute that is left does not allow for every variant, there are fewer. Thresholds are
     ``policy.noise`` and ``policy.scan.min_visits``.
     """
 
@@ -41,36 +42,38 @@ class LabelNoise:
         quiet = _unready(last, view)
         if quiet is not None:
             return quiet
-        assert last.noise is not None
-        share = last.suspects / last.n
         able = [v for v in VARIANTS if v.labels == "keep" or not relabel_refusals(view.run)]
         variants = tuple(able[: view.policy.pacing.variants])
+        full, *cheaper = (self._leaving_out(last, variants[:n], view) for n in range(len(variants), 0, -1))
+        # Once suspects are left out, the ones that are found later are worth a full card or none.
+        return if_executable(full if last.left_out else replace(full, cheaper=tuple(cheaper)), view)
+
+    def _leaving_out(self, last: Scanned, variants: tuple[Variant, ...], view: View) -> Proposal:
+        assert last.noise is not None
+        assert last.artifact is not None
         relabel = any(v.labels == "relabel" for v in variants)
         how = "left out of the trials" + (", or given new labels" if relabel else "")
-        return if_executable(
-            Proposal(
-                reason=self.id,
-                action="fork",
-                because=(
-                    f"Estimated label noise {last.noise:.1%} (a card at {view.policy.noise.min_noise:.0%}); {last.suspects} of "
-                    f"{last.n} samples ({share:.1%}) are suspects and are {how}."
-                ),
-                training_recipe=TrainingRecipe(
-                    replay=0.0,
-                    variants=variants,
-                    exclude=SelectIndices(artifact=last.artifact),
-                    relabel=RelabelPredicted(confidence=view.policy.noise.confidence) if relabel else None,
-                ),
-                risk="medium",
-                diagnostics={
-                    "noise": last.noise,
-                    "suspects": last.suspects,
-                    "n": last.n,
-                    "visits": last.visits,
-                    "scan_step": last.step,
-                },
+        return Proposal(
+            reason=self.id,
+            action="fork",
+            because=(
+                f"Estimated label noise {last.noise:.1%} (a card at {view.policy.noise.min_noise:.0%}); {last.suspects} of "
+                f"{last.n} samples ({last.suspects / last.n:.1%}) are suspects and are {how}."
             ),
-            view,
+            training_recipe=TrainingRecipe(
+                replay=0.0,
+                variants=variants,
+                exclude=SelectIndices(artifact=last.artifact),
+                relabel=RelabelPredicted(confidence=view.policy.noise.confidence) if relabel else None,
+            ),
+            risk="medium",
+            diagnostics={
+                "noise": last.noise,
+                "suspects": last.suspects,
+                "n": last.n,
+                "visits": last.visits,
+                "scan_step": last.step,
+            },
         )
 
 
