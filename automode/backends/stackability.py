@@ -38,6 +38,8 @@ def why_variant_alone(job: SegmentJob) -> str | None:
         return "a sharpness-aware step takes two gradients at different weights"
     if job.variant.batches == "all":
         return "the samples that it weighs stand anywhere in a batch"
+    if job.variant.batch_mul != 1.0:
+        return "its batches are of a size of their own"
     if job.variant.precision == "bf16":
         return "it trains in bf16"
     if job.variant.adapter is not None:

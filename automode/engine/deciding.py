@@ -272,17 +272,24 @@ def adopted(state: State, body: Adopted, out: Emission) -> None:
         + (
             "is exported beside the trunk"
             if body.into == "export"
-            else f"replaces the control at step {body.step}{_warmed_up(execution)}"
+            else f"replaces the control at step {body.step}{_kept_its_own(execution)}"
         ),
         out,
     )
 
 
-def _warmed_up(execution: Execution) -> str:
+def _kept_its_own(execution: Execution) -> str:
     variant = None if execution.chosen is None else execution.chosen.variant
-    if variant is None or variant.schedule != "anneal":
+    if variant is None:
         return ""
-    return "; the trunk goes on at its own rate, which warms the annealed weights up again"
+    told = (
+        "; the trunk goes on with batches of its own size, at its own rate"
+        if variant.batch_mul != 1.0
+        else ""
+    )
+    if variant.schedule != "anneal":
+        return told
+    return (told or "; the trunk goes on at its own rate") + ", which warms the annealed weights up again"
 
 
 def rolled_back(state: State, body: RolledBack, out: Emission) -> None:

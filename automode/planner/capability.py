@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from automode.planner.cards import PlanCard
@@ -30,7 +31,7 @@ from automode.planner.recipes import (
     TrainingRecipe,
     Variant,
 )
-from automode.planner.sharing import sharing_refusals
+from automode.planner.sharing import EQUAL_SHARE, sharing_refusals
 
 if TYPE_CHECKING:
     from automode.planner.rules.base import Proposal
@@ -76,8 +77,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("variant.loss_weight", "*"),
     Ability("variant.batches", "selected"),
     Ability("variant.batches", "all"),
-    Ability("variant.batch_mul", "1"),
-    Ability("variant.batch_mul", "*", False, "trials draw batches of the trunk's size: leave it at 1"),
+    Ability("variant.batch_mul", "*"),
     Ability("variant.schedule", "keep"),
     Ability("variant.schedule", "constant"),
     Ability("variant.schedule", "anneal"),
@@ -147,6 +147,7 @@ def refusals(planned: Planned, run: Run, *, min_held_out: int = 2) -> list[str]:
         found += _training(planned.training_recipe, planned.selection, run)
         found += _annealing(planned)
         found += sharing_refusals(planned)
+        found += _too_short(planned)
     if planned.gate_recipe is not None:
         found += _unable("gate_recipe", planned.gate_recipe.kind)
         if run.task not in ROUTED:
@@ -288,6 +289,24 @@ def _annealing(planned: Planned) -> Iterator[str]:
         )
 
 
+def _too_short(planned: Planned) -> Iterator[str]:
+    """A step that costs more than the way to the first rung would never be taken."""
+    recipe = planned.training_recipe
+    if not isinstance(planned, PlanCard) or recipe is None:
+        return
+    by_size = recipe.per_part == "by_size"
+    way = EQUAL_SHARE * planned.budget_steps if by_size else float(planned.budget_steps)
+    named = [(f"variant {v.name!r}", v) for v in recipe.variants]
+    drawn = () if recipe.search is None else recipe.search.corners
+    for where, variant in (*named, *((f"training_recipe.search.{name}", v) for name, v in drawn)):
+        cost = variant.batch_mul * (2.0 if variant.optimizer == "sam" else 1.0)
+        if cost > way:
+            yield (
+                f"{where}: one of its steps costs {cost:g} ordinary ones, and it has {way:g} to the first rung: raise budget_steps to "
+                f"{ceil(cost / EQUAL_SHARE if by_size else cost)} at the least"
+            )
+
+
 def _resources(asked: Resources, run: Run) -> Iterator[str]:
     part = "training_recipe.resources"
     yield from _unable(part, "given")
@@ -308,6 +327,8 @@ def _variant(variant: Variant, selection: Selection, run: Run) -> Iterator[str]:
     for name in ("optimizer", "precision", "batches", "schedule", "labels"):
         yield from (f"{where}: {why}" for why in _unable(f"variant.{name}", getattr(variant, name)))
     yield from (f"{where}: {why}" for why in _unable("variant.batch_mul", f"{variant.batch_mul:g}"))
+    if variant.batch_mul != 1.0 and run.why_no_batch_mul is not None:
+        yield f"{where}: batch_mul draws batches of another size than the loader's, and {run.why_no_batch_mul}: leave it at 1"
     if variant.restart and run.why_no_restart is not None:
         yield f"{where}: restart needs the run's first weights: {run.why_no_restart}"
     if variant.restart and variant.adapter is not None:

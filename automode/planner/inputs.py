@@ -59,6 +59,9 @@ class Run(Part):
         default="the run was begun by a version that kept none",
         description="why no specialist can start from the run's first weights",
     )
+    why_no_batch_mul: str | None = Field(
+        default=None, description="why no trial can draw batches of another size"
+    )
     adjusts: bool = Field(
         default=False,
         description="rules may propose to change the trunk's rate and clipping where no specialist can be trained",

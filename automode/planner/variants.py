@@ -70,7 +70,12 @@ class Variant(Part):
         default="selected",
         description="selected: of the selection, with replay; all: of all samples as they come, which loss_weight then weighs",
     )
-    batch_mul: Positive = Field(default=1.0, le=64.0, description="factor on the batch size")
+    batch_mul: Positive = Field(
+        default=1.0,
+        le=64.0,
+        description="factor on the batch size, of the trial alone: a step costs as many ordinary ones; once adopted, the trunk goes on with "
+        "its own batches, rates, decay and clipping",
+    )
     schedule: Literal["keep", "constant", "anneal"] = Field(
         default="keep",
         description="keep the trunk's schedule, hold the rate, or go linearly to zero by the top rung",

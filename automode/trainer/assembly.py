@@ -55,7 +55,7 @@ from automode.trainer.selecting import Selector
 from automode.trainer.session_header import header_of
 from automode.trainer.specialists import Checkpoints, SpecialistRunner
 from automode.trainer.states import States
-from automode.trainer.step_choice import keep_first_weights, why_no_forks
+from automode.trainer.step_choice import keep_first_weights, why_no_forks, why_no_other_batches
 from automode.trainer.trunk import trainable
 from automode.trainer.validation import SliceFn
 
@@ -201,6 +201,7 @@ def _run(parts: RunParts, held: Held, backend: Backend | None, no_restart: str |
         why_no_evidence=held.why_no_evidence,
         why_no_forks=why_no_forks(parts),
         why_no_restart=no_restart,
+        why_no_batch_mul=why_no_other_batches(parts.request.train_loader),
         adjusts=parts.hand_written is not None,
         why_no_rate=why_no_rate(trunk),
         slices={name: int(ids_.size) for name, ids_ in parts.slices.items()},

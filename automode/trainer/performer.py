@@ -62,7 +62,7 @@ from automode.trainer.scanning import Scanner
 from automode.trainer.selecting import Selector
 from automode.trainer.specialists import Checkpoints, SpecialistRunner
 from automode.trainer.states import States
-from automode.trainer.taking_over import curation_of, take_over
+from automode.trainer.taking_over import curation_of, rate_factor, take_over
 from automode.trainer.trunk import EVERY_SINCE_FORK, Trunk, begin_averages, trainable
 
 
@@ -322,8 +322,7 @@ class Performer:
     def adopt(self, card: PlanCard, command: Adopt, step: int) -> Adopted:
         """Put accepted weights into the trunk, with the optimizer state of the trial that made them; keep what was there.
 
-        The trunk takes over the trial's factors on rate and weight decay and its clipping. An annealed rate is not taken
-        over: the trunk goes on at its own, which re-warms what was annealed. Of adapters, their merged weights are all that is.
+        What the trunk takes over beside that: :func:`automode.trainer.taking_over.take_over`.
         """
         if command.into == "export":
             self._export(card, command)
@@ -331,8 +330,7 @@ class Performer:
                 card=card.id, checkpoint=command.weights.checkpoint, before=None, step=step, into="export"
             )
         variant = command.variant
-        own = variant is None or variant.schedule == "anneal" or variant.adapter is not None
-        factor = 1.0 if variant is None or own else variant.lr_mul
+        factor = 1.0 if variant is None else rate_factor(variant)
         if _by_tail(card) and self.trunk.averages is not None:
             self.trunk.averages.every = DEFAULT_EVERY  # also of the trunk that a rollback puts back
         kept = {"clip_norm": self.trunk.clip_norm, "rate_factor": factor, "best_step": self.best.step}

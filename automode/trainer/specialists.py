@@ -121,11 +121,12 @@ class SpecialistSegment:
             )
         selected, others = data.pools(job.variant, job.trial)
         self._labels = data.labels(job.variant.labels)
+        self._rows = max(1, round(runner.batch_size * job.variant.batch_mul))
         self._plan = BatchPlan(
             selected,
             others,
             replay=data.recipe.replay,
-            batch_size=runner.batch_size,
+            batch_size=self._rows,
             entropy=data.entropy,
             mixed=job.variant.batches == "all",
         )
@@ -150,7 +151,10 @@ class SpecialistSegment:
             self._rng = RandomState.capture()
         self._credit = 0.0
         self._passes = 0.0
-        self._patience = Patience(data.patience(job.variant), job.to_resource - job.from_resource)
+        self._followed = self._clock
+        self._patience = Patience(
+            data.patience(job.variant), int((job.to_resource - job.from_resource) / self.cost)
+        )
         self._diverged = False
 
     def _adapt(self, spec: Adapter) -> Adapted:
@@ -202,8 +206,14 @@ class SpecialistSegment:
 
     @property
     def cost(self) -> float:
-        """Resource steps of one optimizer step: sharpness-aware steps count double."""
-        return 2.0 if self._job.variant.optimizer == "sam" else 1.0
+        """Resource steps of one optimizer step, by its rows: sharpness-aware steps count double."""
+        each = self._rows / self._runner.batch_size
+        return 2.0 * each if self._job.variant.optimizer == "sam" else each
+
+    @property
+    def _clock(self) -> int:
+        """The trunk's step by which as many rows were seen: for schedules that know batches of its size, and averages."""
+        return self._data.step + int(self._steps * self._rows / self._runner.batch_size + 1e-9)
 
     def advance(self, resource: float) -> bool:
         """Train for at most so many resource steps; True when the rung is reached or nothing is left to gain."""
@@ -225,7 +235,7 @@ class SpecialistSegment:
         """
         job, runner = self._job, self._runner
         if self._averages is not None:
-            self._averages.update(self._trained, self._data.step + self._steps, now=True)
+            self._averages.update(self._trained, self._clock, now=True)
         beside: dict[str, Any] = {"kind": type(self._optimizer).__name__}
         if self._adapted is not None:  # from here on the network is a plain one again
             merged, kept = self._adapted.take_off(finite=not self._diverged)
@@ -339,15 +349,16 @@ class SpecialistSegment:
                 group["lr"] = rate * left
 
     def _follow(self) -> None:
-        """Step the copied schedule and the averages after an applied step.
+        """Step the copied schedule and the averages after an applied step, as often as the trunk would by as many rows.
 
         A schedule that waits for the validation loss to stall holds its rate: a trial is not validated on the way.
         """
-        step = self._data.step + self._steps
+        step, before = self._clock, self._followed
+        self._followed = step
         follows = self._scheduler is not None and not isinstance(self._scheduler, ReduceLROnPlateau)
         if follows and self._job.variant.schedule == "keep":
-            every = self._runner.steps_per_epoch
-            if every is None or step % every == 0:
+            every = self._runner.steps_per_epoch or 1
+            for _ in range(step // every - before // every):
                 self._scheduler.step()
         if self._averages is not None:
             self._averages.update(self._trained, step)

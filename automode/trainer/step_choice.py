@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch.utils.data import BatchSampler
+
 from automode.planner.events import Mode
 from automode.trainer.accumulating import AccumulatingStep
 from automode.trainer.closures import ClosureStep, needs_closure
@@ -40,6 +42,14 @@ def keep_first_weights(parts: RunParts, mode: Mode) -> str | None:
     if why is None:
         parts.trunk.keep_first()
     return why
+
+
+def why_no_other_batches(loader: object) -> str | None:
+    """Say why batches of another size would not be like the loader's own; None where it draws them sample by sample."""
+    batches = getattr(loader, "batch_sampler", None)
+    if batches is None or type(batches) is BatchSampler:
+        return None
+    return f"its batches are put together by a {type(batches).__name__}, and that would not make those of another size"
 
 
 def why_no_forks(parts: RunParts) -> str | None:

@@ -16,8 +16,21 @@ from automode.trainer.sample_source import Ids
 from automode.trainer.trunk import Trunk
 
 
+def rate_factor(variant: Variant) -> float:
+    """Return what the trunk's rates are multiplied by once the trial is adopted.
+
+    An annealed rate is not taken over: the trunk goes on at its own, which re-warms what was annealed. The rate of an adapter is of other
+    parameters, and one that was right for batches of another size is not for the trunk's, whose loader stays as it is.
+    """
+    own = variant.schedule == "anneal" or variant.adapter is not None or variant.batch_mul != 1.0
+    return 1.0 if own else variant.lr_mul
+
+
 def take_over(trunk: Trunk, variant: Variant, rest: dict[str, Any], factor: float) -> None:
     """Give the trunk the trial's optimizer state and averages, its factors on rate and weight decay, and its clipping.
+
+    Of adapters, the merged weights are all that it takes over. Where the trial drew batches of another size, rates, decay and clipping
+    went with them, and stay the trunk's own.
 
     Args:
         trunk: Holds the adopted weights already.
@@ -36,6 +49,8 @@ def take_over(trunk: Trunk, variant: Variant, rest: dict[str, Any], factor: floa
             group.update(kept)
     else:
         trunk.optimizer.state.clear()
+    if variant.batch_mul != 1.0:
+        return
     for group in trunk.optimizer.param_groups:
         scale_rates(group, factor)
         if "weight_decay" in group:

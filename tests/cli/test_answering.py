@@ -232,10 +232,10 @@ def test_a_wrong_card_is_refused_with_its_line_before_it_is_posted(
 def test_a_card_that_the_run_cannot_carry_out_is_refused_with_its_reason(
     cli: Any, live: Any, own: Path
 ) -> None:
-    own.write_text(OWN.replace("lr_mul: 0.5", "batch_mul: 2.0"), encoding="utf-8")
+    own.write_text(OWN.replace("lr_mul: 0.5", "batch_mul: 64.0"), encoding="utf-8")
     out = cli("submit", live.path, own, "--as", "alice", code=1).output
     assert "refused by the run" in out
-    assert "batch_mul" in out
+    assert "one of its steps costs 64 ordinary ones" in out
 
 
 @pytest.mark.parametrize(

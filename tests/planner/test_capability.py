@@ -149,7 +149,11 @@ def test_specialists_can_be_distilled_by_their_mean_or_by_their_router() -> None
 @pytest.mark.parametrize(
     ("planned", "run", "words"),
     [
-        (fork({"batch_mul": 2.0}), run_of(), ["variant 'v'", "batch_mul", "2 cannot run"]),
+        (
+            fork({"batch_mul": 2.0}),
+            run_of(why_no_batch_mul="its batches are put together by a Pairs"),
+            ["variant 'v'", "batch_mul", "by a Pairs: leave it at 1"],
+        ),
         (fork(training_recipe=RELABELLED), run_of(task="regression"), ["relabel", "task is regression"]),
         (fork(training_recipe=RELABELLED), run_of(task="unknown"), ["relabel", "task is unknown"]),
         (
@@ -280,7 +284,8 @@ def test_each_obstacle_is_named(planned: Proposal, run: Run, words: list[str]) -
 
 def test_all_obstacles_are_named_at_once() -> None:
     found = refusals(
-        fork({"batch_mul": 2.0, "precision": "bf16"}, selection=TAIL), run_of(has_ids=False, val_a=0)
+        fork({"batch_mul": 2.0, "precision": "bf16"}, selection=TAIL),
+        run_of(has_ids=False, val_a=0, why_no_batch_mul="it has its own"),
     )
     assert len(found) == 4
 
@@ -347,7 +352,6 @@ def test_a_search_space_is_checked_at_its_corners() -> None:
             search(precision={"kind": "choice", "choices": ["keep", "bf16"]}),
             ["search.precision", "bf16"],
         ),
-        (search(batch_mul={"kind": "int", "low": 1, "high": 2}), ["search.batch_mul", "2 cannot run"]),
         (
             search(schedule={"kind": "choice", "choices": ["keep", "anneal"]}),
             ["some variants anneal and some do not (schedule keep)"],
