@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, isnan
 
 from automode.planner.cards import Reason
@@ -72,7 +72,11 @@ class LearningRateProbe:
             )
         if falls and (view.signals.burst.active or view.signals.shift.active):
             return Silence(code="unstable", why="the run is unstable, which is another rule's business")
-        return if_executable(_sweep(view, total, falls=falls, height=height), view)
+        variants = _factors(falls=falls, height=height)[: view.policy.pacing.variants]
+        full, *cheaper = (
+            _sweep(view, total, variants[:n], falls=falls, height=height) for n in range(len(variants), 0, -1)
+        )
+        return if_executable(replace(full, cheaper=tuple(cheaper)), view)
 
 
 def _height(view: View) -> float:
@@ -81,16 +85,16 @@ def _height(view: View) -> float:
     return 0.0 if first is None or isnan(now) or first <= 0.0 else now / first
 
 
-def _sweep(view: View, total: int, *, falls: bool, height: float) -> Proposal:
-    stands = height >= STANDS
-    variants: tuple[Variant, ...]
+def _factors(*, falls: bool, height: float) -> tuple[Variant, ...]:
+    """What to try, the likeliest first: where the compute does not allow for all, there are fewer."""
     if height < LEARNT:
-        variants = FASTER
-    elif stands:
-        variants = EITHER if falls else SLOWER
-    else:
-        variants = EITHER[:2] if falls else SLOWER[:1]
-    variants = variants[: view.policy.pacing.variants]
+        return FASTER
+    if height >= STANDS:
+        return EITHER if falls else SLOWER
+    return EITHER[:2] if falls else SLOWER[:1]
+
+
+def _sweep(view: View, total: int, variants: tuple[Variant, ...], *, falls: bool, height: float) -> Proposal:
     tried = ", ".join(f"{v.lr_mul:.3g}{' from the first weights' if v.restart else ''}" for v in variants)
     seen = "The loss falls" if falls else "The loss does not fall for certain"
     if height >= LEARNT:
@@ -105,6 +109,6 @@ def _sweep(view: View, total: int, *, falls: bool, height: float) -> Proposal:
             f"runs are compared with the trunk, at its rate times: {tried}."
         ),
         training_recipe=TrainingRecipe(variants=variants, judged="tail"),
-        share=probe.restart_share if stands else probe.share,
+        share=probe.restart_share if height >= STANDS else probe.share,
         diagnostics={"step": view.step, "total": total, "factors": tuple(v.lr_mul for v in variants)},
     )
