@@ -178,7 +178,7 @@ class Companions:
         """The test came to this; returns it with the user's metrics."""
         found = {**metrics, **(self._metrics.take_held_out("") if self._metrics else {})}
         numbers = {f"test_{name}": value for name, value in found.items()}
-        self._view.note(numbers)
+        self._show(numbers)
         self._loggers.epoch({"step": float(self._parts.trunk.step), **numbers})
         self._call("on_test_epoch_end")
         self._call("on_test_end")
@@ -222,7 +222,7 @@ class Companions:
         self.numbers = self._metrics.take_trained()
         self._table.trained(train_loss)
         self._table.note(self.numbers)
-        self._view.note({"train_loss": train_loss, **self.numbers})
+        self._show({"train_loss": train_loss, **self.numbers})
 
     def validation_begins(self) -> None:
         """The validation set is about to be read."""
@@ -238,7 +238,7 @@ class Companions:
             self.numbers |= own
             numbers |= own
         self._table.note(numbers)
-        self._view.note(numbers)
+        self._show(numbers)
         self._call("on_validation_epoch_end")
         self._call("on_validation_end")
 
@@ -275,12 +275,17 @@ class Companions:
     def _call(self, hook: str, *given: Any) -> None:
         self._callbacks.call(hook, self._view, self._view.model, *given)
 
+    def _show(self, numbers: Mapping[str, float]) -> None:
+        """Let callbacks see numbers; where there are none, nobody has the view."""
+        if self._callbacks.all:
+            self._view.note(numbers)
+
     def _batch_start(self, batch: Any) -> None:
         self._call("on_train_batch_start", batch, self._cursor.read)
 
     def _block(self, block: Block) -> None:
         self._loggers.block(block)
-        self._view.note({"loss": float(block.rows[-1, block.names.index("loss")])})
+        self._show({"loss": float(block.rows[-1, block.names.index("loss")])})
 
 
 def _before_step(hook: Callable[..., Any], view: RunView) -> Callable[..., None]:

@@ -1,6 +1,7 @@
 """The place in the training data: said at any step boundary, and found again in a new process without replacing a sampler.
 
-Before an epoch's iterator is made, every random state that it may draw from is noted. To take the place up again, those
+Before an epoch's iterator is made, every random state that it may draw from is noted (those of torch alone, where the samplers are
+torch's own and samples are read in this process). To take the place up again, those
 states are put back, the iterator is made the same way, and the batches that were trained on are passed over: a torch
 ``DataLoader``'s index lists are drawn and dropped without reading a sample; where workers may draw random numbers of their own,
 and where there are no index lists, the batches are really read and dropped. Then the states of the cut are put back.
@@ -66,7 +67,7 @@ class DataCursor:
             batches, self._open = self._open, None
         else:
             self.read = 0
-            self._start = (RandomState.capture(), self._live.take())
+            self._start = (self._states(), self._live.take())
             batches = iter(self.loader)
             self.epoch_begun = True
         return batches if self._how in ("skip", "list") else map(self._looked_at, batches)
@@ -92,7 +93,7 @@ class DataCursor:
 
     @property
     def began(self) -> tuple[RandomState, Parts] | None:
-        """The random states and the loader's own, as they were when the running epoch began; None between epochs."""
+        """The random states that it may draw from and the loader's own, as the running epoch began; None between epochs."""
         return self._start if self.epoch_begun else None
 
     def doubts(self, epoch: int) -> list[str]:
@@ -129,7 +130,7 @@ class DataCursor:
             return reasons + self._live.put(state["now"]["live"], samplers=True)
         _put_random(state["start"]["random"])
         reasons += self._live.put(state["start"]["live"], samplers=True)
-        self._start = (RandomState.capture(), self._live.take())
+        self._start = (self._states(), self._live.take())
         skipping = self._how == "skip"
         batches = self.loader.batches(skip=self.read if skipping else 0)
         missing = 0 if skipping else self._pass_over(batches)
@@ -144,6 +145,10 @@ class DataCursor:
         if cut is not None:
             _put_random(cut["random"])
             self._live.put(cut["live"], samplers=not self.epoch_begun)
+
+    def _states(self) -> RandomState:
+        """The states that the next iterator may draw from: torch's own samplers draw from torch's generators alone."""
+        return RandomState.of_torch() if self.loader.draws_from_torch else RandomState.capture()
 
     def _pass_over(self, batches: Iterator[Any]) -> int:
         """Read and drop what was trained on already; returns how many batches were not there."""

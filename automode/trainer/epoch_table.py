@@ -9,12 +9,19 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from automode.trainer.gradient_norms import total_norm
 from automode.trainer.run_parts import RunParts
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 STREAM = "epochs"
 """The session's stream: ``session.frames("epochs")``."""
@@ -107,10 +114,11 @@ class EpochTable:
 
 def weight_norm(parameters: list[torch.nn.Parameter]) -> float:
     """Euclidean norm of all parameters that are trained; 0 where there are none."""
-    trained = [p.detach() for p in parameters if p.requires_grad and p.numel()]
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in trained):
-        trained = [p.float() for p in trained]
-    return float(total_norm(torch._foreach_norm(trained))) if trained else 0.0  # noqa: SLF001  # no public name
+    trained: list[torch.Tensor] = [p for p in parameters if p.requires_grad and p.numel()]
+    with torch.no_grad():
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in trained):
+            trained = [p.float() for p in trained]
+        return float(total_norm(torch._foreach_norm(trained))) if trained else 0.0  # noqa: SLF001  # no public name
 
 
 def memory(device: torch.device) -> dict[str, float]:
@@ -122,9 +130,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def _peak_rss() -> float:
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

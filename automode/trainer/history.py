@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import numpy as np
-
 
 @dataclass(slots=True)
 class History:
@@ -54,10 +52,13 @@ class Mean:
     def __init__(self) -> None:
         self._sum, self._n = 0.0, 0
 
-    def add(self, values: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+    def add(self, values: Sequence[float]) -> None:
         """Add values; the sum does not depend on how they are split over calls."""
-        # One after the other, where ``sum`` adds in pairs.
-        self._sum = float(np.cumsum(np.concatenate([[self._sum], values]))[-1])
+        # One after the other, where numpy's ``sum`` adds in pairs and Python's carries what rounding lost.
+        total = self._sum
+        for value in values:
+            total += value
+        self._sum = total
         self._n += len(values)
 
     def state(self) -> list[float]:

@@ -166,6 +166,11 @@ class RecordedLoader:
         """Whether index lists are noted on their way past, so that batches can be skipped without being read."""
         return self._clone is not None or self._tensors is not None
 
+    @property
+    def draws_from_torch(self) -> bool:
+        """Whether a pass is made, and its index lists are drawn, by torch's own code and from its generators alone."""
+        return self._clone is not None and draws_new_lists(self.loader)
+
     def __iter__(self) -> Iterator[Any]:
         return self.batches()
 

@@ -32,6 +32,7 @@ from automode.trainer.trees import map_tensors, rows_in, signature_of, tensors_i
 _Visit = tuple[Any, Any, Sequence[Any], float | Tensor, int, int]
 
 _FLUSH_VISITS, _FLUSH_ROWS = 128, 16384
+_shape_of_tensor = operator.attrgetter("shape")
 _version_of_tensor = operator.attrgetter("_version")  # no public name
 
 
@@ -240,11 +241,16 @@ def _are_as_they_were(visits: list[_Visit]) -> bool:
     sizes = list(map(len, ids))
     return (
         all(sizes)
-        and list(map(len, outputs)) == sizes == list(map(len, targets))
+        and _rows_of(outputs) == sizes == _rows_of(targets)
         and tuple(map(_version_of_tensor, outputs)) == outputs_versions
         and tuple(map(_version_of_tensor, targets)) == targets_versions
         and len(set(map(Tensor.data_ptr, outputs))) == len(visits)
     )
+
+
+def _rows_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Rows of each, -1 where it has no dimension; a tensor's ``len`` takes four times as long as its shape."""
+    return [shape[0] if shape else -1 for shape in map(_shape_of_tensor, tensors)]
 
 
 def _stored(visit: _Visit, *, last: bool) -> list[Any]:

@@ -8,12 +8,11 @@ two steps.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
-
-import numpy as np
 
 from automode.errors import DataError
 from automode.merges.trajectory import TrajectoryAverages
@@ -299,20 +298,18 @@ class Loop:
         self.schedule.charge(self.batches, self.observer.charged_steps)
 
     def _note(self, block: Block) -> None:
-        losses = block.rows[:, block.names.index("loss")]
-        total = float(losses.sum())
-        self._losses.add(losses[block.rows[:, block.names.index("applied")] > 0])
-        # A sum is not finite where a term is not; rarely, where it overflows.
-        if not math.isfinite(total) and not self._warned and not self.observer.guard:
-            self._warn(block.rows[~np.isfinite(losses), 0])
-        self._console.step(self.trunk.step, total=_shown(self.observer.limit), loss=float(losses[-1]))
+        # Plain floats: a block is short, and each numpy function is called out of a cold cache.
+        losses: list[float] = block.rows[:, block.names.index("loss")].tolist()
+        applied: list[float] = block.rows[:, block.names.index("applied")].tolist()
+        self._losses.add(losses if all(applied) else list(itertools.compress(losses, applied)))
+        if not all(map(math.isfinite, losses)) and not self._warned and not self.observer.guard:
+            self._warn(block, next(i for i, loss in enumerate(losses) if not math.isfinite(loss)))
+        self._console.step(self.trunk.step, total=_shown(self.observer.limit), loss=losses[-1])
 
-    def _warn(self, steps: np.ndarray[Any, np.dtype[np.float64]]) -> None:
-        if not len(steps):
-            return
+    def _warn(self, block: Block, row: int) -> None:
         self._warned = True
         warn_user(
-            f"the training loss is not finite from step {int(steps[0])} on; the run goes on as it was asked to "
+            f"the training loss is not finite from step {int(block.rows[row, 0])} on; the run goes on as it was asked to "
             '(automode="act" would keep such steps from the weights)',
             RuntimeWarning,
         )

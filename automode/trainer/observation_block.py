@@ -128,10 +128,13 @@ def _block(
     values: array[float], rates: int, metrics: tuple[str, ...], first_row: int, norms: Mapping[int, float]
 ) -> Block:
     names = _names(rates, metrics)
-    rows = np.frombuffer(values).reshape(-1, len(names))
+    width = len(names)
+    # In the array and not in its view: an element of a numpy array is set at ten times the price.
     for row, norm in norms.items():
-        if 0 <= row - first_row < len(rows):
-            rows[row - first_row, _NORM] = norm
+        at = (row - first_row) * width + _NORM
+        if 0 <= at < len(values):
+            values[at] = norm
+    rows = np.frombuffer(values).reshape(-1, width)
     rows[:, 5 + rates] = np.isfinite(rows[:, _LOSS] + rows[:, _NORM])
     return Block(names=names, rows=rows, first_row=first_row)
 

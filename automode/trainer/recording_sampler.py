@@ -107,9 +107,10 @@ class RecordedIterator:
 
     Attributes:
         batches: The loader's own iterator. Whoever reads it calls :meth:`noted` after each batch.
+        of_integers: Whether index lists come as lists of integers for certain.
     """
 
-    __slots__ = ("_draw", "_owner", "batches")
+    __slots__ = ("_draw", "_owner", "batches", "of_integers")
 
     def __init__(
         self, owner: RecordedLoader, batches: Iterator[Any], recorder: RecordingBatchSampler
@@ -117,6 +118,7 @@ class RecordedIterator:
         self._owner = owner
         self._draw = recorder.draw
         self.batches = batches
+        self.of_integers = recorder.shares and isinstance(recorder.draw, functools.partial)
 
     def __iter__(self) -> Iterator[Any]:
         return self

@@ -9,6 +9,7 @@ changed, which is wherever rows are handed over: everything is looked up anew th
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Generator, Iterator
 from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
@@ -86,6 +87,7 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
     norm_of, opened, feed = cast(DefaultStep, loop.train).norm_of(guard=guard), probe.opened(1), probe.feed
     take, extend, visits = probe.take, opened.values.extend, None if feed is None else feed.quick_visits
     recorded = batches if type(batches) is RecordedIterator else None
+    of_integers = recorded is not None and recorded.of_integers
     for batch in batches if recorded is None else recorded.batches:
         positions = loader.ids_of_batch() if recorded is None else recorded.noted()
         if trunk.step >= observer.limit or observer.stop_requested is not None:
@@ -113,7 +115,9 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
         if feed is not None and positions is not None:
             if visits is not None and type(outputs) is Tensor is type(targets):
                 seen = outputs._version, targets._version  # noqa: SLF001
-                visits.append((outputs.detach(), targets, positions, value, *seen))
+                # As an array: a list would keep as many integers alive, which are read again out of a cold cache.
+                ids = array("q", positions) if of_integers else positions
+                visits.append((outputs.detach(), targets, ids, value, *seen))
             elif outputs is not None:
                 feed.keep(outputs, targets, positions, value, loss)
                 visits = feed.quick_visits
