@@ -132,5 +132,5 @@ def memory(device: torch.device) -> dict[str, float]:
 def _peak_rss() -> float:
     if resource is None:
         return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

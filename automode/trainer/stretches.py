@@ -86,8 +86,7 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
     follows = loop.stepped if trunk.averages is not None or loop.schedule.every_step else None
     norm_of, opened, feed = cast(DefaultStep, loop.train).norm_of(guard=guard), probe.opened(1), probe.feed
     take, extend, visits = probe.take, opened.values.extend, None if feed is None else feed.quick_visits
-    recorded = batches if type(batches) is RecordedIterator else None
-    of_integers = recorded is not None and recorded.of_integers
+    recorded, listed = (batches, batches.of_integers) if type(batches) is RecordedIterator else (None, False)
     for batch in batches if recorded is None else recorded.batches:
         positions = loader.ids_of_batch() if recorded is None else recorded.noted()
         if trunk.step >= observer.limit or observer.stop_requested is not None:
@@ -110,13 +109,11 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
         step, now = trunk.step + 1, clock()
         # Read anew: a state that is loaded brings another list, and a rate may be a tensor that is written to.
         extend((step, now, value, norm, float(optimizer.param_groups[0]["lr"]), 1.0, 0.0))
-        probe.rows += 1
-        opened.count += 1
+        probe.rows, opened.count = probe.rows + 1, opened.count + 1
         if feed is not None and positions is not None:
             if visits is not None and type(outputs) is Tensor is type(targets):
                 seen = outputs._version, targets._version  # noqa: SLF001
-                # As an array: a list would keep as many integers alive, which are read again out of a cold cache.
-                ids = array("q", positions) if of_integers else positions
+                ids = array("q", positions) if listed else positions  # a list keeps as many integers alive
                 visits.append((outputs.detach(), targets, ids, value, *seen))
             elif outputs is not None:
                 feed.keep(outputs, targets, positions, value, loss)
