@@ -34,8 +34,22 @@ def ask(state: State, out: Emission) -> None:
             probe=probe,
             clusters="residual_cluster" in wanted,
             details=state.policy.scan.details,
+            ask_from=_ask_from(state, probe),
         )
     )
+
+
+def _ask_from(state: State, probe: int) -> float | None:
+    """Estimate of label noise from which the trunk's average is asked of every sample, where a card may follow and pay for it."""
+    run, policy = state.run, state.policy
+    assert run is not None
+    if "label_noise" not in policy.reasons or not run.averages or not run.train_samples:
+        return None
+    if not policy.noise.from_ * run.total_steps <= state.step < run.total_steps - state.planning_budget:
+        return None
+    if state.ledger.available < probe + run.val_a + run.train_samples:
+        return None
+    return policy.noise.min_noise
 
 
 def _probe_of(state: State) -> int:

@@ -37,6 +37,10 @@ class Scan(Part):
     probe: int
     clusters: bool
     details: tuple[Detail, ...] = ()
+    ask_from: float | None = Field(
+        default=None,
+        description="label-noise estimate from which the trunk's average is asked of every sample; null: never",
+    )
 
 
 class Resolve(Part):

@@ -51,6 +51,7 @@ from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.sample_source import FixedPass, Ids, SampleSource
 from automode.trainer.scanning import Scanner
 from automode.trainer.schedule import known_drops
+from automode.trainer.second_look import SecondLook
 from automode.trainer.selecting import Selector
 from automode.trainer.session_header import header_of
 from automode.trainer.specialists import Checkpoints, SpecialistRunner
@@ -344,16 +345,18 @@ def _add_scanner(
 ) -> None:
     """Add what reads the ledger and the samples, and what leaves them in the session's folder."""
     held_out = parts.held_out if held.why_no_evidence is None else None
+    val_a = None if held_out is None else lambda: (batch for batch, _ in held_out.batches("A"))
     performer.scanner = Scanner(
         trunk=parts.trunk,
         ledger=ledger,
         source=source,
         train_ids=train_ids,
-        val_a=None if held_out is None else lambda: (batch for batch, _ in held_out.batches("A")),
+        val_a=val_a,
         artifacts=ArtifactStore(folder / "artifacts"),
         task=held.task,
         seed=parts.seed,
         per_sample=held.per_sample,
+        second_look=SecondLook(trunk=parts.trunk, states=performer.states, source=source, val_a=val_a),
     )
     functions = _functions(parts)
     performer.samples = SampleKeeper(

@@ -17,6 +17,7 @@ from automode.trainer.new_labels import NewLabels
 from automode.trainer.noise import nearest, probabilities_of
 from automode.trainer.sample_source import Ids, SampleSource
 from automode.trainer.scanning import READ_BATCH, labels_of
+from automode.trainer.second_look import average_of
 from automode.trainer.states import States
 from automode.trainer.trunk import Trunk
 
@@ -25,9 +26,6 @@ MOST_WITNESSES = 4096
 
 LEAST_VOTES = 0.5
 """Whatever a card asks for, at least half of the neighbours must have a new label: fewer are no majority."""
-
-AVERAGE = "ema3"
-"""The average of the weights that answers, where the trunk keeps averages: the one of the shortest memory."""
 
 NO_CLASSES = "labels are replaced where a network gives a score for each class and targets are whole numbers, one a sample"
 
@@ -106,7 +104,7 @@ class Relabeller:
         Raises:
             NotExecutableError: The targets are no classes.
         """
-        model, passes = self._network()
+        model, passes = average_of(self.trunk, self.states) or (self.trunk.model, 0.0)
         witnesses = self._some(np.setdiff1d(witnesses, asked))
         around, _, beside = self._read(model, witnesses)
         features, outputs, given = self._read(model, asked)
@@ -122,13 +120,6 @@ class Relabeller:
             agreement=(near == given[:, None]).mean(axis=1),
             passes=passes + float(asked.size + witnesses.size),
         )
-
-    def _network(self) -> tuple[nn.Module, float]:
-        averages = self.trunk.averages
-        if averages is None or averages.updates == 0:
-            return self.trunk.model, 0.0
-        model = self.states.shell()
-        return model, float(self.states.put(model, self.trunk.candidates()[AVERAGE], averaged=True))
 
     def _some(self, witnesses: Ids) -> Ids:
         if witnesses.size <= MOST_WITNESSES:

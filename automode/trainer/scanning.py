@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.reviewing import review
 from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.sample_source import Ids, SampleSource
+from automode.trainer.second_look import SecondLook
 from automode.trainer.symbols import foretells_symbols
 from automode.trainer.trunk import Trunk
 
@@ -66,6 +67,7 @@ class Scanner:
         task: What the targets are.
         seed: Of the probe's choice, the projection and the starts of k-means.
         per_sample: The loss of each sample, for gradient norms; None where it is not known.
+        second_look: Asks the trunk's average where a scan finds many wrong labels; None: never.
         noise: The last verdict on label noise.
         clusters: The last clusters.
         details: What the last scan found of its samples beside their losses.
@@ -80,6 +82,7 @@ class Scanner:
     task: Task
     seed: int
     per_sample: PerSampleLoss | None = None
+    second_look: SecondLook | None = None
     noise: NoiseEvidence | None = None
     clusters: Clusters | None = None
     details: Details = field(default_factory=Details)
@@ -94,6 +97,8 @@ class Scanner:
         held = self._held_out() if (labels is not None and not symbols) or command.clusters else None
         spent = 0.0 if held is None else float(len(held[0]))
         noise = NEXT_SYMBOL if symbols else self._weigh_noise(probe, features, labels, held)
+        noise, more = self._looked_again(command, noise, probe, features, labels)
+        spent += more
         self.noise = noise
         self.details, more = self._detailed(command, probe, features)
         spent += more
@@ -189,6 +194,39 @@ class Scanner:
         margins = np.asarray(ledger.column("margin", seen), dtype=np.float64)
         disagreement = neighbour_disagreement(features, labels) if labels is not None else None
         return weigh(rate=rate, ids=seen, margins=margins, probe=probe, disagreement=disagreement)
+
+    def _looked_again(
+        self,
+        command: Scan,
+        noise: NoiseEvidence,
+        probe: Ids,
+        features: npt.NDArray[np.float64],
+        labels: npt.NDArray[np.int64] | None,
+    ) -> tuple[NoiseEvidence, float]:
+        """Name the suspects anew by what the trunk's average says, where the first look finds enough; and the passes it took."""
+        least = command.ask_from
+        if (
+            least is None
+            or noise.rate is None
+            or noise.rate < least
+            or labels is None
+            or self.second_look is None
+        ):
+            return noise, 0.0
+        ids = self.ledger().seen()
+        seen = self.second_look.take(ids)
+        if seen is None:
+            return noise, 0.0
+        disagreement = neighbour_disagreement(features, labels)
+        known = np.asarray(self.ledger().column("margin", ids), dtype=np.float64)
+        margins = known if seen.by_heart else seen.margins
+        again = weigh(rate=seen.rate, ids=ids, margins=margins, probe=probe, disagreement=disagreement)
+        told = (
+            "which knows wrong labels by heart, and by the margins so far"
+            if seen.by_heart
+            else "sample by sample"
+        )
+        return replace(again, why=f"{again.why}, by the trunk's average, {told}"), seen.passes
 
     def _scanned(
         self, command: Scan, step: int, noise: NoiseEvidence, passes: float, listed: str | None

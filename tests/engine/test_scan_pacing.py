@@ -43,3 +43,30 @@ def test_a_short_run_is_read_through_fewer_samples_but_never_through_too_few(
     assert (
         probe(cost=0.005) == 280
     )  # of 576,000 passes half a per cent for six scans, less the 200 held-out samples
+
+
+def test_the_trunks_average_is_asked_only_where_a_card_about_labels_may_follow(
+    make_world: Any, plateau_rows: Any
+) -> None:
+    """It takes a pass over the training data, so that it is not asked early, late, in vain, or beyond what may be spent."""
+
+    def asked(**policy: Any) -> dict[int, float | None]:
+        given = {"reasons": ["label_noise"], "scan": {"every": 50, "cost": 1.0}} | policy
+        world = make_world(policy=Policy.model_validate(given), mode="act")
+        world.start()
+        world.rows(plateau_rows)
+        return {
+            e.frame_cursor: e.body.ask_from
+            for e in world.log
+            if isinstance(e, Envelope) and e.body.kind == "scan"
+        }
+
+    found = asked()
+    assert {step for step, least in found.items() if least is not None} == {
+        step for step in found if 0.25 * 6000 <= step < 6000 - 800
+    }
+    assert set(found.values()) == {None, 0.1}
+    assert set(asked(noise={"min_noise": 0.3}).values()) == {None, 0.3}
+    assert set(asked(reasons=["residual_cluster"]).values()) == {None}
+    assert set(asked(pacing={"total_share": 0.002}).values()) == {None}
+    assert set(asked(noise={"from": 0.9}).values()) == {None}
