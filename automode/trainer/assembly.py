@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -380,11 +379,7 @@ def _ledger(parts: RunParts) -> Callable[[], SampleLedger] | None:
 
 
 def _add_evidence(
-    performer: Performer,
-    parts: RunParts,
-    held: Held,
-    held_out: HeldOut,
-    training: Callable[[], Iterator[Any]],
+    performer: Performer, parts: RunParts, held: Held, held_out: HeldOut, training: FixedPass
 ) -> None:
     assert parts.evaluator is not None
     performer.evidence = Evidence(parts.evaluator, performer.states, parts.slices)
