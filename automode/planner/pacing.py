@@ -26,7 +26,7 @@ from automode.planner.fitting import (
 )
 from automode.planner.policy import Policy
 from automode.planner.pricing import WorstCase, price_of, worst_case, worst_case_passes
-from automode.planner.recipes import Acceptance, Base
+from automode.planner.recipes import Acceptance, Asha, Base
 from automode.planner.rules import PRIORITY
 from automode.planner.rules.base import Proposal, View
 
@@ -148,11 +148,7 @@ def admit(
             return held
         first, asha = 0, None
     else:
-        ladder = choose_ladder(proposal, view, cap, funds)
-        for fewer in proposal.cheaper:
-            if not isinstance(ladder, Held):
-                break
-            proposal, ladder = fewer, choose_ladder(fewer, view, cap, funds)
+        proposal, ladder = _that_fits(proposal, view, cap, funds)
         if isinstance(ladder, Held):
             return ladder
         first, asha, priced = ladder
@@ -178,6 +174,18 @@ def admit(
         base=base,
         diagnostics=dict(proposal.diagnostics),
     )
+
+
+def _that_fits(
+    proposal: Proposal, view: View, cap: float, funds: Funds
+) -> tuple[Proposal, tuple[int, Asha, WorstCase] | Held]:
+    """The first of a proposal and its cheaper forms that can be paid for, or the cheapest, and its ladder."""
+    ladder = choose_ladder(proposal, view, cap, funds)
+    for fewer in proposal.cheaper:
+        if not isinstance(ladder, Held):
+            break
+        proposal, ladder = fewer, choose_ladder(fewer, view, cap, funds)
+    return proposal, ladder
 
 
 def held_back(

@@ -76,7 +76,9 @@ class LearningRateProbe:
         full, *cheaper = (
             _sweep(view, total, variants[:n], falls=falls, height=height) for n in range(len(variants), 0, -1)
         )
-        return if_executable(replace(full, cheaper=tuple(cheaper)), view)
+        # Between the bounds the loss is as ambiguous as can be, and one trial alone would be the wrong one half of the time.
+        ambiguous = LEARNT <= height < STANDS
+        return if_executable(full if ambiguous else replace(full, cheaper=tuple(cheaper)), view)
 
 
 def _height(view: View) -> float:
