@@ -24,7 +24,7 @@ from automode.planner.events import (
     VerdictGiven,
     Weights,
 )
-from automode.planner.metrics import accuracy_given_up, other_of
+from automode.planner.metrics import NAMES, Metric, accuracy_given_up, other_of
 from automode.planner.paired import PairedSummary
 
 SLICE_Z = 1.64
@@ -55,6 +55,7 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
             upper=float("inf"),
             threshold=float("nan"),
             alpha=0.0,
+            metric=_metric_of(state, execution),
             why=f"no candidate beats the control on the first held-out half ({told}, the control {_shown(control)}), so the "
             "second half was not looked at; the control is kept",
         )
@@ -74,9 +75,15 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
             weights=best.weights,
             control=control_weights(execution),
             look=execution.look,
-            metric="utility" if execution.merged is None else execution.merged.metric,
+            metric=_metric_of(state, execution),
         )
     )
+
+
+def _metric_of(state: State, execution: Execution) -> Metric:
+    """What candidates are compared by: what the card names, or what the finish has chosen."""
+    merged = execution.merged
+    return state.cards[execution.card].card.acceptance.metric if merged is None else merged.metric
 
 
 def _candidates(state: State, execution: Execution) -> list[Candidate]:
@@ -133,7 +140,7 @@ def evaluated(state: State, body: Evaluated, out: Emission) -> None:
         slice_z=SLICE_Z,
         least_z=least_z,
     )
-    seq = out.fact(_verdict(execution, body, evidence))
+    seq = out.fact(_verdict(execution, card.acceptance.metric, body, evidence))
     match evidence.verdict:
         case "accepted":
             record = state.cards[body.card]
@@ -186,7 +193,7 @@ def _guard(execution: Execution, body: Evaluated, least_z: float) -> Guard | Non
     return Guard(differences=both, name=name, least_mean=-paid)
 
 
-def _verdict(execution: Execution, body: Evaluated, evidence: Evidence) -> VerdictGiven:
+def _verdict(execution: Execution, asked: Metric, body: Evaluated, evidence: Evidence) -> VerdictGiven:
     return VerdictGiven(
         card=execution.card,
         verdict=evidence.verdict,
@@ -202,13 +209,15 @@ def _verdict(execution: Execution, body: Evaluated, evidence: Evidence) -> Verdi
         slices={name: part.z for name, part in evidence.slices.items()},
         metric=body.metric,
         guard=None if evidence.guard is None else evidence.guard.z,
-        why=evidence.why + _measured_by(execution),
+        why=evidence.why + _measured_by(execution, asked),
     )
 
 
-def _measured_by(execution: Execution) -> str:
+def _measured_by(execution: Execution, asked: Metric) -> str:
     """Say what was compared, where there was a choice."""
     merged = execution.merged
+    if asked != "utility":
+        return f"; compared by {NAMES[asked]}, as the card asks"
     if merged is None or merged.noise_at_most is None:
         return ""
     at_most = f"at most {merged.noise_at_most:.1%} of the labels are wrong"

@@ -30,6 +30,7 @@ from automode.planner.events import (
     TrialsNoted,
     VerdictGiven,
 )
+from automode.planner.metrics import NAMES
 
 
 def story(card: str, log: Iterable[Envelope]) -> str:
@@ -96,8 +97,7 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
         case BudgetReleased():
             return f"{body.spent:,.0f} sample passes spent, {body.released:,.0f} given back"
         case Snapshotted():
-            value = "" if body.value is None else f", utility {body.value:.4f} ({body.choice}) on val-A"
-            return f"{body.purpose} snapshot at step {body.step}{value}"
+            return f"{body.purpose} snapshot at step {body.step}{_control(body)}"
         case Resolved():
             new = (
                 f"; {body.new_labels} samples have a new label for those that take it"
@@ -110,13 +110,13 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
         case TrialDecided():
             return f"trial {body.trial} at {body.resource}: {body.decision}, {body.why}"
         case TrialReported():
-            return f"trial {body.trial} reached {body.resource} with utility {body.value:.4f} ({body.choice})"
+            return f"trial {body.trial} reached {body.resource} with {NAMES[body.metric]} {body.value:.4f} ({body.choice})"
         case TrialFailed():
             return f"trial {body.trial} failed: {body.error}"
         case TrialsNoted():
             return body.sentence
         case GateFitted():
-            return f"gate over {', '.join(body.experts)}: utility {body.value:.4f}, loads {', '.join(f'{x:.2f}' for x in body.loads)}"
+            return _gate(body)
         case Merged():
             return f"merged by {body.method}: {_metric(body)} {body.value:.4f} ({body.weights.choice}{_earlier(body)}){_told(body)}"
         case Evaluated():
@@ -143,7 +143,7 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
 
 
 def _metric(body: Merged | Evaluated) -> str:
-    return "log score" if body.metric == "log_score" else "utility"
+    return NAMES[body.metric]
 
 
 def _told(body: Merged) -> str:
@@ -167,3 +167,12 @@ def _measured(body: Evaluated) -> str:
 
 def _parts(body: Resolved) -> str:
     return f" ({', '.join(f'{part.name}: {part.n}' for part in body.parts)})" if body.parts else ""
+
+
+def _gate(body: GateFitted) -> str:
+    loads = ", ".join(f"{x:.2f}" for x in body.loads)
+    return f"gate over {', '.join(body.experts)}: {NAMES[body.metric]} {body.value:.4f}, loads {loads}"
+
+
+def _control(body: Snapshotted) -> str:
+    return "" if body.value is None else f", {NAMES[body.metric]} {body.value:.4f} ({body.choice}) on val-A"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from automode.planner.cards import PlanCard
 from automode.planner.inputs import Run, Task
+from automode.planner.metrics import TASKS
 from automode.planner.policy import Policy
 from automode.planner.recipes import (
     Adjustment,
@@ -107,12 +108,10 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("merge_recipe", "distill"),
     Ability("merge_recipe", "adapter_fuse"),
     Ability("acceptance.metric", "utility"),
-    Ability(
-        "acceptance.metric",
-        "*",
-        False,
-        "every verdict is on the utility of the run's task: leave it at utility",
-    ),
+    Ability("acceptance.metric", "accuracy"),
+    Ability("acceptance.metric", "nll"),
+    Ability("acceptance.metric", "huber"),
+    Ability("acceptance.metric", "mse"),
 )
 """Every part of a card that asks for work. The first entry that matches part and value counts."""
 
@@ -203,7 +202,10 @@ def _evidence(planned: Planned, run: Run, least: int) -> Iterator[str]:
             "give a larger validation loader"
         )
     if isinstance(planned, PlanCard):
-        yield from _unable("acceptance.metric", planned.acceptance.metric)
+        metric = planned.acceptance.metric
+        yield from _unable("acceptance.metric", metric)
+        if TASKS.get(metric, run.task) != run.task:
+            yield f"acceptance.metric: {metric} is of {TASKS[metric]}, and this run's task is {run.task}: leave it at utility"
 
 
 def _adjustment(adjustment: Adjustment, run: Run) -> Iterator[str]:

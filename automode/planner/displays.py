@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from automode.planner.metrics import other_of
+from automode.planner.metrics import NAMES, other_of
 from automode.planner.yaml_text import shown
 from automode.planner.yaml_writer import flow
 
@@ -140,6 +140,8 @@ def verdict_panel(verdict: VerdictGiven) -> Panel:
         rows.append(("z", f"{verdict.z:.2f}, needed {verdict.threshold:.2f} (alpha {verdict.alpha:.3g})"))
     if verdict.metric == "log_score":
         rows.append(("compared", "log score, p(y) not below 0.001"))
+    elif verdict.metric != "utility":
+        rows.append(("compared", NAMES[verdict.metric]))
     if verdict.guard is not None:
         rows.append((other_of(verdict.metric), f"z {verdict.guard:.2f}"))
     rows += [(f"slice {name}", f"z {z:.2f}") for name, z in verdict.slices.items()]

@@ -153,8 +153,9 @@ class Snapshotted(Part):
     checkpoint: Digest
     step: int
     value: float | None = Field(
-        default=None, description="utility on val-A of the best of raw weights and averages"
+        default=None, description="mean of the metric on val-A, of the best of raw weights and averages"
     )
+    metric: Metric = Field(default="utility", description="what the value is the mean of")
     choice: str | None = Field(default=None, description="which of raw, ema3, ema10, tail that was")
     passes: float = Field(default=0.0, ge=0)
 
@@ -196,6 +197,7 @@ class GateFitted(Part):
     kind: Literal["gate_fitted"] = "gate_fitted"
     card: str
     value: float
+    metric: Metric = Field(default="utility", description="what the value is the mean of")
     loads: tuple[float, ...]
     entropy: float
     experts: tuple[str, ...]

@@ -18,7 +18,31 @@ from numpy.typing import ArrayLike, NDArray
 
 from automode.errors import UsageError
 
-Metric: TypeAlias = Literal["utility", "log_score"]
+Asked: TypeAlias = Literal["utility", "accuracy", "nll", "huber", "mse"]
+"""What a card may ask to be compared by."""
+
+Metric: TypeAlias = Asked | Literal["log_score"]
+
+NAMES: Final[dict[str, str]] = {
+    "utility": "utility",
+    "log_score": "log score",
+    "accuracy": "accuracy",
+    "nll": "log likelihood",
+    "huber": "minus Huber loss",
+    "mse": "minus squared error",
+}
+"""What each metric's values are, higher being better."""
+
+TASKS: Final[dict[str, str]] = {
+    "accuracy": "classification",
+    "nll": "classification",
+    "huber": "regression",
+    "mse": "regression",
+}
+"""The task that a metric is of; the utility is of any."""
+
+LEAST_LIKELIHOOD: Final = 1e-12
+"""Probability below which a log likelihood falls no further, so that one sample cannot make it infinite."""
 
 FLOOR: Final = 0.001
 """Probability below which a log score falls no further."""
@@ -45,6 +69,17 @@ def utility_log_score(p_true: ArrayLike) -> NDArray[np.float64]:
     if np.any((p < -1e-6) | (p > 1.0 + 1e-6)):
         raise UsageError("`p_true` must lie in [0, 1]: it is a probability, not a log-probability or a loss")
     return np.asarray(1.0 - np.log(np.clip(p, FLOOR, 1.0)) / log(FLOOR), dtype=np.float64)
+
+
+def log_likelihood(p_true: ArrayLike) -> NDArray[np.float64]:
+    """Return log p(y) of each sample, p(y) not below 1e-12; NaN stays NaN.
+
+    Args:
+        p_true: Probability that the model gives to the label, shape (n,).
+    """
+    return np.asarray(
+        np.log(np.clip(np.asarray(p_true, dtype=np.float64), LEAST_LIKELIHOOD, 1.0)), dtype=np.float64
+    )
 
 
 def noise_at_most(correct: ArrayLike, p_top: ArrayLike) -> float:

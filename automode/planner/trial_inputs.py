@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from automode.planner.metrics import Metric
 from automode.planner.recipes import Digest, Part
 
 
@@ -17,7 +18,8 @@ class TrialReported(Part):
     trial: int
     rung_attempt: int = Field(ge=1)
     resource: int
-    value: float = Field(description="mean utility, higher is better; NaN: never promoted")
+    value: float = Field(description="mean of the metric, higher is better; NaN: never promoted")
+    metric: Metric = Field(default="utility", description="what the value is the mean of")
     choice: str = "raw"
     checkpoint: Digest | None = None
     passes: float = Field(ge=0)

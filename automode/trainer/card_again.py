@@ -129,6 +129,7 @@ class CardAgain:
             trunk_labels=performer.trunk.relabelled,
             new_labels=labels,
             chosen=chosen,
+            metric=card.acceptance.metric,
             parts=tuple(self._artifacts.get_ids(part.artifact) for part in resolved.parts),
         )
 
@@ -198,7 +199,9 @@ class CardAgain:
         recipe = self._recorded.card.training_recipe
         assert recipe is not None
         candidates = judged_of(self._candidates(weights, rest), recipe.judged)
-        choice, value, _ = evidence.choose(self._performer.states.shell(), candidates)
+        choice, value, _ = evidence.choose(
+            self._performer.states.shell(), candidates, self._recorded.card.acceptance.metric
+        )
         self._compare("control", control.value, value, 1.0 / max(1, self._recorded.started.run.val_a))
         if not self.done.doubts:
             self._compare("control, weights chosen", control.choice, choice)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from automode.planner.metrics import Metric
 from automode.planner.recipes import TrainingRecipe
 from automode.planner.variants import ANNEALED_CONTROL, EarlyStopping, Variant
 from automode.trainer.new_labels import NewLabels
@@ -30,6 +31,7 @@ class CardData:
         trunk_labels: New labels that the trunk trained with at the fork.
         new_labels: The card's own, for the variants that take them; a sample that was left out comes back with its label.
         chosen: Of these samples, the ids that belong to the selection.
+        metric: What trials are judged by on val-A.
         parts: Of each trial, the ids that it specialises on; empty: all of them on ``selected``.
     """
 
@@ -42,6 +44,7 @@ class CardData:
     trunk_labels: NewLabels = field(default_factory=NewLabels.none)
     new_labels: NewLabels = field(default_factory=NewLabels.none)
     chosen: Ids = field(default_factory=_no_ids)
+    metric: Metric = "utility"
     parts: tuple[Ids, ...] = ()
 
     def pools(self, variant: Variant, trial: int = 0) -> tuple[Ids, Ids]:

@@ -21,7 +21,6 @@ from automode.merges.soups import fisher_average, greedy
 from automode.planner.cards import PlanCard
 from automode.planner.events import Evaluate, Evaluated, FitGate, GateFitted, Merge, Merged, Task, Weights
 from automode.planner.recipes import (
-    GateRecipe,
     MergeAdapterFuse,
     MergeDistill,
     MergeFisherSoup,
@@ -97,7 +96,7 @@ class Combiner:
         layer = last_layer(models[0])
         seen = gather_evidence(models, self._val_a(), feature_layer=layer, task=self._task)
         seed = (self._seed + card.step) & 0x7FFFFFFF
-        value, judged = self._cross_fitted(models, seen, recipe, layer, seed)
+        value, judged = self._cross_fitted(models, seen, card, layer, seed)
         gate, report = fit_gate(
             seen.features,
             seen.log_lik,
@@ -126,6 +125,7 @@ class Combiner:
         return GateFitted(
             card=card.id,
             value=value,
+            metric=card.acceptance.metric,
             loads=report.loads,
             entropy=report.entropy,
             experts=("control", *(command.names or (f"expert {i}" for i in range(1, len(references))))),
@@ -134,12 +134,14 @@ class Combiner:
         )
 
     def _cross_fitted(
-        self, models: list[nn.Module], seen: GateEvidence, recipe: GateRecipe, layer: str, seed: int
+        self, models: list[nn.Module], seen: GateEvidence, card: PlanCard, layer: str, seed: int
     ) -> tuple[float, float]:
-        """Return (mean utility, sample passes) on val-A where each half is answered by the router fitted on the other.
+        """Return (mean of the card's metric, sample passes) on val-A where each half is answered by the router fitted on the other.
 
         The experts' outputs are mixed again for each half by the mixture itself, so that value and candidate are the same thing.
         """
+        recipe = card.gate_recipe
+        assert recipe is not None
         order = np.random.default_rng(np.random.SeedSequence([seed, 2])).permutation(seen.features.shape[0])
         halves = (order[: order.size // 2], order[order.size // 2 :])
         utility: Tensor | None = None
@@ -159,7 +161,7 @@ class Combiner:
             ).to(device_of(models[0]))
             scores = self._evidence.scores(mixture, "A")
             passes += scores.n * len(models)
-            values = torch.from_numpy(np.asarray(scores.utility, dtype=np.float64))
+            values = torch.from_numpy(np.asarray(scores.by(card.acceptance.metric), dtype=np.float64))
             utility = torch.zeros_like(values) if utility is None else utility
             utility[torch.from_numpy(judge_on.copy())] = values[torch.from_numpy(judge_on.copy())]
             passes += float(scores.n * len(models))
@@ -199,7 +201,7 @@ class Combiner:
         def score(state: Mapping[str, Tensor]) -> float:
             nonlocal passes
             passes += self._states.put(model, state, averaged=True)
-            value, spent = self._evidence.value(model)
+            value, spent = self._evidence.value(model, metric=card.acceptance.metric)
             passes += spent
             return value
 
@@ -240,6 +242,7 @@ class Combiner:
             members=("control", *(f"expert {i}" for i in range(1, len(references)))),
             weights=Weights(checkpoint=digest),
             value=value,
+            metric=card.acceptance.metric,
             why=why,
             step=step,
             passes=passes,
@@ -285,7 +288,8 @@ class Combiner:
             candidate, spent = self._scored(command.weights, part)
             passes += spent
         overall, slices = self._evidence.paired(candidate, control, command.metric)
-        own = card.action == "merge" and isinstance(card.merge_recipe, MergeSwa)
+        asked = card.acceptance.metric != "utility"  # who names a metric is judged by that alone
+        own = card.action == "merge" and isinstance(card.merge_recipe, MergeSwa) and not asked
         guard = self._evidence.otherwise(candidate, control, command.metric) if own else None
         return Evaluated(
             card=card.id,

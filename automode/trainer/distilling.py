@@ -95,7 +95,7 @@ class Distiller:
             return self._merged(card, command, step, command.control, math.nan, spent, why=str(error))
         del teacher  # before more copies are made
         candidates = candidates_of(start.model, start.averages)
-        choice, value, judged = self.evidence.choose(self.states.shell(), candidates)
+        choice, value, judged = self.evidence.choose(self.states.shell(), candidates, card.acceptance.metric)
         digest = self.checkpoints.save(
             candidates["raw"],
             {} if start.averages is None else {"averages": start.averages.state_dict()},
@@ -149,6 +149,7 @@ class Distiller:
             members=("control", *(f"expert {i + 1}" for i in range(len(command.members)))),
             weights=weights,
             value=value,
+            metric=card.acceptance.metric,
             why=why,
             step=step,
             passes=float(passes),

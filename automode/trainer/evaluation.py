@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from automode.errors import DataError, UsageError
 from automode.merges.batches import training_flags_kept
 from automode.planner.acceptance import utility_classification
-from automode.planner.metrics import Metric, noise_at_most, utility_log_score
+from automode.planner.metrics import NAMES, Metric, log_likelihood, noise_at_most, utility_log_score
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.random_state import forked_rng
 from automode.trainer.tasks import Task
@@ -32,6 +32,9 @@ Floats = npt.NDArray[np.float64]
 See = Callable[[Any, Any], None]
 HUBER_SIGMAS = 1.0
 
+_Scored = tuple[Floats, Floats, Floats | None, Floats | None, Floats | None, Floats | None]
+"""Loss, utility, whether right, p(y), p of the most probable class, squared error."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerSampleScores:
@@ -44,6 +47,7 @@ class PerSampleScores:
         correct: 1 where the class is right [n]; None where there are no classes.
         p_true: Probability of the true class [n]; None likewise.
         p_top: Probability of the most probable class [n]; None likewise.
+        squared: Squared error [n], the mean over a sample's values; None where there are no values.
     """
 
     ids: Ids
@@ -52,6 +56,7 @@ class PerSampleScores:
     correct: Floats | None = None
     p_true: Floats | None = None
     p_top: Floats | None = None
+    squared: Floats | None = None
 
     @property
     def n(self) -> int:
@@ -67,19 +72,31 @@ class PerSampleScores:
             correct=None if self.correct is None else self.correct[mask],
             p_true=None if self.p_true is None else self.p_true[mask],
             p_top=None if self.p_top is None else self.p_top[mask],
+            squared=None if self.squared is None else self.squared[mask],
         )
 
     def by(self, metric: Metric) -> Floats:
         """What this metric makes of each sample [n], higher is better.
 
         Raises:
-            UsageError: A log score is asked for where there are no classes.
+            UsageError: The metric is of classes or of values, and these samples have none.
         """
-        if metric == "utility":
-            return self.utility
-        if self.p_true is None:
-            raise UsageError("a log score is of classes, and these samples have none")
-        return utility_log_score(np.clip(self.p_true, 0.0, 1.0))
+        match metric:
+            case "utility":
+                return self.utility
+            case "accuracy" if self.correct is not None:
+                return self.correct
+            case "nll" if self.p_true is not None:
+                return log_likelihood(self.p_true)
+            case "log_score" if self.p_true is not None:
+                return utility_log_score(np.clip(self.p_true, 0.0, 1.0))
+            case "huber" if self.squared is not None:  # as the utility of values is
+                return self.utility
+            case "mse" if self.squared is not None:
+                return -self.squared
+            case _:
+                of = "values" if metric in ("huber", "mse") else "classes"
+                raise UsageError(f"the {NAMES[metric]} is of {of}, and these samples have none")
 
     @property
     def noise_at_most(self) -> float | None:
@@ -121,7 +138,7 @@ class Evaluator:
         Raises:
             DataError: The part holds no sample.
         """
-        found: list[tuple[Ids, Floats, Floats, Floats | None, Floats | None, Floats | None]] = []
+        found: list[tuple[Ids, _Scored]] = []
         with forked_rng(), training_flags_kept(model), torch.no_grad():
             model.eval()
             for batch, ids in self.batches(part):
@@ -129,18 +146,19 @@ class Evaluator:
                     loss, outputs, targets = self.step_fn(model, batch)
                 if see is not None:
                     see(outputs, targets)
-                found.append((ids, *self._batch(loss, outputs, targets, len(ids))))
+                found.append((ids, self._batch(loss, outputs, targets, len(ids))))
         if not found:
             raise DataError(
                 f"the held-out {'set' if part is None else f'half val-{part}'} holds no sample to judge by"
             )
         return PerSampleScores(
-            ids=np.concatenate([row[0] for row in found]),
-            loss=np.concatenate([row[1] for row in found]),
-            utility=np.concatenate([row[2] for row in found]),
-            correct=_joined([row[3] for row in found]),
-            p_true=_joined([row[4] for row in found]),
-            p_top=_joined([row[5] for row in found]),
+            ids=np.concatenate([ids for ids, _ in found]),
+            loss=np.concatenate([row[0] for _, row in found]),
+            utility=np.concatenate([row[1] for _, row in found]),
+            correct=_joined([row[2] for _, row in found]),
+            p_true=_joined([row[3] for _, row in found]),
+            p_top=_joined([row[4] for _, row in found]),
+            squared=_joined([row[5] for _, row in found]),
         )
 
     def state(self) -> dict[str, Any]:
@@ -171,9 +189,7 @@ class Evaluator:
                 return
         raise DataError("the held-out half val-A holds no sample to judge by")
 
-    def _batch(
-        self, loss: Tensor, outputs: Any, targets: Any, n: int
-    ) -> tuple[Floats, Floats, Floats | None, Floats | None, Floats | None]:
+    def _batch(self, loss: Tensor, outputs: Any, targets: Any, n: int) -> _Scored:
         losses = self._losses(loss, outputs, targets, n)
         if self.task is None:
             self.task = self.per_sample.task(outputs, targets)
@@ -183,11 +199,11 @@ class Evaluator:
                     outputs, targets, self.task, probabilities=self.per_sample.probabilities
                 )
                 utility = utility_classification(right, np.clip(np.nan_to_num(p), 0.0, 1.0))
-                return losses, utility, right, p, top
+                return losses, utility, right, p, top, None
             case "regression":
-                return losses, -self._huber(outputs, targets), None, None, None
+                return losses, -self._huber(outputs, targets), None, None, None, _squared(outputs, targets)
             case _:
-                return losses, -losses, None, None, None
+                return losses, -losses, None, None, None, None
 
     def _losses(self, loss: Tensor, outputs: Any, targets: Any, n: int) -> Floats:
         if self.per_sample.exact or self.per_sample.check(outputs, targets, loss):
@@ -204,6 +220,11 @@ class Evaluator:
             outputs.double(), targets.double(), reduction="none", delta=self.delta
         )
         return np.asarray(error.reshape(error.shape[0], -1).mean(dim=1).cpu().numpy(), dtype=np.float64)
+
+
+def _squared(outputs: Tensor, targets: Tensor) -> Floats:
+    error = (outputs.double() - targets.reshape(outputs.shape).double()) ** 2
+    return np.asarray(error.reshape(error.shape[0], -1).mean(dim=1).cpu().numpy(), dtype=np.float64)
 
 
 def _probabilities(

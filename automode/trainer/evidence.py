@@ -48,9 +48,12 @@ class Evidence:
         return self._evaluator.scores(model, part)
 
     def choose(
-        self, model: nn.Module, candidates: Mapping[str, Mapping[str, Tensor]]
+        self,
+        model: nn.Module,
+        candidates: Mapping[str, Mapping[str, Tensor]],
+        metric: Metric = "utility",
     ) -> tuple[str, float, float]:
-        """Return (name, mean utility on val-A, sample passes) of the best candidate; the earlier one wins a tie.
+        """Return (name, mean of the metric on val-A, sample passes) of the best candidate; the earlier one wins a tie.
 
         Where val-A is large, the choice is made on some of it (:func:`automode.planner.pricing.choosing_samples`). ``model`` is loaded
         with each candidate in turn, and left with one of them.
@@ -62,19 +65,21 @@ class Evidence:
             passes += self._states.put(model, state, averaged=name != "raw")
             scores = self.scores(model, part)
             passes += scores.n
-            mean = float(np.mean(scores.utility)) if scores.n else np.nan
+            mean = float(np.mean(scores.by(metric))) if scores.n else np.nan
             if mean > value:
                 best, value = name, mean
         if part != "A":
             passes += self._states.put(model, candidates[best], averaged=best != "raw")
-            value, spent = self.value(model)
+            value, spent = self.value(model, metric=metric)
             passes += spent
         return best, float(value), passes
 
-    def value(self, model: nn.Module, part: Part | None = "A") -> tuple[float, float]:
-        """Return (mean utility on val-A or another part, sample passes)."""
+    def value(
+        self, model: nn.Module, part: Part | None = "A", *, metric: Metric = "utility"
+    ) -> tuple[float, float]:
+        """Return (mean of the metric on val-A or another part, sample passes)."""
         scores = self.scores(model, part)
-        return float(np.mean(scores.utility)), float(scores.n)
+        return float(np.mean(scores.by(metric))), float(scores.n)
 
     def paired(
         self, candidate: PerSampleScores, control: PerSampleScores, metric: Metric = "utility"
@@ -117,10 +122,14 @@ class Evidence:
 
 
 def metrics_of(scores: PerSampleScores) -> dict[str, float]:
-    """Mean utility, loss and (for classes) accuracy."""
+    """Mean utility and loss; for classes also accuracy and negative log likelihood, for values the squared error."""
     found = {"utility": float(np.mean(scores.utility)), "loss": float(np.mean(scores.loss))}
     if scores.correct is not None:
         found["accuracy"] = float(np.mean(scores.correct))
+    if scores.p_true is not None:
+        found["nll"] = -float(np.mean(scores.by("nll")))
+    if scores.squared is not None:
+        found["mse"] = float(np.mean(scores.squared))
     return found
 
 

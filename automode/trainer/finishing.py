@@ -43,6 +43,8 @@ class Finisher:
     ) -> Merged:
         """Choose among the trunk's raw weights, its averages and its best validated state on val-A; the raw weights are the control.
 
+        By the metric that the card names, and without a second one that must agree; where it names none, by what the labels allow.
+
         Args:
             card: The finishing merge.
             digest: The trunk's own last state, durable.
@@ -53,14 +55,17 @@ class Finisher:
         """
         states, why = self._gathered(digest, candidates, () if best is None else (best,))
         scores, passes = self._scored(states, "A")
-        at_most = scores["raw"].noise_at_most
-        metric = finishing_metric(at_most, self._clean_below)
+        asked = card.acceptance.metric
+        at_most = scores["raw"].noise_at_most if asked == "utility" else None
+        metric = finishing_metric(at_most, self._clean_below) if asked == "utility" else asked
         values = {name: _mean(found, metric) for name, found in scores.items()}
         chosen = scores[_best_of(values)]
         return self._merged(card, "swa", states, values, why=why, step=step, passes=passes).model_copy(
             update={
                 "metric": metric,
-                "guard": self._evidence.otherwise(chosen, scores["raw"], metric),
+                "guard": None
+                if asked != "utility"
+                else self._evidence.otherwise(chosen, scores["raw"], metric),
                 "noise_at_most": at_most,
                 "best": best,
                 "best_step": None if best is None else best_step,
@@ -91,11 +96,11 @@ class Finisher:
             card,
             command.method,
             states,
-            {name: _mean(found, "utility") for name, found in scores.items()},
+            {name: _mean(found, card.acceptance.metric) for name, found in scores.items()},
             why=why if earlier else "no validated state of before is stored",
             step=step,
             passes=passes,
-        )
+        ).model_copy(update={"metric": card.acceptance.metric})
 
     def _gathered(
         self, digest: str, candidates: Mapping[str, Mapping[str, Tensor]], earlier: Iterable[str]

@@ -35,6 +35,7 @@ from automode.planner.events import (
     TrialsNoted,
     VerdictGiven,
 )
+from automode.planner.metrics import NAMES
 from automode.session.durable_files import replace_synced
 
 CARDS = "cards"
@@ -120,7 +121,7 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
             return f"card {body.card}: {body.before} -> {body.after} by {body.actor}: {body.why}"
         case TrialReported():
             return (
-                f"card {body.card}: trial {body.trial} at {body.resource} steps has utility {body.value:.4f} "
+                f"card {body.card}: trial {body.trial} at {body.resource} steps has {NAMES[body.metric]} {body.value:.4f} "
                 f"({body.choice} weights) on the first held-out half"
             )
         case TrialFailed():
@@ -128,11 +129,11 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
         case TrialsNoted():
             return f"card {body.card}: {body.sentence}"
         case GateFitted():
-            return f"card {body.card}: gate fitted, utility {body.value:.4f}, loads {_numbers(body.loads)}"
+            return f"card {body.card}: gate fitted, {NAMES[body.metric]} {body.value:.4f}, loads {_numbers(body.loads)}"
         case Merged():
             return (
                 f"card {body.card}: merged by {body.method} ({body.weights.choice}), "
-                f"{'log score' if body.metric == 'log_score' else 'utility'} {body.value:.4f}{f'; {body.why}' if body.why else ''}"
+                f"{NAMES[body.metric]} {body.value:.4f}{f'; {body.why}' if body.why else ''}"
             )
         case Evaluated():
             return (

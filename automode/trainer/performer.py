@@ -207,7 +207,8 @@ class Performer:
             evidence = self._evidence()
             if self.trunk.averages is not None:
                 self.trunk.averages.update(trainable(self.trunk.model), self.trunk.step, now=True)
-            choice, value, passes = evidence.choose(self.states.shell(), self.trunk.candidates(recipe.judged))
+            shell, states = self.states.shell(), self.trunk.candidates(recipe.judged)
+            choice, value, passes = evidence.choose(shell, states, card.acceptance.metric)
         digest = self._save(command.purpose, step, **self._conditions(), **more)
         if command.purpose == "base" and recipe.judged == "tail":
             begin_averages(self.trunk.averages, every=EVERY_SINCE_FORK)
@@ -217,6 +218,7 @@ class Performer:
             checkpoint=digest,
             step=step,
             value=value,
+            metric=card.acceptance.metric,
             choice=choice,
             passes=passes,
         )
@@ -262,6 +264,7 @@ class Performer:
             trunk_labels=self.trunk.relabelled,
             new_labels=chosen.new_labels,
             chosen=chosen.chosen,
+            metric=card.acceptance.metric,
             parts=tuple(ids for _, ids in chosen.parts),
         )
         return Resolved(

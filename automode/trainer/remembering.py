@@ -116,6 +116,7 @@ def remind_card(
                 trunk_labels=NewLabels.unpacked(stored["trunk_labels"].numpy()),
                 new_labels=labels,
                 chosen=chosen,
+                metric=card.acceptance.metric,
                 parts=tuple(ids.numpy() for ids in stored.get("parts", ())),
             )
             return

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from automode.backends.base import SegmentDone, SegmentJob
@@ -25,6 +25,7 @@ from automode.session.rng_state import pack_rng, unpack_rng
 from automode.trainer.adapting import ADAPTER, Adapted, unmerged
 from automode.trainer.card_data import CardData
 from automode.trainer.early_stopping import Patience
+from automode.trainer.judge import Judge
 from automode.trainer.optimizers import apply_variant, drive, scale_schedule, sharpness_aware_gradients
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.random_state import RandomState, forked_rng, seed_everything
@@ -44,16 +45,6 @@ TRAIN_PASSES = 3.0
 """Forward-equivalents of one trained sample: a forward pass and a backward pass of twice its cost."""
 
 SAM_PASSES = 6.0
-
-
-class Judge(Protocol):
-    """Scores candidates on val-A."""
-
-    def choose(
-        self, model: nn.Module, candidates: Mapping[str, Mapping[str, Tensor]]
-    ) -> tuple[str, float, float]:
-        """Return (name of the best, its mean utility, sample passes spent)."""
-        ...
 
 
 class Checkpoints(Protocol):
@@ -247,7 +238,7 @@ class SpecialistSegment:
         choice, value = "raw", math.nan
         if not self._diverged:
             judged = judged_of(candidates, self._data.recipe.judged)
-            choice, value, passes = runner.judge.choose(self._model, judged)
+            choice, value, passes = runner.judge.choose(self._model, judged, self._data.metric)
             self._passes += passes
         digest = runner.checkpoints.save(
             candidates["raw"],

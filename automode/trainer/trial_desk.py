@@ -17,6 +17,7 @@ from automode.planner.events import (
     TrialReported,
     TrialsNoted,
 )
+from automode.planner.metrics import Metric
 from automode.trainer.earlier import Answer, Earlier, key_of
 
 Key = tuple[str, int, int]
@@ -165,7 +166,10 @@ class TrialDesk:
             self._pumped.pop(result.job.key, None)
             if isinstance(result, SegmentDone) and result.job.to_resource < result.job.top_resource:
                 self.keep(result.job.card, [result.checkpoint])
-        answers = [(_reported(r), self._commands.pop(r.job.key, None)) for r in ended]
+        answers = [
+            (_reported(r, cards[r.job.card].card.acceptance.metric), self._commands.pop(r.job.key, None))
+            for r in ended
+        ]
         return [*((note, None) for note in self._notes(cards, step)), *found, *answers]
 
     def _due(self, step: int) -> list[tuple[TrialReported | TrialFailed, str | None]]:
@@ -229,7 +233,7 @@ def _key(body: StartTrial) -> Key:
     return (body.card, body.trial, body.rung_attempt)
 
 
-def _reported(result: SegmentDone | SegmentFailed) -> TrialReported | TrialFailed:
+def _reported(result: SegmentDone | SegmentFailed, metric: Metric) -> TrialReported | TrialFailed:
     job = result.job
     match result:
         case SegmentDone():
@@ -239,6 +243,7 @@ def _reported(result: SegmentDone | SegmentFailed) -> TrialReported | TrialFaile
                 rung_attempt=job.attempt,
                 resource=job.to_resource,
                 value=result.value,
+                metric=metric,
                 choice=result.choice,
                 checkpoint=result.checkpoint,
                 passes=result.passes,

@@ -302,7 +302,7 @@ def test_embedding_clusters_and_stored_ids_need_no_exact_losses() -> None:
     assert refusals(fork(selection=SelectIndices(ids=(1, 2), slice="unheard of")), run) == []
 
 
-def test_a_card_that_asks_for_another_metric_than_the_verdicts_is_refused() -> None:
+def test_a_card_may_be_judged_by_any_metric_that_the_task_has() -> None:
     card = {
         "id": "0123abcd",
         "session": "s",
@@ -317,11 +317,20 @@ def test_a_card_that_asks_for_another_metric_than_the_verdicts_is_refused() -> N
         "cooldown_steps": 0,
         "base": {"step": 10, "policy": DIGEST},
     }
-    assert refusals(PlanCard.model_validate(card), run_of()) == []
-    for metric in get_args(Acceptance.model_fields["metric"].annotation):
-        found = refusals(PlanCard.model_validate(card | {"acceptance": {"metric": metric}}), run_of())
-        assert len(found) == (metric != "utility")
-        assert all(f"acceptance.metric: {metric} cannot run" in why for why in found)
+    allowed = {
+        "classification": {"utility", "accuracy", "nll"},
+        "regression": {"utility", "huber", "mse"},
+        "sequence": {"utility"},
+        "unknown": {"utility"},
+    }
+    metrics = get_args(Acceptance.model_fields["metric"].annotation)
+    assert set().union(*allowed.values()) == set(metrics)
+    for task, takes in allowed.items():
+        for metric in metrics:
+            asked = PlanCard.model_validate(card | {"acceptance": {"metric": metric}})
+            found = refusals(asked, run_of(task=task))
+            assert len(found) == (metric not in takes)
+            assert all(f"acceptance.metric: {metric} is of" in why and task in why for why in found)
 
 
 def test_what_a_policy_asks_for_and_nothing_carries_out_is_refused() -> None:

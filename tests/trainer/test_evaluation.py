@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from automode.errors import DataError
+from automode.errors import DataError, UsageError
+from automode.planner.metrics import log_likelihood
 from automode.trainer.evaluation import Evaluator
 from automode.trainer.heldout import HeldOut
 from automode.trainer.per_sample import per_sample_twin
@@ -193,3 +194,41 @@ def test_a_loss_without_per_sample_values_gives_each_sample_its_batch_mean() -> 
     first = loss_fn(plain_outputs(model, data.tensors[0][:16]), data.tensors[1][:16])
     np.testing.assert_allclose(scores.loss[:16], float(first.detach()), rtol=1e-5)
     assert scores.correct is not None
+
+
+def test_each_metric_is_of_the_sample_itself_and_higher_where_the_model_is_better() -> None:
+    data = classes()
+    model = Net(C)
+    scores = evaluator(data, nn.CrossEntropyLoss(label_smoothing=0.3)).scores(model, "A")
+    x, y = data[torch.from_numpy(scores.ids)]
+    outputs = plain_outputs(model, x)
+    np.testing.assert_allclose(scores.by("nll"), -F.cross_entropy(outputs, y, reduction="none"), rtol=1e-5)
+    np.testing.assert_array_equal(scores.by("accuracy"), outputs.argmax(1) == y)
+    np.testing.assert_array_equal(scores.by("utility"), scores.utility)
+    for metric in ("huber", "mse"):
+        with pytest.raises(UsageError, match="of values, and these samples have none"):
+            scores.by(metric)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_values_have_a_squared_and_a_huber_error(outputs: int) -> None:
+    torch.manual_seed(2)
+    data = TensorDataset(torch.randn(N, 6), torch.randn(N, outputs) * 5)
+    model = Net(outputs)
+    scores = evaluator(data, nn.L1Loss()).scores(model, "B")
+    x, y = data[torch.from_numpy(scores.ids)]
+    squared = ((plain_outputs(model, x).double() - y.double()) ** 2).mean(dim=1)
+    np.testing.assert_allclose(scores.by("mse"), -squared, rtol=1e-5)
+    np.testing.assert_array_equal(scores.by("huber"), scores.utility)
+    np.testing.assert_array_equal(
+        scores.where(scores.ids % 2 == 0).by("mse"), scores.by("mse")[scores.ids % 2 == 0]
+    )
+    for metric in ("accuracy", "nll", "log_score"):
+        with pytest.raises(UsageError, match="of classes, and these samples have none"):
+            scores.by(metric)
+
+
+def test_one_sample_cannot_make_the_log_likelihood_infinite() -> None:
+    found = log_likelihood([0.0, 1e-300, 0.5, 1.0 + 1e-9, float("nan")])
+    np.testing.assert_allclose(found[:4], [np.log(1e-12), np.log(1e-12), np.log(0.5), 0.0])
+    assert np.isnan(found[4])
