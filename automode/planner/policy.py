@@ -179,6 +179,10 @@ class SafeguardPolicy(Part):
     """What is done at once, without a card, in act mode."""
 
     skip_nonfinite: bool = Field(default=True, description="leave out a step whose gradients are not finite")
+    leap: Annotated[float, Field(ge=3.0)] | None = Field(
+        default=20.0,
+        description="skipped too: a gradient norm so many times the largest before; null: none",
+    )
     stop_after_nonfinite: int = Field(
         default=50, ge=1, description="skipped steps in a row after which the run stops"
     )

@@ -54,7 +54,7 @@ class Driver:
         backend: Runs trials; None where forks are refused.
         narrator: Tells people what happens.
         total_steps: Steps that the user asked for.
-        guard: Whether non-finite steps are skipped in act mode.
+        guard: Whether steps that are not finite, or leaps, are skipped in act mode.
         within: Whether automode's spending shortens the trunk.
         clock: For tests.
         on_card: The user's own functions that hear of every card.
@@ -306,7 +306,7 @@ class Driver:
         self._store.abandon()
 
     def skipped(self, step: int, why: str) -> None:
-        """The guard kept a non-finite step from the optimizer."""
+        """The guard kept a step from the optimizer."""
         self._skipped += 1
         self.scribe.feed(
             Safeguarded(step=step, what="overflowed" if why == OVERFLOWED else "skipped", why=why)

@@ -27,7 +27,7 @@ def step_of(parts: RunParts, guarded: Guarded) -> Train:
     if needs_closure(trunk.optimizer):
         return ClosureStep(trunk, guarded)
     if every == 1:
-        return DefaultStep(trunk, scaler, guarded)
+        return DefaultStep(trunk, scaler, guarded, parts.policy.safeguards.leap)
     cursor, length = parts.cursor, parts.plan.steps_per_epoch
     return AccumulatingStep(trunk, scaler, guarded, every=every, last=lambda: cursor.read + 1 == length)
 

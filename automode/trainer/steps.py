@@ -6,7 +6,6 @@ guard of act mode on does a step whose loss or gradient is not finite not reach 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from automode.errors import DataError, UsageError
 from automode.merges.batches import move
 from automode.trainer.flat_optimizers import FlatAdam
 from automode.trainer.gradient_norms import TotalNorm, grad_norms
+from automode.trainer.leaps import Leaps, unfit
 from automode.trainer.step_hooks import Guarded, StepHooks
 from automode.trainer.trees import is_plain
 from automode.trainer.trunk import StepFn, Trunk
@@ -113,16 +113,19 @@ class DefaultStep:
         trunk: What is trained.
         scaler: Scales the loss of fp16; disabled otherwise.
         guarded: Says whether the guard is on.
+        leap: With the guard on, a gradient norm of over so many times the largest before keeps a step from the weights; None: it does not.
 
     Attributes:
         began: Whether the optimizer has begun to write in this step; a pending one has not.
+        leaps: Says which steps must not reach the weights.
         plain: Whether nothing is scaled and nothing cast.
     """
 
-    def __init__(self, trunk: Trunk, scaler: Scaler, guarded: Guarded) -> None:
+    def __init__(self, trunk: Trunk, scaler: Scaler, guarded: Guarded, leap: float | None = None) -> None:
         self._trunk = trunk
         self._scaler = scaler
         self._guarded = guarded
+        self.leaps = Leaps(leap)
         self.plain = trunk.precision == "fp32" and not scaler.is_enabled()
         self._clipped = list(trunk.model.parameters())  # an adopted trial may bring clipping along
         self._flat = trunk.optimizer if isinstance(trunk.optimizer, FlatAdam) else None
@@ -138,12 +141,14 @@ class DefaultStep:
 
     def state(self) -> dict[str, Any]:
         """The scaler's state, for :meth:`load`."""
-        return {"scaler": self._scaler.state_dict()}
+        return {"scaler": self._scaler.state_dict(), "leaps": self.leaps.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
         if state["scaler"]:  # empty where the run did not scale when it was cut
             self._scaler.load_state_dict(state["scaler"])
+        if "leaps" in state:  # runs of before know none
+            self.leaps.load(state["leaps"])
 
     def __call__(self, batch: Any, epoch: int) -> Taken:
         """Train on one batch."""
@@ -170,7 +175,7 @@ class DefaultStep:
         if self._hook is not None:
             return self._scaled(loss, norm, outputs, targets)
         if self._guarded.guard:
-            norm, why = self._judged(loss, norm)
+            norm, why = self._judged(loss, norm, clipped=largest is not None)
             if why:
                 return Taken(loss, norm, False, False, False, outputs, targets, None, why)
         return Taken(loss, norm, True, True, True, outputs, targets, None, "")
@@ -197,20 +202,15 @@ class DefaultStep:
         why = "" if applied else OVERFLOWED
         return Taken(loss, norm, applied, applied, False, outputs, targets, None, why)
 
-    def _judged(self, loss: Tensor, norm: Tensor | None) -> tuple[float, str]:
-        """Tell the gradient norm, and why the step must not be made (empty: it may)."""
+    def _judged(self, loss: Tensor, norm: Tensor | None, *, clipped: bool) -> tuple[float, str]:
+        """Tell the gradient norm, and why the step must not be made (empty: it may). A leap that was clipped is none any more."""
         total = float(self._total_norm() if norm is None else norm)
-        return total, unfit(loss.item(), total)
+        if clipped:
+            return total, unfit(loss.item(), total)
+        return total, self.leaps.unfit(loss.item(), total, self._trunk.step)
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._applied += 1
-
-
-def unfit(loss: float, norm: float) -> str:
-    """Why a step must not reach the weights, by its loss and the norm of its gradients; empty: it may."""
-    if not math.isfinite(loss):
-        return f"the loss is {loss}"
-    return "" if math.isfinite(norm) else f"the gradient norm is {norm}"
 
 
 class OwnStep:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from automode.trainer.quick_adam import clearing_of, update_of
 from automode.trainer.recording_sampler import RecordedIterator
-from automode.trainer.steps import DefaultStep, Taken, paired_loss, unfit
+from automode.trainer.steps import DefaultStep, Taken, paired_loss
 
 if TYPE_CHECKING:
     from automode.trainer.loop import Loop
@@ -84,7 +84,9 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
     clear, update, guard, paired = clearing_of(optimizer), update_of(optimizer), observer.guard, None
     stride, last, loader = observer.stride, loop.plan.steps_per_epoch, cursor.loader
     follows = loop.stepped if trunk.averages is not None or loop.schedule.every_step else None
-    norm_of, opened, feed = cast(DefaultStep, loop.train).norm_of(guard=guard), probe.opened(1), probe.feed
+    train = cast(DefaultStep, loop.train)
+    norm_of, opened, feed = train.norm_of(guard=guard), probe.opened(1), probe.feed
+    leaps = train.leaps
     take, extend, visits = probe.take, opened.values.extend, None if feed is None else feed.quick_visits
     recorded, listed = (batches, batches.of_integers) if type(batches) is RecordedIterator else (None, False)
     for batch in batches if recorded is None else recorded.batches:
@@ -102,7 +104,8 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
         loss.backward()  # type: ignore[no-untyped-call]
         loop.batches = done = loop.batches + 1
         value, norm = loss.item(), float(take(probe.rows) if norm_of is None else norm_of())
-        if guard and not isfinite(value + norm) and (why := unfit(value, norm)):
+        usual = not guard or (norm <= leaps.largest and isfinite(value))
+        if not usual and (why := leaps.unfit(value, norm, trunk.step)):
             loop.noted(Taken(loss, norm, False, False, False, outputs, targets, None, why), positions)
             yield trunk.step
             return None
