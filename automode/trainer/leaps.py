@@ -37,7 +37,8 @@ class Leaps:
     def unfit(self, loss: float, norm: float, step: int) -> str:
         """Why a step must not reach the weights; empty: it may.
 
-        Need not be asked of a step whose norm is no larger than ``largest``, and whose loss is finite.
+        Need not be asked of a step whose norm is no larger than ``largest`` and whose loss is finite: where ``loss - loss + norm <= largest``,
+        which no NaN is.
 
         Args:
             loss: The training loss.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Generator, Iterator
-from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -84,9 +83,8 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
     clear, update, guard, paired = clearing_of(optimizer), update_of(optimizer), observer.guard, None
     stride, last, loader = observer.stride, loop.plan.steps_per_epoch, cursor.loader
     follows = loop.stepped if trunk.averages is not None or loop.schedule.every_step else None
-    train = cast(DefaultStep, loop.train)
-    norm_of, opened, feed = train.norm_of(guard=guard), probe.opened(1), probe.feed
-    leaps = train.leaps
+    train, opened, feed = cast(DefaultStep, loop.train), probe.opened(1), probe.feed
+    norm_of, unfit, leaps = train.norm_of(guard=guard), train.leaps.unfit, train.leaps
     take, extend, visits = probe.take, opened.values.extend, None if feed is None else feed.quick_visits
     recorded, listed = (batches, batches.of_integers) if type(batches) is RecordedIterator else (None, False)
     for batch in batches if recorded is None else recorded.batches:
@@ -96,16 +94,14 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
         loop.phase = "forward"
         clear()
         if paired is not None and type(batch) is list and len(batch) == 2:
-            inputs, targets = batch
-            loss = paired(outputs := model(inputs), targets)
+            loss, targets = paired(outputs := model(batch[0]), batch[1]), batch[1]
         else:  # the first batch of a stretch is looked at with care
             loss, outputs, targets = step_fn(model, batch)
             paired = paired_loss(step_fn)
         loss.backward()  # type: ignore[no-untyped-call]
         loop.batches = done = loop.batches + 1
         value, norm = loss.item(), float(take(probe.rows) if norm_of is None else norm_of())
-        usual = not guard or (norm <= leaps.largest and isfinite(value))
-        if not usual and (why := leaps.unfit(value, norm, trunk.step)):
+        if guard and not value - value + norm <= leaps.largest and (why := unfit(value, norm, trunk.step)):
             loop.noted(Taken(loss, norm, False, False, False, outputs, targets, None, why), positions)
             yield trunk.step
             return None
