@@ -331,7 +331,7 @@ def _conflict(proposal: Proposal, open_cards: Sequence[CardRecord], outranked_by
 
 def _cooldown_steps(reason: str, view: View, state: PacingState) -> int:
     if reason == "learning_rate_probe":
-        return 0  # the next step up comes early too, or not at all; what every reason waits for holds for it
+        return 0  # there is one a run
     base = view.policy.pacing.cooldown_steps
     steps = view.planning_budget if base is None else base
     return round(steps * state.factor.get(reason, 1.0))

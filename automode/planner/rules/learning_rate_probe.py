@@ -28,9 +28,6 @@ STANDS, LEARNT = 0.95, 0.75
 """A loss above the first multiple of the run's first one has not come down, one below the second has. Between them are sound runs on
 noisy targets (wrong labels, text) and networks that are half ruined, so that there as few trials have to do as can be."""
 
-MOST = 2
-"""Probes in a run, the second only after an adopted one."""
-
 
 @dataclass(frozen=True, slots=True)
 class LearningRateProbe:
@@ -39,7 +36,7 @@ class LearningRateProbe:
     The trunk itself is the arm with factor 1. All are judged by the tail average of their steps since the fork: raw weights at a high rate
     are noise, which a paired comparison of a few steps takes for a difference. A probe takes ``policy.probe.share`` of the run's compute at
     the most, and one that starts anew ``restart_share``, since little is lost by a trunk that does not learn. It comes between the shares
-    ``policy.probe.from`` and ``until`` of the run, as soon as the trend can be told, and again only after an adopted one.
+    ``policy.probe.from`` and ``until`` of the run, as soon as the trend can be told, and once.
     """
 
     id: Reason = "learning_rate_probe"
@@ -49,9 +46,8 @@ class LearningRateProbe:
         probe = view.policy.probe
         total = view.step + view.remaining
         first, last = ceil(probe.from_ * total), int(probe.until * total)
-        made, adopted = view.counts.get(self.id, 0), view.adopted.get(self.id, 0)
-        if made > adopted or made >= MOST:
-            return Silence(code="done", why=f"{made} probes were made already, and {adopted} adopted")
+        if view.counts.get(self.id, 0):
+            return Silence(code="done", why="the rate was probed already, and once a run is enough")
         if view.step < first:
             return Silence(
                 code="too_early", why=f"step {view.step} of {total}: the probe comes from step {first}"
