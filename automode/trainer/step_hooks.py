@@ -29,6 +29,20 @@ class Guarded(Protocol):
         ...
 
 
+class Holder(Protocol):
+    """Takes norms, or holds gradients, by the number of the row that they belong to."""
+
+    @property
+    def rows(self) -> int:
+        """Rows so far: the number of the next one."""
+        ...
+
+    @property
+    def take(self) -> Callable[[int], float | Tensor]:
+        """Take the norm of the gradients as they are now; NaN where they are held."""
+        ...
+
+
 class StepHooks:
     """Watches an optimizer step, and keeps from the weights what must not reach them.
 
@@ -48,6 +62,7 @@ class StepHooks:
         rates: Learning rate of each parameter group at the last step: by the next look a schedule may have changed it.
         stepped: Called after each step; None: nobody wants to know.
         loss: Tells the loss of the step that runs, where that is known already, for the guard; None: it is not.
+        held: Where the norm is taken in place of ``take``; whoever sets it knows that nothing is guarded or clipped. None: nobody.
     """
 
     def __init__(
@@ -66,6 +81,7 @@ class StepHooks:
         self.rates: tuple[float, ...] = ()
         self.stepped: Callable[[], None] | None = None
         self.loss: Callable[[], float | None] = _unknown
+        self.held: Holder | None = None
         self._trunk = trunk
         self._guarded = guarded
         self._take: Callable[[], Norm] = take or (lambda: grad_norms(trunk.parameters))
@@ -88,6 +104,18 @@ class StepHooks:
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.began = True
+        held = self.held
+        if (
+            held is not None
+            and len(args) == 1
+            and not kwargs
+            and not self.due
+            and len(optimizer.param_groups) == self._groups
+        ):
+            self.due = True
+            if self.norm is None:
+                self.norm = held.take(held.rows)
+            return
         if len(optimizer.param_groups) != self._groups:  # one was added, as parameters are thawed say
             self._groups = len(optimizer.param_groups)
             self._trunk.follow()

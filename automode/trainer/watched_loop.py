@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,12 +24,14 @@ from automode.trainer.given_ids import root_ids_of
 from automode.trainer.gradient_norms import grad_norms, total_norm
 from automode.trainer.loop import TICK_SECONDS
 from automode.trainer.random_state import forked_rng
+from automode.trainer.recording_sampler import RecordedIterator
 from automode.trainer.run_parts import RunParts
 from automode.trainer.step_hooks import Norm, StepHooks
 from automode.trainer.steps import OVERFLOWED, checked_names
 from automode.trainer.trunk import trainable
 from automode.trainer.user_warning import tell_user
 from automode.trainer.watch_orders import WatchedOrders
+from automode.trainer.watched_step import number_of, quick_row
 
 _ENDED_BY_ERROR = "an exception has ended the session {path} at step {step}, so nothing is watched any more; the loop goes on as it is written"
 
@@ -45,6 +47,19 @@ class WatchedLoop:
         parts: As given.
         driver: Decides and acts.
         ended: Why the session ended; None while it goes on.
+        hooks: The optimizer's.
+        scaled: Whether there is a scaler.
+        skipping: Whether the guard left out the step before.
+        in_block: Whether a block has begun and not ended.
+        losses: Those told of the row that is open.
+        seen: Outputs, targets and ids told with them.
+        metrics: More numbers of that row.
+        ids: Of the batch that :meth:`batches` gave last.
+        rows: How many are complete.
+        counted: Steps of the optimizer that these came from.
+        stride: Rows from one boundary to the next.
+        due: When the clock lets rows be handed over.
+        row: Ends a block and writes its row where that is a plain one; None: :meth:`end` does.
     """
 
     def __init__(self, parts: RunParts, scaler: Any) -> None:
@@ -55,23 +70,26 @@ class WatchedLoop:
         self._trunk, self._probe = parts.trunk, parts.probe
         self._scaler = scaler
         self._orders = WatchedOrders(parts, self.driver)
-        self._hooks = StepHooks(self._trunk, self.driver, take=self._probe.gradients, clips=True)
-        self._hooks.loss, self._hooks.stepped = self._loss_so_far, self._stepped
+        self.scaled = scaler is not None
+        self.hooks = StepHooks(self._trunk, self.driver, take=self._probe.gradients, clips=True)
+        self.hooks.loss, self.hooks.stepped = self._loss_so_far, self.stepped
+        self.row: Callable[[], bool] | None = None
+        self._looked = False
         self._total = parts.plan.total
         self._process = os.getpid()
-        self._clock = time.perf_counter
-        self._due = self._clock() + TICK_SECONDS
+        self.clock = time.perf_counter
+        self.due = self.clock() + TICK_SECONDS
         self._failed = self._told = False
-        self._skipping = False
-        self._stride = self.driver.stride
-        self._rows = 0
-        self._ids: Any = None
+        self.skipping = False
+        self.stride = self.driver.stride
+        self.rows = 0
+        self.ids: Any = None
         self._pass: object = None
-        self._in_block = False
-        self._steps = 0
-        self._losses: list[Any] = []
-        self._seen: list[tuple[Any, Any, Any]] = []
-        self._metrics: dict[str, Any] = {}
+        self.in_block = False
+        self.counted = 0
+        self.losses: list[Any] = []
+        self.seen: list[tuple[Any, Any, Any]] = []
+        self.metrics: dict[str, Any] = {}
         self._names: tuple[str, ...] = ()
 
     # What the loop asks.
@@ -94,32 +112,30 @@ class WatchedLoop:
     @property
     def skipped(self) -> str:
         """Why the optimizer's step in the block that runs was dropped; empty where it was not."""
-        return self._hooks.skipped
-
-    @property
-    def in_block(self) -> bool:
-        """Whether a block has begun and not ended."""
-        return self._in_block
+        return self.hooks.skipped
 
     # What the loop tells.
 
     def ready(self) -> None:
         """Know that the gradients are there, where the optimizer makes them itself by calling a closure."""
         if self.ended is None:
-            self._hooks.ready()
+            self.hooks.ready()
 
     def begin(self) -> None:
         """Know that a block begins."""
         if self.ended is not None and self._is_over():
             return
-        if self._in_block:
+        if self.in_block:
             raise UsageError(
                 "a step begins inside of another one; end one `with watch.step()` before the next"
             )
-        if self._losses:
+        if self.losses:
             self._complete()  # of an `observe` before
-        self._in_block = True
-        self._hooks.stepped = None
+        self.in_block = True
+        self.hooks.stepped = None
+        if not self._looked:
+            self._looked = True
+            self.row = quick_row(self)
 
     def end(self, *, unseen: bool = False) -> None:
         """Know that the block is over.
@@ -132,12 +148,12 @@ class WatchedLoop:
         """
         if self.ended is not None:
             return
-        self._in_block, self._hooks.stepped = False, self._stepped
-        if self._losses:
+        self.in_block, self.hooks.stepped = False, self.stepped
+        if self.losses:
             self._complete()
-        elif self._hooks.steps > self._steps:
-            self._steps = self._hooks.steps
-            self._hooks.begin()
+        elif self.hooks.steps > self.counted:
+            self.counted = self.hooks.steps
+            self.hooks.begin()
             if unseen:
                 return
             raise UsageError(
@@ -155,18 +171,18 @@ class WatchedLoop:
         """Take a loss, in a block or without one."""
         if self.ended is not None and self._is_over():
             return
-        if not self._in_block and self._losses:
+        if not self.in_block and self.losses:
             self._complete()  # the optimizer did not step on the loss before: it accumulates
         if type(loss) is not Tensor:
-            loss = _number(loss)
+            loss = number_of(loss)
         elif loss.numel() != 1 or loss.is_complex():
             raise UsageError(
                 f"the loss is a tensor of shape {tuple(loss.shape)} ({loss.dtype}), but must have one element, a real number; reduce "
                 "it with .mean() or .sum()"
             )
-        self._losses.append(loss)
+        self.losses.append(loss)
         if outputs is not None:
-            self._seen.append((outputs, targets, self._ids if ids is None else root_ids_of(ids)))
+            self.seen.append((outputs, targets, self.ids if ids is None else root_ids_of(ids)))
         if metrics:
             if not isinstance(metrics, Mapping):
                 raise UsageError(
@@ -174,44 +190,46 @@ class WatchedLoop:
                 )
             if tuple(metrics) != self._names:
                 self._names = checked_names(tuple(metrics))
-            self._metrics |= metrics
-        if self._in_block:
+            self.metrics |= metrics
+        if self.in_block:
             return
-        if self._hooks.steps > self._steps:
+        if self.hooks.steps > self.counted:
             self._complete()
         elif self._scaler is None:
-            self._hooks.norm = self._probe.gradients()
+            self.hooks.norm = self._probe.gradients()
 
     def batches(self) -> Iterator[Any]:
         """Give the batches of the training loader, and remember which samples each holds."""
         loader, pass_ = self.parts.loader, object()
         self._pass = pass_
         try:
-            for batch in loader:
+            passed = iter(loader)
+            recorded = passed if type(passed) is RecordedIterator else None
+            for batch in passed if recorded is None else recorded.batches:
                 if self._pass is not pass_:
                     raise UsageError(
                         "batches() was begun again before this pass had ended, so that nobody knows whose samples a step is shown; "
                         "go through the loader itself beside it"
                     )
-                self._ids = loader.ids_of_batch()
+                self.ids = loader.ids_of_batch() if recorded is None else recorded.noted()
                 yield batch
         finally:
             if (
                 self._pass is pass_
             ):  # also where the loop was left early: what comes then is none of these samples
-                self._ids = None
+                self.ids = None
 
     def validate(self) -> Mapping[str, float]:
         """Look at the held-out data once; the metrics by name."""
         validation = self.parts.validation
         if validation is None:
             raise UsageError("there is nothing to validate on; give watch a val=")
-        if self._in_block:
+        if self.in_block:
             raise UsageError("validate between two steps, and not inside of `with watch.step()`")
         with self._undisturbed():
             found = validation.run()
         if self.ended is None:
-            self._hand_over()
+            self.hand_over()
             self.driver.validated(self._trunk.step, found.scores)
         return {**found.metrics, **{f"slice {name}": value for name, value in found.slices.items()}}
 
@@ -222,15 +240,15 @@ class WatchedLoop:
         if self.ended is not None or os.getpid() != self._process:
             return
         try:
-            if self._losses:
-                self._in_block = False
+            if self.losses:
+                self.in_block = False
                 self._complete()
-            self._boundary()
+            self.boundary()
         except BaseException as error:
             self.abort(error)
             raise
         self.ended = why
-        self._hooks.close()
+        self.hooks.close()
         try:
             with self._undisturbed(), forked_rng():
                 self.driver.finish(self._trunk.step, self.driver.stop_requested or why)
@@ -242,16 +260,16 @@ class WatchedLoop:
         """End the session because of an exception, which is left alone but for a note where something else fails too."""
         if self.ended is not None or os.getpid() != self._process:
             return
-        self._in_block = False
+        self.in_block = False
         try:
-            if self._losses and self._hooks.steps > self._steps:
+            if self.losses and self.hooks.steps > self.counted:
                 self._note()
-            self._hand_over()
+            self.hand_over()
         except Exception as second:
             error.add_note(f"the last rows could not be recorded: {type(second).__name__}: {second}")
         self.ended = f"{type(error).__name__}: {error}"
         self._failed = True
-        self._hooks.close()
+        self.hooks.close()
         with forked_rng():
             self.driver.abort(self._trunk.step, error)
         self.parts.console.close()
@@ -272,18 +290,18 @@ class WatchedLoop:
     # A row.
 
     def _loss_so_far(self) -> float | None:
-        if not self._losses:
+        if not self.losses:
             return None
         loss = self._loss()
         return loss.item() if isinstance(loss, Tensor) else loss
 
-    def _stepped(self) -> None:
-        """The optimizer has stepped outside of a block."""
-        if self._losses:
+    def stepped(self) -> None:
+        """Know that the optimizer has stepped outside of a block."""
+        if self.losses:
             self._complete()
 
     def _loss(self) -> Tensor | float:
-        losses = self._losses
+        losses = self.losses
         if len(losses) == 1:
             return losses[0]  # type: ignore[no-any-return]
         return torch.stack([torch.as_tensor(loss).detach().double().reshape(()) for loss in losses]).mean()
@@ -291,33 +309,31 @@ class WatchedLoop:
     def _complete(self) -> None:
         """Note the row, and let happen what is due after it."""
         full, why = self._note()
-        turn = self._rows % self._stride == 0
+        turn = self.rows % self.stride == 0
         driver = self.driver
         if why and driver.guard:
-            self._skipping = True
-            self._hand_over()
+            self.skipping = True
+            self.hand_over()
             driver.skipped(self._trunk.step, why)
             turn = True
         if turn or driver.busy:
-            self._boundary()
-        elif full or self._clock() >= self._due:
-            self._hand_over()
-            if driver.tick(self._trunk.step) or self._orders:
-                self._boundary()
+            self.boundary()
+        elif full or self.clock() >= self.due:
+            self.between()
 
     def _note(self) -> tuple[bool, str]:
         """Write the row down. Returns whether rows are to be handed over, and why the step was left out."""
-        hooks, trunk, probe = self._hooks, self._trunk, self._probe
-        stepped, why, norm = hooks.steps > self._steps, hooks.skipped, hooks.norm
+        hooks, trunk, probe = self.hooks, self._trunk, self._probe
+        stepped, why, norm = hooks.steps > self.counted, hooks.skipped, hooks.norm
         if hooks.due:
             why = why or OVERFLOWED
         elif norm is None:
             norm, why = self._accumulated()
         rates = hooks.rates if stepped else trunk.rates()
         applied = not why
-        losses, seen, metrics = self._losses, self._seen, self._metrics
+        losses, seen, metrics = self.losses, self.seen, self.metrics
         loss = losses[0] if len(losses) == 1 else self._loss()
-        self._losses, self._seen, self._metrics = [], [], {}
+        self.losses, self.seen, self.metrics = [], [], {}
         outputs = targets = ids = None
         if len(seen) == 1 == len(losses):
             outputs, targets, ids = seen[0]
@@ -327,13 +343,13 @@ class WatchedLoop:
         full = probe.record(
             trunk.step + applied, loss, norm, rates, applied, outputs, targets, ids, metrics or None
         )
-        self._steps = hooks.steps
-        self._rows += 1
+        self.counted = hooks.steps
+        self.rows += 1
         hooks.begin()
         if applied:
             trunk.step += 1
-            if self._skipping:
-                self._skipping = False
+            if self.skipping:
+                self.skipping = False
                 self.driver.stepped()
         if stepped and applied and trunk.averages is not None:
             trunk.averages.update(self._parameters, trunk.step)
@@ -349,14 +365,24 @@ class WatchedLoop:
 
     # Between two steps.
 
-    def _hand_over(self) -> None:
+    def between(self) -> None:
+        """Hand over the rows because time has passed; act only where somebody asks for it."""
+        self.hand_over()
+        if self.driver.tick(self._trunk.step) or self._orders:
+            self.boundary()
+
+    def hand_over(self) -> None:
+        """Hand the rows to the driver; what holds for the next is looked up anew."""
+        self.row, self.hooks.held, self._looked = None, None, False
+        self.parts.loader.order_up()
         for block in self._probe.drain():
             self.driver.block(block)
-        self._due = self._clock() + TICK_SECONDS
+        self.due = self.clock() + TICK_SECONDS
 
-    def _boundary(self) -> None:
+    def boundary(self) -> None:
+        """Let whatever is due happen."""
         with self._undisturbed():
-            self._hand_over()
+            self.hand_over()
             self.driver.boundary(self._trunk.step)
             self._orders.follow()
 
@@ -369,14 +395,3 @@ class WatchedLoop:
         if not torch.is_grad_enabled():
             stack.enter_context(torch.enable_grad())
         return stack
-
-
-def _number(loss: Any) -> Tensor | float:
-    if isinstance(loss, Tensor):
-        return loss
-    try:
-        return float(loss)
-    except (TypeError, ValueError, OverflowError):
-        raise UsageError(
-            f"the loss is a {type(loss).__name__}, but must be a number or a tensor with one element"
-        ) from None

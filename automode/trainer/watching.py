@@ -22,6 +22,7 @@ from automode.trainer.sample_ledger import SampleLedger
 from automode.trainer.settings import Automode
 from automode.trainer.watch_parts import WatchRequest
 from automode.trainer.watched_loop import WatchedLoop
+from automode.trainer.watched_step import WatchedStep
 
 _watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[WatchedLoop]] = (
     weakref.WeakKeyDictionary()
@@ -30,66 +31,6 @@ _watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[WatchedLo
 
 class NotClosed(SystemExit):
     """Stands in the log where a loop ended and nobody said so; never raised."""
-
-
-class WatchedStep:
-    """One step of a watched loop, as a context manager; :meth:`Watch.step` gives it.
-
-    An exception that leaves the block ends the session, which says so, and goes on its way.
-    """
-
-    __slots__ = ("_loop",)
-
-    def __init__(self, loop: WatchedLoop) -> None:
-        self._loop = loop
-
-    def __enter__(self) -> Self:
-        self._loop.begin()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self._loop.end()
-        else:
-            self._loop.abort(error)
-
-    def loss(
-        self,
-        loss: Tensor | float,
-        outputs: Any = None,
-        targets: Any = None,
-        ids: Any = None,
-        *,
-        metrics: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Tell the step's loss; of a step that adds up several batches, the loss of each.
-
-        Args:
-            loss: What the optimizer minimises: a number, or a tensor with one element. Of one batch of several, its own loss
-                before it is divided by their number; the row holds their mean.
-            outputs: What the loss was given, samples along the first dimension; with ``targets``, sample ids and the
-                ``loss_fn`` of :func:`watch` they give per-sample losses.
-            targets: Targets of the same samples.
-            ids: Positions of the samples in the dataset under every ``Subset``; :meth:`Watch.batches` gives them by itself.
-            metrics: More numbers of this step by name, each a column of the session's frame.
-
-        Raises:
-            UsageError: The loss is no scalar, or a metric has a name that automode writes itself.
-            DataError: A metric is not a number.
-        """
-        self._loop.tell(loss, outputs, targets, ids, metrics)
-
-    @property
-    def skipped(self) -> str:
-        """Why the optimizer's step in the block that runs was dropped (its gradients are None then); empty where it was not."""
-        return self._loop.skipped
-
-    @property
-    def stop(self) -> bool:
-        """Whether the loop should end after this step."""
-        return self._loop.why_stop is not None
 
 
 class Watch:
