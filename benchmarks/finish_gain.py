@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from automode.merges.trajectory import TrajectoryAverages
 from automode.planner.acceptance import utility_classification
-from automode.planner.metrics import accuracy_given_up, finishing_metric, noise_at_most
+from automode.planner.metrics import accuracy_given_up, finishing_metric, noise_at_most, too_dear
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -127,7 +127,7 @@ class Rule:
 
     ``metric``: utility, log, or shown. ``best``: None, or how many validations are averaged. ``margin``: least z by which the best state must be
     ahead of the last averages on the first half. ``guard``: what must not be significantly worse where the log score decides.
-    ``agree``: the metric that is not used must agree, over both halves.
+    ``agree``: the metric that is not used must agree, over both halves. ``dear``: earlier states that are :func:`too_dear` are no candidates.
     """
 
     metric: str
@@ -137,6 +137,7 @@ class Rule:
     guard: str | None = "accuracy"
     clean_below: float = 0.15
     agree: bool = False
+    dear: bool = False
 
 
 RULES = {
@@ -154,7 +155,8 @@ RULES = {
     "log, best of 3, guard utility": Rule("log", 3, guard="utility"),
     "shown at .1, best of 3": Rule("shown", 3, clean_below=0.1),
     "shown, best of 3": Rule("shown", 3),
-    "shown, both agree (is)": Rule("shown", 3, agree=True),
+    "shown, both agree (was)": Rule("shown", 3, agree=True),
+    "shown, agree, not too dear (is)": Rule("shown", 3, agree=True, dear=True),
 }
 
 
@@ -184,6 +186,16 @@ def agreed(chosen: Scores, raw: Scores, metric: str, b: Ids) -> bool:
     return z_of(score(chosen, "log", 1e-3) - score(raw, "log", 1e-3)) >= LEAST_Z
 
 
+def dear(of: Floats, state: Scores, last_of: Floats, last: Scores, a: Ids) -> bool:
+    """Whether an earlier state buys too little of the log score with utility, on the first half."""
+    return too_dear(
+        log_score=float(of[a].mean()),
+        utility=float(score(state, "utility", 1e-3)[a].mean()),
+        last_log_score=float(last_of[a].mean()),
+        last_utility=float(score(last, "utility", 1e-3)[a].mean()),
+    )
+
+
 def ends_with(run: Run, rule: Rule, a: Ids, b: Ids) -> tuple[int, str]:
     """Return the validation (-1: the end) and the choice whose weights the run ends with."""
     end, metric = run.val[-1], rule.metric
@@ -199,7 +211,16 @@ def ends_with(run: Run, rule: Rule, a: Ids, b: Ids) -> tuple[int, str]:
         at = int(np.argmax(means))
         if at < len(values) - 1:
             earlier = {(at, name): score(of, metric, rule.floor) for name, of in run.val[at].items()}
-            best = max(earlier, key=lambda key: earlier[key][a].mean())
+            if rule.dear and metric == "log":
+                last = end[picked[1]]
+                earlier = {
+                    key: of
+                    for key, of in earlier.items()
+                    if not dear(of, run.val[at][key[1]], found[picked], last, a)
+                }
+            best = max(earlier, key=lambda key: earlier[key][a].mean(), default=picked)
+            if best == picked:
+                earlier = {best: found[picked]}
             ahead = (earlier[best] - found[picked])[a]
             if ahead.mean() > 0.0 and z_of(ahead) >= rule.margin:
                 found, picked = found | earlier, best

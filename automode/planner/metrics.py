@@ -51,6 +51,9 @@ GIVEN_UP: Final = 0.005
 GIVEN_UP_OF_ERROR: Final = 0.05
 """Accuracy that a better log score may cost: half a point, and a twentieth of the errors where that is less."""
 
+LEAST_GAIN: Final = 0.10
+"""Share of the log score's shortfall that an earlier state must take to be chosen over a last one of higher utility."""
+
 CONFIDENCE: Final = 0.95
 """Of the upper limit on the share of wrong labels."""
 
@@ -147,6 +150,23 @@ def accuracy_given_up(accuracy: float | None) -> float:
         accuracy: Of the control; None: not known, and nothing may be paid.
     """
     return 0.0 if accuracy is None else min(GIVEN_UP, GIVEN_UP_OF_ERROR * (1.0 - accuracy))
+
+
+def too_dear(*, log_score: float, utility: float, last_log_score: float, last_utility: float) -> bool:
+    """Say whether an earlier state of a run buys too little of the log score with utility, against the best of its last states.
+
+    A network grows too sure of itself long before it is wrong more often, so that an earlier state is often the better by the log score
+    and the worse by accuracy. Where it is behind by utility, it has to take :data:`LEAST_GAIN` of what the last state falls short of 1.
+
+    Args:
+        log_score: Mean log score of the earlier state, 0 to 1.
+        utility: Its mean utility.
+        last_log_score: Mean log score of the best last state.
+        last_utility: Its mean utility.
+    """
+    if not utility < last_utility:
+        return False
+    return not 1.0 - log_score <= (1.0 - LEAST_GAIN) * (1.0 - last_log_score)
 
 
 def _at_most(found: int, n: int, share: float) -> float:

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from automode.errors import SessionError
 from automode.planner.cards import PlanCard
 from automode.planner.events import Merge, Merged, Weights
-from automode.planner.metrics import Metric, finishing_metric
+from automode.planner.metrics import Metric, finishing_metric, too_dear
 from automode.trainer.evaluation import Part, PerSampleScores
 from automode.trainer.evidence import EVERYTHING, Evidence
 from automode.trainer.states import States
 
 Candidates = dict[str, tuple[Weights, Mapping[str, Tensor]]]
+
+EARLIER = "best:"
+"""What the names of the best validated state's weights and averages begin with."""
 
 
 class Finisher:
@@ -59,6 +62,7 @@ class Finisher:
         at_most = scores["raw"].noise_at_most if asked == "utility" else None
         metric = finishing_metric(at_most, self._clean_below) if asked == "utility" else asked
         values = {name: _mean(found, metric) for name, found in scores.items()}
+        values = worth_choosing(values, scores, metric)
         chosen = scores[_best_of(values)]
         return self._merged(card, "swa", states, values, why=why, step=step, passes=passes).model_copy(
             update={
@@ -117,7 +121,7 @@ class Finisher:
                 why = f"the best validated state could not be read, and the last ones alone were compared: {error}"
                 continue
             states |= {
-                f"best:{name}": (Weights(checkpoint=checkpoint, choice=name), state)
+                f"{EARLIER}{name}": (Weights(checkpoint=checkpoint, choice=name), state)
                 for name, state in found.items()
             }
         return states, why
@@ -161,6 +165,30 @@ class Finisher:
 
 def _best_of(values: Mapping[str, float]) -> str:
     return max(values, key=lambda name: values[name])  # of equals, the first: the last raw weights
+
+
+def worth_choosing(
+    values: Mapping[str, float], scores: Mapping[str, PerSampleScores], metric: Metric
+) -> dict[str, float]:
+    """Leave out earlier states that buy a little of the log score with utility (:func:`~automode.planner.metrics.too_dear`).
+
+    Args:
+        values: Mean by the metric of each candidate, by name; those of earlier states begin with :data:`EARLIER`.
+        scores: Of each candidate on val-A.
+        metric: What is compared by; nothing is left out where that is the utility.
+    """
+    if metric != "log_score":
+        return dict(values)
+    last = _best_of({name: value for name, value in values.items() if not name.startswith(EARLIER)})
+    utility = {name: _mean(found, "utility") for name, found in scores.items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.startswith(EARLIER)
+        or not too_dear(
+            log_score=value, utility=utility[name], last_log_score=values[last], last_utility=utility[last]
+        )
+    }
 
 
 def _mean(scores: PerSampleScores, metric: Metric) -> float:

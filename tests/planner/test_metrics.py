@@ -15,6 +15,7 @@ from automode.planner.metrics import (
     FLOOR,
     finishing_metric,
     noise_at_most,
+    too_dear,
     upper_limit,
     utility_log_score,
 )
@@ -79,3 +80,21 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
 )
 def test_the_log_score_is_for_labels_that_are_shown_to_be_clean(at_most: float | None, metric: str) -> None:
     assert finishing_metric(at_most, 0.1) == metric
+
+
+@pytest.mark.parametrize(
+    ("log_score", "utility", "refused"),
+    [
+        (0.93, 0.86, False),  # ahead by both
+        (0.93, 0.85, False),  # level by utility
+        (0.926, 0.84, True),  # .006 of a shortfall of .08 is too little for what it costs
+        (0.928 + 1e-9, 0.84, False),  # a tenth of it
+        (0.928 - 1e-6, 0.84, True),
+        (float("-inf"), 0.84, True),
+    ],
+)
+def test_an_earlier_state_may_cost_utility_where_it_takes_much_of_the_log_scores_shortfall(
+    log_score: float, utility: float, refused: bool
+) -> None:
+    given = {"last_log_score": 0.92, "last_utility": 0.85}
+    assert too_dear(log_score=log_score, utility=utility, **given) is refused

@@ -77,14 +77,21 @@ class LabelNoise:
         )
 
 
+def _too_old(last: Scanned, view: View) -> Silence | None:
+    age = view.step - last.step
+    why = None
+    if age > view.planning_budget:
+        why = f"the last scan is {age} steps old, and after {view.planning_budget} it counts no more"
+    elif view.adopted.get("label_noise") and not last.left_out:
+        why = f"the last scan, of step {last.step}, is older than the card that left suspects out: another is needed to find more"
+    return None if why is None else Silence(code="old_scan", why=why)
+
+
 def _unready(last: Scanned, view: View) -> Silence | None:
     policy = view.policy.noise
-    age = view.step - last.step
-    if age > view.planning_budget:
-        return Silence(
-            code="old_scan",
-            why=f"the last scan is {age} steps old, and after {view.planning_budget} it counts no more",
-        )
+    old = _too_old(last, view)
+    if old is not None:
+        return old
     total = view.step + view.remaining
     first = ceil(policy.from_ * total)
     if last.step < first:
