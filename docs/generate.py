@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from automode.cli.main import COMMANDS
-from automode.planner.capability import POLICY_GAPS, TABLE
+from automode.planner.capability import TABLE
 from automode.planner.cards import TRANSITIONS, CardState, PlanCard
 from automode.planner.policy import Policy
 from automode.planner.schema_problems import describe, schema_of
@@ -143,11 +143,11 @@ def policy_page() -> str:
     lines += ["", "## The policy", ""]
     groups = {n: p["$ref"].rpartition("/")[2] for n, p in schema["properties"].items() if "$ref" in p}
     own = {**schema, "properties": {n: p for n, p in schema["properties"].items() if n not in groups}}
-    lines += fields("Policy", own, schema["$defs"], {}, policy_runs(""))
+    lines += fields("Policy", own, schema["$defs"], {}, policy_runs)
     for group, name in groups.items():
         part = schema["$defs"][name]
         lines += ["", f"## {group}", "", sentence(part)]
-        lines += ["", *fields(name, part, schema["$defs"], {}, policy_runs(f"{group}."))]
+        lines += ["", *fields(name, part, schema["$defs"], {}, policy_runs)]
     return "\n".join([*lines, ""])
 
 
@@ -282,16 +282,9 @@ def able(part: str, value: str | None = None) -> str:
     return f"all but {', '.join(f'`{a.value}`' for a in cannot)}: {why}"
 
 
-def policy_runs(prefix: str) -> Runs:
-    """Say whether this version carries a value of the policy out."""
-
-    def runs(name: str, field: str, _part: Schema) -> str:
-        if f"{name}.{field}" in TOLD:
-            return "told"
-        why = POLICY_GAPS.get(f"{prefix}{field}")
-        return "yes" if why is None else f"no: {why}"
-
-    return runs
+def policy_runs(name: str, field: str, _part: Schema) -> str:
+    """Say whether a value of the policy asks for something; this version carries all of them out."""
+    return "told" if f"{name}.{field}" in TOLD else "yes"
 
 
 def sentence(part: Schema) -> str:

@@ -8,9 +8,8 @@ from typing import Literal
 import click
 
 from automode.cli.files import read_text
-from automode.errors import NotExecutableError, PolicyError
+from automode.errors import PolicyError
 from automode.planner import displays
-from automode.planner.capability import policy_refusals
 from automode.planner.card_text import json_schema, policy_from_yaml, policy_to_yaml
 from automode.planner.policy import Policy
 from automode.planner.rules import chosen
@@ -32,8 +31,6 @@ def check(file: str) -> None:
     found = load_policy(file)
     offered = plugins()
     chosen(found, [plugin.rule for plugin in offered])
-    if cannot := policy_refusals(found):
-        raise NotExecutableError(f"{shown(file, 400)}: {'; '.join(cannot)}")
     digest = found.digest_with(plugin.distribution for plugin in offered)
     click.echo(f"{shown(file, 400)} is a valid policy: {shown(found.name)}, digest {digest}")
     changed = differences(Policy(), found)

@@ -6,7 +6,7 @@ Rules propose only what passes here, approval of anything else is refused with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from automode.planner.cards import PlanCard
 from automode.planner.inputs import Run, Task
 from automode.planner.metrics import TASKS
-from automode.planner.policy import Policy
 from automode.planner.recipes import (
     Adjustment,
     GateRecipe,
@@ -116,11 +115,6 @@ TABLE: Final[tuple[Ability, ...]] = (
 """Every part of a card that asks for work. The first entry that matches part and value counts."""
 
 
-POLICY_GAPS: Final[Mapping[str, str]] = {
-    "evidence.holdout_share": "nothing holds training data out yet: pass a validation loader (torch.utils.data.random_split makes one)",
-}
-"""Values of a policy that nothing carries out yet, by dotted name, and what to do instead; their defaults ask for nothing."""
-
 ROUTED: Final[tuple[Task, ...]] = ("classification", "regression")
 """Tasks whose answers a router can mix."""
 
@@ -170,16 +164,6 @@ def relabel_refusals(run: Run) -> list[str]:
     if not run.has_ids:
         return [f"training_recipe.relabel: needs sample ids: {run.why_no_ids or 'this loader gives none'}"]
     return []
-
-
-def policy_refusals(policy: Policy) -> list[str]:
-    """Name every value of a policy that this version cannot carry out; empty for one that it can."""
-    found = []
-    for name, why in POLICY_GAPS.items():
-        group, _, value = name.partition(".")
-        if getattr(getattr(policy, group), value) != getattr(getattr(Policy(), group), value):
-            found.append(f"policy.{name} cannot be carried out in this version: {why}")
-    return found
 
 
 @lru_cache(maxsize=512)  # the same few values are looked up at every look of every rule

@@ -171,7 +171,8 @@ class EvidencePolicy(Part):
     )
     min_samples: int = Field(default=30, ge=2, description="least samples in each held-out half")
     holdout_share: Annotated[float, Field(gt=0.0, lt=0.5)] | None = Field(
-        default=None, description="share of the training data held out when there is no validation loader"
+        default=None,
+        description="share of the training data held out in act mode where there is no validation loader",
     )
 
 

@@ -254,7 +254,8 @@ def batch_size_of(parts: RunParts, unknown: float = 1.0) -> float:
     size = getattr(loader, "batch_size", None)
     if isinstance(size, int):
         n = len(loader.dataset) if steps and hasattr(loader.dataset, "__len__") else 0  # type: ignore[attr-defined]
-        return n / steps if n and steps and not getattr(loader, "drop_last", False) else float(size)
+        mean = n / steps if n and steps and not getattr(loader, "drop_last", False) else float(size)
+        return mean if parts.trunk.held is None else mean * parts.trunk.held.trained
     if isinstance(loader, list | tuple) and loader and isinstance(loader[0], list | tuple):
         return float(np.mean([len(batch[0]) for batch in loader]))
     return unknown

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from automode.trainer.held_back import HeldBack, lost
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.new_labels import NewLabels
+from automode.trainer.rows import rows_of
 from automode.trainer.sample_source import Ids
 from automode.trainer.user_warning import warn_user
 
@@ -29,13 +29,21 @@ class Curation:
         loader: Maps positions in the loader's dataset to sample ids.
         excluded: Ids of the samples to leave out.
         relabelled: Labels that take the place of the data's own.
+        held: Samples that are never trained on; None: none are held out.
 
     Attributes:
         excluded: As given, ascending and each once.
         relabelled: As given.
     """
 
-    def __init__(self, loader: RecordedLoader, excluded: Ids, relabelled: NewLabels | None = None) -> None:
+    def __init__(
+        self,
+        loader: RecordedLoader,
+        excluded: Ids,
+        relabelled: NewLabels | None = None,
+        held: HeldBack | None = None,
+    ) -> None:
+        self._held = held
         self.relabelled = NewLabels.none() if relabelled is None else relabelled
         self.excluded = np.unique(np.asarray(excluded, dtype=np.int64))
         self._loader = loader
@@ -50,19 +58,39 @@ class Curation:
             batch: Tensors, arrays and lists with one row a sample along the first dimension, in containers of any depth;
                 anything else in it stays as it is.
             positions: What :meth:`RecordedLoader.ids_of_batch` gave; None leaves the batch as it is, and warns.
+
+        Raises:
+            DataError: There are no positions any more, and samples are held out.
         """
         ids = None if positions is None else self._loader.root_ids([positions])
         if positions is None or ids is None:
+            if self._held is not None:
+                raise lost(self._loader.reason)
             self._warn()
             return batch, positions
+        if self._held is not None:
+            batch, positions, ids = self._without_held(self._held, batch, positions, ids)
         known = ids < self._out.size
         keep = np.ones(ids.size, dtype=np.bool_)
         keep[known] = ~self._out[ids[known]]
         rows = np.flatnonzero(keep)
         if rows.size == ids.size or rows.size < LEAST_ROWS:
             return self.relabelled.put(batch, ids), positions
-        kept = self.relabelled.put(_rows(batch, rows, ids.size), ids[rows])
+        kept = self.relabelled.put(rows_of(batch, rows, ids.size), ids[rows])
         return kept, [positions[row] for row in rows.tolist()]
+
+    @staticmethod
+    def _without_held(
+        held: HeldBack, batch: Any, positions: Sequence[Any], ids: Ids
+    ) -> tuple[Any, Sequence[Any], Ids]:
+        """Take held-out rows from a batch; where too few would remain, read it anew with others in their places."""
+        free = np.flatnonzero(~np.isin(ids, held.ids))
+        if free.size == ids.size:
+            return batch, positions, ids
+        if free.size >= LEAST_ROWS:
+            return rows_of(batch, free, ids.size), [positions[row] for row in free.tolist()], ids[free]
+        batch, taken = held.replaced(positions, ids)
+        return batch, taken, held.ids_at(taken)
 
     def _warn(self) -> None:
         if self._warned:
@@ -75,23 +103,3 @@ class Curation:
             f"{' and '.join(lost)}: batches have lost their sample ids ({self._loader.reason})",
             RuntimeWarning,
         )
-
-
-def _rows(part: Any, rows: Ids, size: int) -> Any:
-    match part:
-        case Tensor():
-            if part.dim() == 0 or part.shape[0] != size:
-                return part
-            return part.index_select(0, torch.from_numpy(rows).to(part.device))
-        case np.ndarray():
-            return part[rows] if part.ndim and part.shape[0] == size else part
-        case dict():
-            return type(part)((key, _rows(value, rows, size)) for key, value in part.items())
-        case tuple() if hasattr(part, "_fields"):
-            return type(part)(*(_rows(value, rows, size) for value in part))
-        case list() | tuple() if len(part) == size and not any(isinstance(p, Tensor) for p in part):
-            return type(part)(part[row] for row in rows.tolist())
-        case list() | tuple():
-            return type(part)(_rows(value, rows, size) for value in part)
-        case _:
-            return part

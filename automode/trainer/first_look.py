@@ -49,7 +49,8 @@ def look_at(parts: RunParts) -> Held:
     why_no_evidence = "there is no validation loader" if held is None else held.reason
     overlap = Overlap(n=0, share=0.0, how="none")
     readable = held is None or held.readable
-    if held is not None and readable and held.reason is None and hasattr(request.train_loader, "dataset"):
+    apart = request.val_loader is not None and hasattr(request.train_loader, "dataset")
+    if held is not None and readable and held.reason is None and apart:
         overlap = find_overlap(as_read(request.train_loader), as_read(request.val_loader, draw=True))
     if overlap.n:
         warn_user(
@@ -103,7 +104,7 @@ def _one_batch(parts: RunParts, held: HeldOut | None) -> Any:
 
 
 def source_of(parts: RunParts) -> tuple[SampleSource | None, Ids]:
-    """Training samples by id, and every id that training may visit."""
+    """Training samples by id, and every id that training may visit; held-out samples are none of them."""
     none = np.empty(0, dtype=np.int64)
     loader = parts.request.train_loader
     if parts.loader.reason is not None or not hasattr(loader, "dataset"):
@@ -113,6 +114,8 @@ def source_of(parts: RunParts) -> tuple[SampleSource | None, Ids]:
         root, mapped = root_of(dataset)
         ids = np.arange(len(dataset), dtype=np.int64) if mapped is None else np.unique(mapped)
         collate: Callable[[list[Any]], Any] = getattr(loader, "collate_fn", None) or default_collate
+        if parts.trunk.held is not None:
+            ids = np.setdiff1d(ids, parts.trunk.held.ids)
         return SampleSource(root, collate, parts.trunk.device), np.asarray(ids, dtype=np.int64)
     except (AutomodeError, TypeError):
         return None, none

@@ -30,12 +30,13 @@ class FitRequest:
     scheduler: Any = None
     slices: Mapping[str, Any] | None = None
 
-    def check(self, settings: Settings, *, own_step: bool) -> None:
+    def check(self, settings: Settings, *, own_step: bool, holds_out: bool = False) -> None:
         """Refuse what cannot be trained.
 
         Args:
             settings: The Trainer's.
             own_step: The user wrote the training step.
+            holds_out: The policy lets samples of the training data take the place of a validation loader.
 
         Raises:
             UsageError: An argument is of the wrong kind, or one that is needed is missing.
@@ -47,10 +48,10 @@ class FitRequest:
             raise UsageError(
                 f"loss_fn must be callable as loss_fn(outputs, targets), got {_name(self.loss_fn)}"
             )
-        self._check_loaders(settings)
+        self._check_loaders(settings, holds_out=holds_out)
         self._check_parameters()
         self._check_step(settings, own_step=own_step)
-        validates = self.val_loader is not None and settings.val_every_n_epochs > 0
+        validates = (holds_out or self.val_loader is not None) and settings.val_every_n_epochs > 0
         check_schedule(self.scheduler, self.optimizer, settings.scheduler_interval, validates=validates)
         if settings.scheduler_interval == "manual" and self.scheduler is not None and not own_step:
             raise UsageError(
@@ -59,10 +60,10 @@ class FitRequest:
             )
         if self.slices is not None:
             _kind("slices", self.slices, Mapping)
-            if self.slices and self.val_loader is None:
+            if self.slices and self.val_loader is None and not holds_out:
                 raise UsageError("slices are subsets of the validation set; pass val_loader too")
 
-    def _check_loaders(self, settings: Settings) -> None:
+    def _check_loaders(self, settings: Settings, *, holds_out: bool) -> None:
         for name in ("train_loader", "val_loader", "test_loader"):
             loader = getattr(self, name)
             if loader is None and name != "train_loader":
@@ -76,7 +77,7 @@ class FitRequest:
                 "val_loader is an iterator, which can be read only once, and held-out data are read again and again; pass a DataLoader "
                 "or a list of batches"
             )
-        if settings.val_every_n_epochs and self.val_loader is None:
+        if settings.val_every_n_epochs and self.val_loader is None and not holds_out:
             raise UsageError(
                 f"val_every_n_epochs={settings.val_every_n_epochs} needs a val_loader; pass one to fit, or 0 to the Trainer"
             )

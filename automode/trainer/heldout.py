@@ -75,6 +75,7 @@ class HeldOut:
         loader: The user's validation loader.
         device: Where batches go.
         seed: Of the split.
+        positions: Positions in its dataset to read; None: those that the loader reads.
 
     Attributes:
         ids: Sample ids (positions in the root dataset), in the order in which they are read.
@@ -84,7 +85,7 @@ class HeldOut:
 
     readable = True
 
-    def __init__(self, loader: Any, device: torch.device, seed: int) -> None:
+    def __init__(self, loader: Any, device: torch.device, seed: int, *, positions: Ids | None = None) -> None:
         self.reason: str | None = None
         self.ids: Ids = np.empty(0, dtype=np.int64)
         self._device = device
@@ -95,7 +96,7 @@ class HeldOut:
         self._few: npt.NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
         self.reason = _refusal(loader)
         if self.reason is None:
-            self._split(seed)
+            self._split(seed, positions)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave of the loader what reading by id takes, where that is how it is read: a worker needs no more."""
@@ -169,16 +170,16 @@ class HeldOut:
             yield move(batch, self._device), np.arange(seen, seen + n, dtype=np.int64)
             seen += n
 
-    def _split(self, seed: int) -> None:
+    def _split(self, seed: int, given: Ids | None) -> None:
         dataset: Any = self._loader.dataset
         _, mapped = root_of(dataset)
-        read = positions_read(self._loader, draw=True)
+        read = positions_read(self._loader, draw=True) if given is None else given
         positions = np.arange(len(dataset), dtype=np.int64) if read is None else read
         ids = positions if mapped is None else np.asarray(mapped, dtype=np.int64)[positions]
         order = np.argsort(ids, kind="stable")
         self._positions, self.ids = positions[order], ids[order]
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0xA]))
-        self._in_a = halves(_strata(dataset, self._positions), rng)
+        self._in_a = halves(strata_of(dataset, self._positions), rng)
         self._few = np.zeros_like(self._in_a)
         self._few[rng.permutation(np.flatnonzero(self._in_a))[:CHOOSING]] = True
 
@@ -197,7 +198,7 @@ def _refusal(loader: Any) -> str | None:
     return "the validation set is empty" if n == 0 else None
 
 
-def _strata(dataset: Any, positions: Ids) -> npt.NDArray[np.int64]:
+def strata_of(dataset: Any, positions: Ids) -> npt.NDArray[np.int64]:
     """Class of each sample where the samples are (input, class) pairs, else all one stratum."""
     one = np.zeros(positions.size, dtype=np.int64)
     try:

@@ -21,6 +21,7 @@ from automode.trainer.data_cursor import DataCursor
 from automode.trainer.evaluation import Evaluator, Ids
 from automode.trainer.fit_request import FitRequest, length_of
 from automode.trainer.heldout import HeldOut
+from automode.trainer.holding_out import hold_out
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.per_sample import per_sample_twin
 from automode.trainer.plan import Plan
@@ -52,7 +53,7 @@ class RunParts:
         loader: The training batches, with their sample ids.
         cursor: The place in them.
         probe: Collects what a step shows; its ledger holds per-sample losses, except in mode ``off``.
-        held_out: The validation set, in two halves; None where no validation loader was given.
+        held_out: The validation set, or what is held out of the training data, in two halves; None where there is neither.
         evaluator: Scores networks on it; None likewise.
         slices: Sample ids of each slice of it.
         validation: Evaluates on the whole of it, or None.
@@ -116,7 +117,8 @@ def prepare(
         DataError: The training loader is empty.
         SessionError: The session's folder cannot be made.
     """
-    request.check(settings, own_step=own_step is not None)
+    holds = policy.evidence.holdout_share is not None and settings.mode == "act"
+    request.check(settings, own_step=own_step is not None, holds_out=holds)
     device = device_of(settings.device, list(request.model.parameters()))
     if settings.precision == "fp16" and device.type != "cuda":
         raise UsageError(
@@ -137,7 +139,7 @@ def prepare(
     with forked_rng():
         probe = _probe(trunk, loader, watched=mode != "off")
         trunk.relabelling = probe.mute
-        held_out = None if request.val_loader is None else HeldOut(request.val_loader, device, seed)
+        held_out = _held_out(request, policy, mode, trunk, loader, seed)
         test_set = None if request.test_loader is None else HeldOut(request.test_loader, device, seed)
         slices = _check_held_out(settings, request, held_out, test_set)
     evaluator = None if held_out is None else _evaluator(trunk, held_out)
@@ -164,6 +166,20 @@ def prepare(
         if session is not None
         else new_session_folder(settings.session_dir, settings.project, settings.run_name),
     )
+
+
+def _held_out(
+    request: FitRequest, policy: Policy, mode: Mode, trunk: Trunk, loader: RecordedLoader, seed: int
+) -> HeldOut | None:
+    """Split the validation set, or what the policy lets be held out of the training data."""
+    if request.val_loader is not None:
+        return HeldOut(request.val_loader, trunk.device, seed)
+    found = hold_out(policy.evidence, mode, loader, trunk.device, seed)
+    if found is None:
+        return None
+    held_out, back = found
+    trunk.hold_out(back)
+    return held_out
 
 
 def _plan(settings: Settings, request: FitRequest) -> Plan:

@@ -14,8 +14,7 @@ import torch
 
 from automode.backends.away import check_options
 from automode.backends.choose import BackendName
-from automode.errors import NotExecutableError, PolicyError, UsageError
-from automode.planner.capability import policy_refusals
+from automode.errors import PolicyError, UsageError
 from automode.planner.card_text import policy_from_yaml
 from automode.planner.events import Mode
 from automode.planner.policy import Policy
@@ -157,12 +156,8 @@ def policy_of(given: Policy | str | os.PathLike[str] | None) -> Policy:
     Raises:
         UsageError: There is no such preset or file.
         PolicyError: The file is no policy.
-        NotExecutableError: The policy asks for what this version cannot carry out.
     """
-    policy = given if isinstance(given, Policy) else _read_policy(given)
-    if cannot := policy_refusals(policy):
-        raise NotExecutableError("; ".join(cannot))
-    return policy
+    return given if isinstance(given, Policy) else _read_policy(given)
 
 
 def _read_policy(given: str | os.PathLike[str] | None) -> Policy:

@@ -196,7 +196,8 @@ class Trainer(Controls):
             optimizer: Of the model's parameters; one that needs a closure (LBFGS) gets it.
             loss_fn: ``loss_fn(outputs, targets)`` to a scalar.
             train_loader: Batches ``(inputs, targets)``; others need :meth:`training_step`.
-            val_loader: Held-out batches; without them nothing can be proven, so act mode runs no forks.
+            val_loader: Held-out batches; without them nothing can be proven, so act mode runs no forks, unless the policy names a share of
+                the training data to hold out (``evidence.holdout_share``).
             test_loader: Batches that nothing is decided on.
             scheduler: A learning-rate scheduler of the optimizer. ``ReduceLROnPlateau`` gets the validation loss.
             slices: Named subsets of the validation set, tracked at every validation: a function of

@@ -20,6 +20,7 @@ from automode.errors import NotExecutableError
 from automode.merges.batches import map_tensors
 from automode.merges.trajectory import DEFAULT_EVERY, TrajectoryAverages
 from automode.trainer.curation import Curation
+from automode.trainer.held_back import HeldBack
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.new_labels import NewLabels
 from automode.trainer.sample_source import Ids
@@ -52,6 +53,7 @@ class Trunk:
         averages: EMA and tail averages outside the model (act mode), or None.
         loader: The training batches; None where samples have no ids to be left out by.
         curation: Takes samples from batches that an adopted card left out, and gives others new labels; None while there are none.
+        held: Training samples that are held out of every batch, or None.
         relabelling: Hears of the ids whose labels are replaced, before another batch is trained on; None: nobody wants to.
         step: Optimizer steps taken.
         first: The run's first weights, on the host, while a card may restart from them, or None.
@@ -70,6 +72,7 @@ class Trunk:
     averages: TrajectoryAverages | None = None
     loader: RecordedLoader | None = None
     curation: Curation | None = None
+    held: HeldBack | None = None
     relabelling: Callable[[Ids], None] | None = None
     step: int = 0
     first: dict[str, Tensor] | None = None
@@ -150,9 +153,17 @@ class Trunk:
                     + ("" if self.loader is None else f" ({self.loader.reason})")
                 )
             out = np.union1d(self.excluded, excluded)
-            self.curation = Curation(self.loader, out, labels.over(self.relabelled).without(out))
+            self.curation = Curation(self.loader, out, labels.over(self.relabelled).without(out), self.held)
+        elif self.held is not None and self.curation is None:
+            self.hold_out(self.held)
         if self.relabelling is not None:
             self.relabelling(self.relabelled.ids)
+
+    def hold_out(self, held: HeldBack) -> None:
+        """Train without some samples from here on, whatever cards leave out beside them."""
+        assert self.loader is not None
+        self.held = held
+        self.curation = Curation(self.loader, np.empty(0, dtype=np.int64), held=held)
 
     def curated(self, batch: Any, positions: Sequence[Any] | None) -> tuple[Any, Sequence[Any] | None]:
         """Return a batch, and its samples' positions, without what training leaves out and with the labels it trains with."""

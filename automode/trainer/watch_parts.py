@@ -79,6 +79,11 @@ class WatchRequest:
         """
         self._check_kinds()
         settings, policy = self._settings(), policy_of(self.policy)
+        if policy.evidence.holdout_share is not None and self.val is None:
+            raise NotExecutableError(
+                "policy.evidence.holdout_share holds samples out of the batches of our own loop, and this loop is yours: hold them out there, and "
+                "pass them as val"
+            )
         request = FitRequest(
             model=self.model,
             optimizer=self.optimizer,

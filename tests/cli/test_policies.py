@@ -44,12 +44,6 @@ def test_a_reason_that_no_rule_gives_is_refused(cli: Any, file: Path) -> None:
     assert "no rule gives manual" in cli("policy", "check", file, code=1).output
 
 
-def test_a_value_that_nothing_carries_out_is_refused(cli: Any, file: Path) -> None:
-    file.write_text("evidence: {holdout_share: 0.2}\n", encoding="utf-8")
-    out = cli("policy", "check", file, code=1).output
-    assert out.startswith(f"Error: {file}: policy.evidence.holdout_share cannot be carried out")
-
-
 def test_a_missing_file_is_refused_with_the_preset_that_may_be_meant(cli: Any) -> None:
     out = cli("policy", "check", "conservativ", code=1).output
     assert out == "Error: there is no file conservativ; did you mean conservative?\n"

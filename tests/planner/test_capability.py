@@ -7,10 +7,9 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from automode.planner.capability import POLICY_GAPS, TABLE, policy_refusals, refusals
+from automode.planner.capability import TABLE, refusals
 from automode.planner.cards import PlanCard
 from automode.planner.inputs import Run
-from automode.planner.policy import Policy
 from automode.planner.recipes import (
     Acceptance,
     GateRecipe,
@@ -331,14 +330,6 @@ def test_a_card_may_be_judged_by_any_metric_that_the_task_has() -> None:
             found = refusals(asked, run_of(task=task))
             assert len(found) == (metric not in takes)
             assert all(f"acceptance.metric: {metric} is of" in why and task in why for why in found)
-
-
-def test_what_a_policy_asks_for_and_nothing_carries_out_is_refused() -> None:
-    assert policy_refusals(Policy()) == []
-    found = policy_refusals(Policy.model_validate({"evidence": {"holdout_share": 0.2}}))
-    assert len(found) == len(POLICY_GAPS) == 1
-    assert "policy.evidence.holdout_share" in found[0]
-    assert "validation loader" in found[0]
 
 
 def search(**parameters: Any) -> Proposal:

@@ -24,10 +24,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"policy": 3}, "policy must be a Policy, the name of a preset or the path"),
     ({"policy": "no/such/policy.yaml"}, "cannot be read"),
     ({"policy": "defualt"}, "did you mean 'default'"),
-    (
-        {"policy": Policy.model_validate({"evidence": {"holdout_share": 0.2}})},
-        "policy.evidence.holdout_share cannot be carried out",
-    ),
     ({"session_dir": 3}, "session_dir must be a path"),
     ({"val_every_n_epochs": -1}, "val_every_n_epochs must be a whole number at least 0"),
     ({"do_test_after": "yes"}, "do_test_after must be True or False, got 'yes'"),
