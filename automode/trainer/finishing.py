@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from automode.errors import SessionError
 from automode.planner.cards import PlanCard
 from automode.planner.events import Merge, Merged, Weights
-from automode.planner.metrics import Metric, finishing_metric, too_dear
+from automode.planner.metrics import GIVEN_UP, Metric, finishing_metric, too_dear
 from automode.trainer.evaluation import Part, PerSampleScores
 from automode.trainer.evidence import EVERYTHING, Evidence
 from automode.trainer.states import States
@@ -61,7 +61,7 @@ class Finisher:
         asked = card.acceptance.metric
         at_most = scores["raw"].noise_at_most if asked == "utility" else None
         metric = finishing_metric(at_most, self._clean_below) if asked == "utility" else asked
-        values = {name: _mean(found, metric) for name, found in scores.items()}
+        values = {name: _mean(found, metric) for name, found in as_often_right(scores, metric).items()}
         values = worth_choosing(values, scores, metric)
         chosen = scores[_best_of(values)]
         return self._merged(card, "swa", states, values, why=why, step=step, passes=passes).model_copy(
@@ -161,6 +161,22 @@ class Finisher:
             step=step,
             passes=passes,
         )
+
+
+def as_often_right(scores: Mapping[str, PerSampleScores], metric: Metric) -> dict[str, PerSampleScores]:
+    """Leave out what the log score would choose in vain: whoever is right less often, by more than chance explains, will not be adopted.
+
+    Val-A is half of what the verdict goes by, so that twice as much is let pass.
+    """
+    if metric != "log_score":
+        return dict(scores)
+    least = _accuracy(scores["raw"]) - 2.0 * GIVEN_UP - 1e-9
+    return {name: found for name, found in scores.items() if _accuracy(found) >= least}
+
+
+def _accuracy(scores: PerSampleScores) -> float:
+    assert scores.correct is not None  # a log score is of classes
+    return float(np.mean(scores.correct))
 
 
 def _best_of(values: Mapping[str, float]) -> str:
