@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from automode.merges.trajectory import TrajectoryAverages
 from automode.planner.acceptance import utility_classification
-from automode.planner.metrics import accuracy_given_up, finishing_metric, noise_at_most, too_dear
+from automode.planner.metrics import GIVEN_UP, finishing_metric, noise_at_most, too_dear
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -180,9 +180,7 @@ def agreed(chosen: Scores, raw: Scores, metric: str, b: Ids) -> bool:
         return True
     if metric == "log":
         held = chosen.right - raw.right
-        return (
-            float(held.mean()) >= -accuracy_given_up(float(raw.right[b].mean())) and z_of(held) >= WORST_GUARD
-        )
+        return float(held.mean()) >= -GIVEN_UP - 1e-9 and z_of(held) >= WORST_GUARD
     return z_of(score(chosen, "log", 1e-3) - score(raw, "log", 1e-3)) >= LEAST_Z
 
 

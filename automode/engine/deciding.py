@@ -24,7 +24,7 @@ from automode.planner.events import (
     VerdictGiven,
     Weights,
 )
-from automode.planner.metrics import NAMES, Metric, accuracy_given_up, other_of
+from automode.planner.metrics import GIVEN_UP, NAMES, Metric, other_of
 from automode.planner.paired import PairedSummary
 
 SLICE_Z = 1.64
@@ -189,8 +189,7 @@ def _guard(execution: Execution, body: Evaluated, least_z: float) -> Guard | Non
     both = _summary(execution.merged.guard).joined(on_b)
     if body.metric == "utility":
         return Guard(differences=both, name=name, least_z=least_z)
-    paid = accuracy_given_up(body.control_metrics.get("accuracy"))
-    return Guard(differences=both, name=name, least_mean=-paid)
+    return Guard(differences=both, name=name, least_mean=-GIVEN_UP)
 
 
 def _verdict(execution: Execution, asked: Metric, body: Evaluated, evidence: Evidence) -> VerdictGiven:

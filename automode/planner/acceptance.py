@@ -40,6 +40,7 @@ __all__ = [
 Verdict: TypeAlias = Literal["accepted", "rejected", "inconclusive"]
 
 REJECT_Z = 1.64
+ROUNDING = 1e-9
 CORRECT_WEIGHT = 0.8
 
 
@@ -257,7 +258,7 @@ def judge_summary(
 def _guarded(guard: Guard) -> SliceEvidence:
     found = _judge_slice(guard.differences, -guard.least_z)
     return SliceEvidence(
-        z=found.z, mean=found.mean, n=found.n, worse=found.worse or found.mean < guard.least_mean
+        z=found.z, mean=found.mean, n=found.n, worse=found.worse or found.mean < guard.least_mean - ROUNDING
     )
 
 

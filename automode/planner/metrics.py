@@ -48,8 +48,7 @@ FLOOR: Final = 0.001
 """Probability below which a log score falls no further."""
 
 GIVEN_UP: Final = 0.005
-GIVEN_UP_OF_ERROR: Final = 0.05
-"""Accuracy that a better log score may cost: half a point, and a twentieth of the errors where that is less."""
+"""Accuracy that a better log score may cost: half a point."""
 
 LEAST_GAIN: Final = 0.10
 """Share of the log score's shortfall that an earlier state must take to be chosen over a last one of higher utility."""
@@ -141,15 +140,6 @@ def finishing_metric(at_most: float | None, clean_below: float) -> Metric:
 def other_of(metric: Metric) -> str:
     """Name the metric that must agree where states of one run are compared by this one."""
     return "log score" if metric == "utility" else "accuracy"
-
-
-def accuracy_given_up(accuracy: float | None) -> float:
-    """How much of its accuracy a run may pay for a better log score, as a share of the samples.
-
-    Args:
-        accuracy: Of the control; None: not known, and nothing may be paid.
-    """
-    return 0.0 if accuracy is None else min(GIVEN_UP, GIVEN_UP_OF_ERROR * (1.0 - accuracy))
 
 
 def too_dear(*, log_score: float, utility: float, last_log_score: float, last_utility: float) -> bool:

@@ -113,7 +113,6 @@ class World:
     trunk_choice: str = "tail"
     evidence: Group = field(default_factory=lambda: Group(n=200, mean=0.05, variance=0.01, effective_n=200.0))
     guard: Group | None = None
-    control_metrics: dict[str, float] = field(default_factory=dict)
     merged: dict[str, Any] = field(default_factory=dict)
     gate_value: float = 0.4
     clusters: Clustered | None = None
@@ -271,7 +270,6 @@ class World:
                     overall=self.evidence,
                     metric=body.metric,
                     guard=self.guard,
-                    control_metrics=self.control_metrics,
                     passes=400,
                 )
             case Adopt():
