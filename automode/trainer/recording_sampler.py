@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import struct
 import zlib
 from array import array
 from collections import deque
@@ -107,10 +108,11 @@ class RecordedIterator:
 
     Attributes:
         batches: The loader's own iterator. Whoever reads it calls :meth:`noted` after each batch.
-        of_integers: Whether index lists come as lists of integers for certain.
+        packs: Whether lists of integers are noted as arrays, for whoever keeps many: a list keeps as many integers alive, and the
+            garbage collector looks through it.
     """
 
-    __slots__ = ("_draw", "_owner", "batches", "of_integers")
+    __slots__ = ("_count", "_draw", "_listed", "_owner", "_pack", "_room", "batches", "packs")
 
     def __init__(
         self, owner: RecordedLoader, batches: Iterator[Any], recorder: RecordingBatchSampler
@@ -118,7 +120,9 @@ class RecordedIterator:
         self._owner = owner
         self._draw = recorder.draw
         self.batches = batches
-        self.of_integers = recorder.shares and isinstance(recorder.draw, functools.partial)
+        self._listed = recorder.shares and isinstance(recorder.draw, functools.partial)
+        self.packs = False
+        self._make_room(0)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -140,12 +144,22 @@ class RecordedIterator:
     def noted(self) -> Sequence[Any] | None:
         """Take note of the batch that has just been read; returns its positions."""
         owner, positions = self._owner, self._draw()
+        if self.packs and self._listed and positions is not None:
+            if len(positions) != self._count:
+                self._make_room(len(positions))
+            self._pack(self._room, 0, *positions)
+            positions = array("q", self._room)
         owner.read.append(positions)
         owner.current = positions
         if positions is None or owner.reason is not None:
             owner.without_ids(positions)
             return None
         return positions
+
+    def _make_room(self, count: int) -> None:
+        """Prepare to pack so many integers: that takes half the time that an array takes to read them off a list."""
+        packer = struct.Struct(f"{count}q")
+        self._count, self._pack, self._room = count, packer.pack_into, bytearray(packer.size)
 
 
 def draws_new_lists(loader: Any) -> bool:
