@@ -1,6 +1,6 @@
 """What watching costs: a training step under ``automode="observe"`` against the same step of a bare PyTorch loop.
 
-    python benchmarks/loop_overhead.py [--quick] [--processes 10] [--case small] [--loop observe]
+    python benchmarks/loop_overhead.py [--quick] [--processes 10] [--case small] [--loop observe] [--stages]
 
 Every process trains the same network twice at once, bare and watched, in turns of four steps (small) or one step (wide), each
 first in every other turn, so that a busy moment of the machine hits both. The measure is the process's CPU time, summed
@@ -18,12 +18,15 @@ bare loop inside ``with watch.step()`` and ``s.loss(loss)``; ``watch, samples`` 
 
 Of torch's own Adam and AdamW automode makes the same step in fewer calls (decision 42), which a loop by hand does not. That is a
 gain, and no smaller cost of watching; ``torch's step`` names rows without it, in which the optimizer is a subclass on both sides.
+
+``--stages`` says what each layer costs: it begins with a loop that records nothing and adds one layer a row, all with torch's step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -89,6 +92,17 @@ LOOPS = (
     "watch, samples",
 )
 
+STAGES = {
+    "off, no norms, no rows": "the loop itself",
+    "off, no rows": "gradient norms",
+    "off": "rows, in the session's file",
+    "observe, no fold": "per-sample losses and the ledger",
+    "observe, no scans": "signals and rules",
+    "observe": "scans and diagnostics",
+}
+"""What each row of ``--stages`` has more than the one before it."""
+PLAIN = ", torch's step"
+
 
 class NamedAdam(torch.optim.Adam):
     """Torch's Adam under another name, so that its own step is called."""
@@ -96,7 +110,7 @@ class NamedAdam(torch.optim.Adam):
 
 def training(case: Case, name: str) -> dict[str, Any]:
     """Make what a user's script makes."""
-    adam = NamedAdam if name.endswith("torch's step") else torch.optim.Adam
+    adam = NamedAdam if name.endswith(PLAIN) else torch.optim.Adam
     layers: list[nn.Module] = []
     for inputs, outputs in zip(case.widths, case.widths[1:], strict=False):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -138,6 +152,7 @@ def watched_steps(case: Case, name: str, folder: str) -> tuple[Iterator[int], Ca
     parts = prepare(settings, policy, FitRequest(**made), None)
     driver = open_driver(parts)
     loop = begin(parts, driver)
+    without(loop, driver, name)
 
     def end() -> None:
         loop.flush()
@@ -145,6 +160,16 @@ def watched_steps(case: Case, name: str, folder: str) -> tuple[Iterator[int], Ca
         loop.close()
 
     return loop.steps(), end
+
+
+def without(loop: Any, driver: Any, name: str) -> None:
+    """Take out the layers that a stage is without."""
+    if "no norms" in name:
+        loop.probe.take = lambda row: math.nan
+    if "no rows" in name:
+        driver.block = lambda block: None
+    if "no fold" in name:
+        driver.state.mode = "off"  # the fold counts rows, and looks at none
 
 
 def hand_watched_steps(case: Case, name: str, folder: str) -> tuple[Iterator[int], Callable[[], None]]:
@@ -183,7 +208,7 @@ def measure(case: Case, name: str, turns: int) -> tuple[float, float]:
     torch.set_num_threads(1)
     bare, end = bare_steps(case, name), None
     with tempfile.TemporaryDirectory() as folder:
-        if name == "bare again":
+        if name.startswith("bare again"):
             other = bare_steps(case, name)
         elif name.startswith("watch"):
             other, end = hand_watched_steps(case, name, folder)
@@ -253,12 +278,29 @@ def report(name: str, found: dict[str, list[tuple[float, float]]]) -> None:
         )
 
 
+def report_stages(name: str, found: dict[str, list[tuple[float, float]]]) -> None:
+    case = CASES[name]
+    network, processes = "-".join(map(str, case.widths)), len(next(iter(found.values())))
+    bare = median(bare for runs in found.values() for bare, _ in runs)
+    print(f"\nMLP {network}: what each layer costs; bare step {bare:.1f} us, {processes} processes a row")
+    print(f"{'layer':<33}{'us more than bare':>24}{'us more than the row before':>30}")
+    before = 0.0
+    for loop, runs in found.items():
+        more = [other - bare for bare, other in runs]
+        added = median(more) - before
+        own = loop.removesuffix(PLAIN) in STAGES
+        label = STAGES[loop.removesuffix(PLAIN)] if own else "the bare loop again"
+        print(f"{label:<33}{spread(more, 1):>24}{f'{added:.1f}' if own else '':>30}", flush=True)
+        before = median(more) if own else 0.0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--processes", type=int, default=10, help="fresh processes a row")
     parser.add_argument("--case", choices=CASES, help="only this network")
-    parser.add_argument("--loop", choices=LOOPS, help="only this loop")
+    parser.add_argument("--loop", help=f"only this loop: {'; '.join(LOOPS)}")
     parser.add_argument("--quick", action="store_true", help="three processes and a third of the turns")
+    parser.add_argument("--stages", action="store_true", help="what each layer costs, one after the other")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -266,11 +308,16 @@ def main() -> int:
         print(json.dumps(measure(CASES[given.case], given.loop, given.turns)))
         return 0
     processes = 3 if given.quick else given.processes
+    if given.loop is not None and given.loop not in LOOPS:
+        parser.error(f"there is no loop {given.loop!r}; the loops are {'; '.join(LOOPS)}")
     loops = list(LOOPS) if given.loop is None else [given.loop]
+    if given.stages:
+        loops = [f"{loop}{PLAIN}" for loop in ("bare again", *STAGES)]
     for name, case in CASES.items():
         if given.case in (None, name):
             turns = case.turns // 3 if given.quick else case.turns
-            report(name, in_fresh_processes(name, loops, turns, processes))
+            found = in_fresh_processes(name, loops, turns, processes)
+            (report_stages if given.stages else report)(name, found)
     print(f"\n{Path(__file__).name}: torch {torch.__version__}, one thread, {os.cpu_count()} cores")
     return 0
 

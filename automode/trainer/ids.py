@@ -12,6 +12,7 @@ and the random numbers drawn are those of the plain loader. Where ids cannot be 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from array import array
@@ -30,7 +31,7 @@ from automode.trainer.recording_sampler import (
     checksum_of,
     draws_new_lists,
 )
-from automode.trainer.tensor_loader import TensorLoader
+from automode.trainer.tensor_loader import TensorLoader, TensorPass
 
 IdArray = npt.NDArray[np.int64]
 
@@ -169,7 +170,7 @@ class RecordedLoader:
     @property
     def draws_from_torch(self) -> bool:
         """Whether a pass is made, and its index lists are drawn, by torch's own code and from its generators alone."""
-        return self._clone is not None and draws_new_lists(self.loader)
+        return self._tensors is not None or (self._clone is not None and draws_new_lists(self.loader))
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches()
@@ -183,9 +184,9 @@ class RecordedLoader:
         """
         self.read, self._digest = [], 0
         if self._tensors is not None:
-            epoch = self._tensors.epoch(skip)
-            self.read = [positions for positions, _ in itertools.islice(epoch, skip)]
-            return self._noted(epoch)
+            begun = TensorPass(self._tensors, skip)
+            self.read = [begun.drawn.popleft() for _ in itertools.islice(begun.batches, skip)]
+            return RecordedIterator(self, begun.batches, begun.drawn.popleft)
         if self._clone is None or self._recorder is None:
             return iter(self.loader)
         # Attributes that the user set since the last epoch count, as they would on the plain loader. The guard in
@@ -200,7 +201,9 @@ class RecordedLoader:
         if skip:
             assert self._recorder.latest is not None
             self.read = self._recorder.latest.skipped()
-        return RecordedIterator(self, batches, self._recorder)
+        draw = self._recorder.draw
+        shared = self._recorder.shares and isinstance(draw, functools.partial)
+        return RecordedIterator(self, batches, draw, of_integers=shared)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]  # a loader without a length raises its own TypeError
@@ -254,21 +257,9 @@ class RecordedLoader:
                 ids = np.where(ids < 0, ids + self._source_length, ids)
         return ids if self._map is None else self._map[ids]
 
-    def _noted(self, epoch: Iterator[tuple[Sequence[int], Any]]) -> Iterator[Any]:
-        for positions, batch in epoch:
-            self._yielded(positions)
-            yield batch
-
     def _refuse(self, reason: str) -> None:
         self.reason = reason
         self.current = None
-
-    def _yielded(self, positions: Sequence[Any] | None) -> None:
-        self.read.append(positions)
-        self.order_up()
-        self.current = positions
-        if positions is None or self.reason is not None:
-            self.without_ids(positions)
 
     def without_ids(self, positions: Sequence[Any] | None) -> None:
         """Know that the batch just read has no ids, or is not to have any; None: the first such."""

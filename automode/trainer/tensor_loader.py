@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -85,7 +86,7 @@ class TensorLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Any:
-        return (batch for _, batch in self.epoch())
+        return TensorPass(self).batches
 
     def epoch(self, skip: int = 0) -> Iterator[tuple[array[int], Batch | None]]:
         """Begin an epoch.
@@ -96,18 +97,41 @@ class TensorLoader(DataLoader[Any]):
         Yields:
             Positions in the dataset, and the batch; None in place of one that is skipped.
         """
-        # A DataLoader draws a seed for workers when it is asked for an iterator, also where it has none.
-        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        return self._batches(skip)
+        begun = TensorPass(self, skip)
+        return ((begun.drawn.popleft(), batch) for batch in begun.batches)
 
-    def _batches(self, skip: int) -> Iterator[tuple[array[int], Batch | None]]:
-        n, size = len(self.dataset), self.batch_size  # type: ignore[arg-type]  # checked when it was made
+
+class TensorPass:
+    """One pass over a loader's tensors.
+
+    No Python function runs between two batches of a piece: on a small model each would cost as much as a good part of the step.
+
+    Args:
+        loader: Whose tensors they are.
+        skip: Batches at the beginning whose rows are not read.
+
+    Attributes:
+        batches: The batches; None in place of one that is skipped.
+        drawn: Positions in the dataset of each batch that has been given or gathered, in order; whoever wants them takes them.
+    """
+
+    def __init__(self, loader: TensorLoader, skip: int = 0) -> None:
+        self._loader = loader
+        self.drawn: deque[array[int]] = deque()
+        # A DataLoader draws a seed for workers when it is asked for an iterator, also where it has none.
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        self.batches: Iterator[Batch | None] = itertools.chain.from_iterable(self._pieces(skip))
+
+    def _pieces(self, skip: int) -> Iterator[Iterable[Batch | None]]:
+        """Draw the order, and gather many batches at a time."""
+        loader = self._loader
+        n, size = len(loader.dataset), loader.batch_size  # type: ignore[arg-type]  # checked when it was made
         assert size is not None
         last_draw = False
         order: Tensor | None = None
         generator: torch.Generator | None = None
-        if isinstance(self.sampler, RandomSampler):
-            generator = self.generator
+        if isinstance(loader.sampler, RandomSampler):
+            generator = loader.generator
             if generator is None:
                 generator = torch.Generator()
                 generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
@@ -117,33 +141,48 @@ class TensorLoader(DataLoader[Any]):
                 )
             order = torch.randperm(n, generator=generator)
         positions = array("q", (torch.arange(n) if order is None else order).numpy().tobytes())
-        end = n - n % size if self.drop_last else n
-        skipped = [(start, None) for start in range(0, min(skip * size, end), size)]
-        for start, batch in itertools.chain(skipped, self._gathered(order, skip * size, end)):
-            if last_draw and end - start < size:
+        whole = n - n % size
+        end = whole if loader.drop_last else n
+        passed = min(skip * size, end)
+        if passed:
+            if last_draw and passed > whole:
                 torch.randperm(n, generator=generator)
                 last_draw = False
-            yield positions[start : min(start + size, end)], batch
-        if last_draw:
-            torch.randperm(n, generator=generator)
-
-    def _gathered(self, order: Tensor | None, start: int, end: int) -> Iterator[tuple[int, Batch]]:
-        """Gather many batches at once; gives each with its first row."""
-        tensors, rows = _tensors_of(self.dataset)
-        size = self.batch_size
-        assert size is not None
-        row_bytes = sum(t[:1].numel() * t.element_size() for t in tensors)
-        chunk = max(1, CHUNK_BYTES // max(1, row_bytes * size)) * size
-        for first in range(start, end, chunk):
-            stop = min(first + chunk, end)
+            yield itertools.repeat(None, self._draw(positions, 0, passed))
+        tensors, rows = _tensors_of(loader.dataset)
+        for first, stop in _spans(tensors, passed, whole, end, size):
+            if last_draw and stop > whole:
+                torch.randperm(n, generator=generator)
+                last_draw = False
             index = torch.arange(first, stop) if order is None else order[first:stop]
             if rows is not None:
                 index = rows[index]
             gathered = [t.index_select(0, index.to(t.device)) for t in tensors]
+            self._draw(positions, first, stop)
             # Not views of one another: a batch that is written to must not count as a change of its neighbours.
-            columns = [torch.unsafe_split(part, size) for part in gathered]
-            for row, batch in zip(range(first, stop, size), zip(*columns, strict=True), strict=True):
-                yield row, list(batch)
+            yield map(list, zip(*(torch.unsafe_split(part, size) for part in gathered), strict=True))
+        if last_draw:
+            torch.randperm(n, generator=generator)
+
+    def _draw(self, positions: array[int], first: int, stop: int) -> int:
+        """Note the batches of a piece; returns how many they are."""
+        size = self._loader.batch_size
+        assert size is not None
+        starts = range(first, stop, size)
+        self.drawn.extend([positions[start : min(start + size, stop)] for start in starts])
+        return len(starts)
+
+
+def _spans(
+    tensors: tuple[Tensor, ...], first: int, whole: int, end: int, size: int
+) -> Iterator[tuple[int, int]]:
+    """What is gathered in one call each: as many full batches as may be, and the last one by itself where it is not full."""
+    row_bytes = sum(t[:1].numel() * t.element_size() for t in tensors)
+    chunk = max(1, CHUNK_BYTES // max(1, row_bytes * size)) * size
+    for start in range(first, whole, chunk):
+        yield start, min(start + chunk, whole)
+    if max(first, whole) < end:
+        yield whole, end
 
 
 def _dataset_of(data: tuple[Any, ...]) -> Any:
