@@ -27,15 +27,15 @@ def take_rows(state: State, rows: Rows, out: Emission) -> None:
     if rows.first != state.rows:
         raise ReplayDifferenceError(f"row {rows.first} came where {state.rows} was due")
     names = list(rows.names)
+    first = state.rows
+    if not state.started or state.mode == "off":
+        state.rows += len(rows.values)
+        state.step = int(rows.values[-1, names.index("step")]) if len(rows.values) else state.step
+        return
     columns = [rows.values[:, names.index(name)] for name in COLUMNS]
     steps: list[int] = columns[0].astype(np.int64).tolist()
     times, losses, norms, rates = (column.tolist() for column in columns[1:5])
     applied = (columns[5] != 0.0).tolist()
-    first = state.rows
-    if not state.started or state.mode == "off":
-        state.rows += len(steps)
-        state.step = steps[-1] if steps else state.step
-        return
     observe, level = state.suite.observe, state.guards.level
     recent = level.recent.append
     if state.first_time is None and times:

@@ -61,7 +61,8 @@ class Variant(Part):
         default=None, description="decay of the weight average that the variant offers as its candidate"
     )
     precision: Literal["keep", "fp32", "bf16"] = Field(
-        default="keep", description="arithmetic of the forward pass"
+        default="keep",
+        description="arithmetic of the forward pass; fp16 would need gradient scaling, which no trial has",
     )
     loss_weight: Positive = Field(
         default=1.0, le=100.0, description="weight of selected samples against the others"

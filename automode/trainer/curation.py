@@ -84,7 +84,7 @@ class Curation:
         held: HeldBack, batch: Any, positions: Sequence[Any], ids: Ids
     ) -> tuple[Any, Sequence[Any], Ids]:
         """Take held-out rows from a batch; where too few would remain, read it anew with others in their places."""
-        free = np.flatnonzero(~np.isin(ids, held.ids))
+        free = np.flatnonzero(~held.holds(ids))
         if free.size == ids.size:
             return batch, positions, ids
         if free.size >= LEAST_ROWS:

@@ -9,9 +9,10 @@ tells. Should a later step break that, the norms lost are NaN, and from then on 
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,9 +107,16 @@ class HeldGradients:
         self._max_bytes = max_bytes
         self._choose()
         self._trial = _TRIAL_STEPS
-        self._previous: tuple[list[Tensor], list[int]] | None = None
-        self._held: list[tuple[int, list[Tensor], list[int]]] = []
+        self._previous: tuple[list[Tensor], int] | None = None
         self._taken: dict[int, float] = {}
+        self._hold_anew()
+
+    def _hold_anew(self) -> None:
+        # Side by side and not as a tuple a step: what the garbage collector looks at is the tensors, and no more.
+        self._rows: list[int] = []
+        self._sizes: list[int] = []
+        self._versions: list[int] = []
+        self._held: list[Tensor] = []
 
     def _choose(self) -> None:
         self._known = len(self._all)
@@ -132,17 +140,20 @@ class HeldGradients:
             self._thaw()
         try:  # a comprehension would be a call more
             gradients = list(map(_gradient, self.parameters))
-            versions = list(map(_version, gradients))
+            version = sum(map(_version, gradients))
         except AttributeError:  # one has none
             gradients = [gradient for gradient in gradients if gradient is not None]
-            versions = list(map(_version, gradients))
+            version = sum(map(_version, gradients))
         if not self._may_hold or not gradients:
             return total_norm(_norms(gradients))
         if self._trial:
-            self._try(gradients, versions)
+            self._try(gradients, version)
             return total_norm(_norms(gradients))
-        self._held.append((row, gradients, versions))
-        if len(self._held) >= _HELD_STEPS:
+        self._rows.append(row)
+        self._sizes.append(len(gradients))
+        self._versions.append(version)
+        self._held += gradients
+        if len(self._rows) >= _HELD_STEPS:
             self._take_held()
         return math.nan
 
@@ -152,29 +163,31 @@ class HeldGradients:
         Returns:
             Norm by row of each step held since the last call; NaN where the gradients were written to since.
         """
-        if self._held:
+        if self._rows:
             self._take_held()
         taken, self._taken = self._taken, {}
         return taken
 
     def _take_held(self) -> None:
-        held, self._held = self._held, []
-        if all(len(gradients) == len(self.parameters) for _, gradients, _ in held):
+        rows, sizes, versions, held = self._rows, self._sizes, self._versions, self._held
+        self._hold_anew()
+        if sizes.count(len(self.parameters)) == len(sizes):
             # No gradient is missing anywhere, so that every row has as many numbers as the next.
-            every = [gradient for _, gradients, _ in held for gradient in gradients]
-            flat: Tensor = _flatten_dense_tensors(every)  # type: ignore[no-untyped-call]
-            norms: list[float] = torch.linalg.vector_norm(flat.view(len(held), -1), dim=1).tolist()
+            flat: Tensor = _flatten_dense_tensors(held)  # type: ignore[no-untyped-call]
+            norms: list[float] = torch.linalg.vector_norm(flat.view(len(rows), -1), dim=1).tolist()
         else:
-            norms = [float(total_norm(_norms(gradients))) for _, gradients, _ in held]
-        for index, (_, gradients, versions) in enumerate(held):
-            if list(map(_version, gradients)) != versions:
-                norms[index] = math.nan
-                self._may_hold = False
-        self._taken.update({row: norm for (row, _, _), norm in zip(held, norms, strict=True)})
+            norms = [float(total_norm(_norms(part))) for part in _parts(held, sizes)]
+        # Versions only grow: their sum is what it was exactly where each of them is.
+        if sum(map(_version, held)) != sum(versions):
+            self._may_hold = False
+            for index, part in enumerate(_parts(held, sizes)):
+                if sum(map(_version, part)) != versions[index]:
+                    norms[index] = math.nan
+        self._taken.update(zip(rows, norms, strict=True))
 
     def state(self) -> dict[str, Any]:
         """How norms are taken from here on, as plain data for :meth:`load`; everything held must have been closed."""
-        assert not self._held
+        assert not self._rows
         return {
             "may_hold": self._may_hold,
             "trial": self._trial,
@@ -185,27 +198,35 @@ class HeldGradients:
         """Take norms as they were taken where :meth:`state` was called: the ways differ in their last bits."""
         self._may_hold, self._trial = bool(state["may_hold"]), int(state["trial"])
         # The gradients of the step before are gone with their process; nothing writes to them any more.
-        self._previous = ([], []) if state["one_before"] else None
+        self._previous = ([], 0) if state["one_before"] else None
 
     def _thaw(self) -> None:
         """Count those that are trained from now on too; what is held is complete without them."""
         may_hold = self._may_hold
+        if self._rows:
+            self._take_held()
         self._choose()
         self._may_hold = self._may_hold and may_hold
         self._previous = None
 
-    def _try(self, gradients: list[Tensor], versions: list[int]) -> None:
+    def _try(self, gradients: list[Tensor], version: int) -> None:
         """See whether the step before left its gradients alone and this one made new ones."""
         if self._previous is not None:
-            before, before_versions = self._previous
-            kept = list(map(_version, before)) == before_versions
+            before, version_before = self._previous
+            kept = sum(map(_version, before)) == version_before
             fresh = all(new is not old for new, old in zip(gradients, before, strict=False))
             dense = all(
                 gradient.layout is torch.strided and gradient.is_contiguous() for gradient in gradients
             )
             self._may_hold = kept and fresh and dense
             self._trial -= 1
-        self._previous = (gradients, versions) if self._trial and self._may_hold else None
+        self._previous = (gradients, version) if self._trial and self._may_hold else None
+
+
+def _parts(held: list[Tensor], sizes: list[int]) -> Iterator[list[Tensor]]:
+    """Give each step's gradients."""
+    for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+        yield held[end - size : end]
 
 
 def _norms(gradients: list[Tensor]) -> list[Tensor]:

@@ -44,6 +44,12 @@ class HeldBack:
         """Share of the loader's samples that are trained on."""
         return 1.0 - self.ids.size / self.of
 
+    def holds(self, ids: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Mark which samples are held out; quick however many there are."""
+        place = np.minimum(np.searchsorted(self.ids, ids), self.ids.size - 1)
+        found: np.ndarray[Any, np.dtype[np.bool_]] = self.ids[place] == ids
+        return found
+
     def replaced(self, positions: Sequence[Any], ids: Ids) -> tuple[Any, list[int]]:
         """Read a batch anew, with a training sample in the place of each held-out one; the same again in a run that is taken up.
 
@@ -52,7 +58,7 @@ class HeldBack:
             ids: Of the same samples.
         """
         place = np.searchsorted(self.ids, ids)
-        inside = np.isin(ids, self.ids)
+        inside = self.holds(ids)
         taken = [
             int(self.stand_ins[place[row]]) if inside[row] else int(position)
             for row, position in enumerate(positions)

@@ -203,7 +203,7 @@ class RecordedLoader:
             self.read = self._recorder.latest.skipped()
         draw = self._recorder.draw
         shared = self._recorder.shares and isinstance(draw, functools.partial)
-        return RecordedIterator(self, batches, draw, of_integers=shared)
+        return RecordedIterator(self, batches, draw, listed=shared)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]  # a loader without a length raises its own TypeError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import struct
 import zlib
 from array import array
 from collections import deque
@@ -109,14 +110,15 @@ class RecordedIterator:
         owner: Keeps them.
         batches: The loader's own iterator.
         draw: Gives the index list of the batch that has just been read.
-        of_integers: Whether index lists come as lists of integers for certain.
+        listed: Whether that is a list of integers for certain.
 
     Attributes:
         batches: As given. Whoever reads it calls :meth:`noted` after each batch.
-        of_integers: As given.
+        packs: Whether lists of integers are noted as arrays, for whoever keeps many: a list keeps as many integers alive, and the
+            garbage collector looks through it.
     """
 
-    __slots__ = ("_draw", "_owner", "batches", "of_integers")
+    __slots__ = ("_count", "_draw", "_listed", "_owner", "_pack", "_room", "batches", "packs")
 
     def __init__(
         self,
@@ -124,12 +126,14 @@ class RecordedIterator:
         batches: Iterator[Any],
         draw: Callable[[], Sequence[Any] | None],
         *,
-        of_integers: bool = False,
+        listed: bool = False,
     ) -> None:
         self._owner = owner
         self._draw = draw
         self.batches = batches
-        self.of_integers = of_integers
+        self._listed = listed
+        self.packs = False
+        self._make_room(0)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -151,12 +155,22 @@ class RecordedIterator:
     def noted(self) -> Sequence[Any] | None:
         """Take note of the batch that has just been read; returns its positions."""
         owner, positions = self._owner, self._draw()
+        if self.packs and self._listed and positions is not None:
+            if len(positions) != self._count:
+                self._make_room(len(positions))
+            self._pack(self._room, 0, *positions)
+            positions = array("q", self._room)
         owner.read.append(positions)
         owner.current = positions
         if positions is None or owner.reason is not None:
             owner.without_ids(positions)
             return None
         return positions
+
+    def _make_room(self, count: int) -> None:
+        """Prepare to pack so many integers: that takes half the time that an array takes to read them off a list."""
+        packer = struct.Struct(f"{count}q")
+        self._count, self._pack, self._room = count, packer.pack_into, bytearray(packer.size)
 
 
 def draws_new_lists(loader: Any) -> bool:

@@ -9,7 +9,6 @@ changed, which is wherever rows are handed over: everything is looked up anew th
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,6 +34,8 @@ def stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
     """
     loop.anew = False
     loop.cursor.loader.order_up()
+    if type(batches) is RecordedIterator:
+        batches.packs = loop.probe.feed is not None
     return quick_stretch(loop, batches) if is_plain(loop) else general_stretch(loop, batches)
 
 
@@ -86,7 +87,7 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
     train, opened, feed = cast(DefaultStep, loop.train), probe.opened(1), probe.feed
     norm_of, unfit, leaps = train.norm_of(guard=guard), train.leaps.unfit, train.leaps
     take, extend, visits = probe.take, opened.values.extend, None if feed is None else feed.quick_visits
-    recorded, listed = (batches, batches.of_integers) if type(batches) is RecordedIterator else (None, False)
+    recorded = batches if type(batches) is RecordedIterator else None
     for batch in batches if recorded is None else recorded.batches:
         positions = loader.ids_of_batch() if recorded is None else recorded.noted()
         if trunk.step >= observer.limit or observer.stop_requested is not None:
@@ -112,8 +113,7 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
         if feed is not None and positions is not None:
             if visits is not None and type(outputs) is Tensor is type(targets):
                 seen = outputs._version, targets._version  # noqa: SLF001
-                ids = array("q", positions) if listed else positions  # a list keeps as many integers alive
-                visits.append((outputs.detach(), targets, ids, value, *seen))
+                visits.append((outputs.detach(), targets, positions, value, *seen))
             elif outputs is not None:
                 feed.keep(outputs, targets, positions, value, loss)
                 visits = feed.quick_visits

@@ -348,3 +348,15 @@ def test_what_cannot_be_exact_is_known_beforehand(
     doubts = cursor_of(lambda: DataLoader(Augmented(), BATCH, **given)).doubts(epoch)
     assert len(doubts) == (said is not None)
     assert said is None or said in doubts[0]
+
+
+def test_only_the_states_that_an_iterator_may_draw_from_are_noted_as_its_epoch_begins() -> None:
+    noted = {}
+    for name in ("shuffled", "augmented", "weighted", "own_batch_sampler"):
+        cursor = cursor_of(MAKERS[name])
+        next(iter(cursor.batches()))
+        assert cursor.began is not None
+        noted[name] = bool(cursor.began[0].numpy), bool(cursor.began[0].python)
+    # What a sample draws while it is read is drawn after the samplers', and is put back with the states of the cut.
+    assert noted["shuffled"] == noted["augmented"] == (False, False)
+    assert noted["weighted"] == noted["own_batch_sampler"] == (True, True)

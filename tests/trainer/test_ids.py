@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils.data import (
 )
 
 from automode.trainer.ids import RecordedLoader, fingerprint, root_of
+from automode.trainer.recording_sampler import RecordedIterator
 
 pytestmark = pytest.mark.torch
 
@@ -306,3 +308,26 @@ def test_a_fingerprint_fetches_no_item_and_draws_no_random_number() -> None:
     before = random_state()
     fingerprint(NoisyDataset())
     assert random_state() == before
+
+
+def test_index_lists_that_are_noted_as_arrays_are_the_same_lists() -> None:
+    dataset = TensorDataset(torch.arange(30))
+    kept: dict[bool, list[Any]] = {}
+    order = {}
+    for packs in (False, True):
+        recorded = RecordedLoader(DataLoader(dataset, batch_size=4, shuffle=True))
+        torch.manual_seed(5)
+        batches = recorded.batches()
+        assert isinstance(batches, RecordedIterator)
+        batches.packs = packs
+        kept[packs] = []
+        for (samples,) in batches:
+            positions = recorded.ids_of_batch()
+            assert isinstance(positions, array if packs else list)
+            assert samples.tolist() == list(positions)
+            kept[packs].append(positions)
+        order[packs] = recorded.order()
+    # Each is its own, though one room is packed into, and the last one is shorter.
+    assert list(map(list, kept[True])) == kept[False]
+    assert list(map(len, kept[True])) == [4] * 7 + [2]
+    assert order[True] == order[False] != 0

@@ -210,6 +210,22 @@ def test_a_parameter_that_is_thawed_on_the_way_counts_from_then_on() -> None:
     np.testing.assert_allclose(list(found.values()), [4.0] * 6 + [5.0] * 6)
 
 
+def test_held_gradients_of_which_some_are_missing_are_each_read_right() -> None:
+    short, long = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(9))
+    held = HeldGradients([short, long])
+    found: dict[int, float] = {}
+    for row in range(12):
+        short.grad = None if row == 7 else torch.full((4,), 2.0)
+        long.grad = None if row == 9 else torch.full((9,), 1.0)
+        norm = held.take(row)
+        assert isinstance(norm, float)
+        found[row] = norm
+    closed = held.close()
+    assert sorted(closed) == [row for row, norm in found.items() if math.isnan(norm)]
+    found |= closed
+    np.testing.assert_allclose(list(found.values()), [5.0] * 7 + [3.0, 5.0, 4.0, 5.0, 5.0])
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_norms_of_sparse_low_precision_and_missing_gradients(missing: bool) -> None:
     table = nn.Embedding(5, 3, sparse=True)

@@ -136,7 +136,7 @@ class Person:
 
     def resolvable(self, cluster: int) -> Any:
         """Ids that the latest card's clusters of a single number hold."""
-        return self.performer.selector._scalar_clusters(self.cards[-1].selection)
+        return self.performer.selector.ids_of(self.cards[-1].selection)
 
     def state(self, card: str | None = None) -> str:
         """Where a card stands; the latest where none is named."""
