@@ -1,7 +1,9 @@
 """Label noise: how much there probably is, which samples it probably is, and when nobody can tell.
 
-The rate comes from held-out predictions by confident learning (Northcutt et al. 2021, arXiv:1911.00068): the share of samples whose
-label disagrees with a class that the network holds for them with more than that class's usual confidence. The suspects are the
+The rate comes from held-out predictions. Confident learning (Northcutt et al. 2021, arXiv:1911.00068) counts the samples whose
+label disagrees with a class that the network holds for them with more than that class's usual confidence; where the task is hard, that
+counts the network's own mistakes too. Wrong labels contradict its surest answers as often as its others, and its mistakes do not: where
+the surest answers for each class are contradicted less than half as often, their share counts. The suspects are the
 samples of lowest mean margin (area under the margin, Pleiss et al. 2020, arXiv:2001.10528), cross-examined by the labels of their
 nearest neighbours in feature space. Where the two witnesses disagree on most suspects, the answer is "cannot tell".
 """
@@ -9,6 +11,7 @@ nearest neighbours in feature space. Where the two witnesses disagree on most su
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,12 @@ Floats = npt.NDArray[np.float64]
 NEIGHBOURS = 10
 PRUDENCE = 0.85
 """Share of the estimated rate that is called suspect: too many cost about twice as much as too few."""
+
+SUREST = 0.25
+"""Share of the answers for a class that counts as its surest."""
+
+MOSTLY = 0.5
+"""Share of the estimate that the surest answers have to bear out."""
 
 LEAST_AGREEMENT = 0.5
 LEAST_RATE = 0.02
@@ -79,6 +88,46 @@ def confident_rate(probabilities: Floats, labels: npt.NDArray[np.int64]) -> floa
     return float((believed != labels[known]).mean())
 
 
+def surest_rate(probabilities: Floats, labels: npt.NDArray[np.int64]) -> float:
+    """Estimate the share of wrong labels from the surest quarter of the held-out answers for each class.
+
+    By class, because wrong labels that are confined to some classes make the answers for these unsure, so that the surest answers of all
+    would be those for others.
+
+    Args:
+        probabilities: [n, C], of a network that did not train on these samples; n > 0.
+        labels: [n].
+    """
+    answers = probabilities.argmax(axis=1)
+    surest = []
+    for answer in np.unique(answers):
+        mine = np.flatnonzero(answers == answer)
+        order = np.argsort(-probabilities[mine, answer], kind="stable")
+        surest.append(mine[order[: ceil(SUREST * mine.size)]])
+    kept = np.concatenate(surest)
+    return float((answers[kept] != labels[kept]).mean())
+
+
+def noise_rate(probabilities: Floats, labels: npt.NDArray[np.int64]) -> float | None:
+    """Estimate the share of wrong labels: :func:`confident_rate`, unless most of that are the network's own mistakes.
+
+    Where the surest answers are contradicted less than half as often, what contradicts the others is not wrong labels, and
+    :func:`surest_rate` counts.
+
+    Args:
+        probabilities: [n, C], of a network that did not train on these samples.
+        labels: [n].
+
+    Returns:
+        In [0, 1]; None with fewer than 50 samples or a single class.
+    """
+    rate = confident_rate(probabilities, labels)
+    if rate is None:
+        return None
+    surest = surest_rate(probabilities, labels)
+    return surest if surest < MOSTLY * rate else rate
+
+
 def nearest(around: Floats, features: Floats, k: int) -> Ids:
     """Return the positions of the k nearest rows of ``around`` (or all, where there are fewer) for each row of ``features``."""
     with threadpool_limits(limits=1):
@@ -109,7 +158,7 @@ def weigh(
     """Name the suspects, or say that nobody can tell.
 
     Args:
-        rate: :func:`confident_rate` on held-out data.
+        rate: :func:`noise_rate` on held-out data.
         ids: Samples that training has seen.
         margins: Their mean margins (AUM); low is suspect.
         probe: Samples whose neighbours were asked.

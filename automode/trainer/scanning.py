@@ -19,8 +19,8 @@ from automode.trainer.last_layer import gradient_norms
 from automode.trainer.noise import (
     NEXT_SYMBOL,
     NoiseEvidence,
-    confident_rate,
     neighbour_disagreement,
+    noise_rate,
     probabilities_of,
     weigh,
 )
@@ -188,7 +188,7 @@ class Scanner:
             _, outputs, targets = held
             given, probabilities = labels_of(targets), probabilities_of(outputs)
             if probabilities is not None and given is not None:
-                rate = confident_rate(probabilities, given)
+                rate = noise_rate(probabilities, given)
         ledger = self.ledger()
         seen = ledger.seen()
         margins = np.asarray(ledger.column("margin", seen), dtype=np.float64)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from automode.merges.batches import training_flags_kept
-from automode.trainer.noise import confident_rate, probabilities_of
+from automode.trainer.noise import noise_rate, probabilities_of
 from automode.trainer.random_state import forked_rng
 from automode.trainer.sample_source import Ids, SampleSource
 from automode.trainer.states import States
@@ -64,7 +64,7 @@ class Seen:
 
     Attributes:
         by_heart: Whether it has learnt wrong labels by heart, so that its margins tell nothing.
-        rate: Estimated share of wrong labels among held-out samples (:func:`~automode.trainer.noise.confident_rate`).
+        rate: Estimated share of wrong labels among held-out samples (:func:`~automode.trainer.noise.noise_rate`).
         margins: Probability of the label less the best other one, of halved logits, for each sample asked of, in [-1, 1].
         passes: Sample passes that it took.
     """
@@ -110,7 +110,7 @@ class SecondLook:
             if probabilities is None or not targets:
                 return None
             labels = np.asarray(torch.cat(targets).cpu().numpy(), dtype=np.int64)
-            rate = confident_rate(probabilities, labels)
+            rate = noise_rate(probabilities, labels)
             if rate is None:
                 return None
             asked = self._margins(model, ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from automode.trainer.noise import confident_rate, neighbour_disagreement, weigh
+from automode.trainer.noise import confident_rate, neighbour_disagreement, noise_rate, surest_rate, weigh
 
 C = 5
 
@@ -54,6 +54,45 @@ def test_a_class_without_held_out_samples_is_never_believed() -> None:
     found = confident_rate(world["probabilities"][few], world["labels"][few])
     assert found is not None
     assert found < 0.3
+
+
+def hard(rate: float, n: int = 4000) -> tuple[np.ndarray, np.ndarray, float]:
+    """Answers that follow the truth as often as their probability says, .4 to 1: (probabilities, labels, share of mistakes)."""
+    rng = np.random.default_rng(7)
+    sure = rng.uniform(0.4, 1.0, n)
+    answer = rng.integers(0, C, n)
+    truth = np.where(rng.random(n) < sure, answer, (answer + rng.integers(1, C, n)) % C)
+    labels = np.where(rng.random(n) < rate, (truth + rng.integers(1, C, n)) % C, truth)
+    probabilities = np.repeat(((1 - sure) / (C - 1))[:, None], C, axis=1)
+    probabilities[np.arange(n), answer] = sure
+    return probabilities, labels, float((answer != truth).mean())
+
+
+def test_the_mistakes_on_a_hard_task_are_not_taken_for_wrong_labels() -> None:
+    probabilities, labels, mistakes = hard(0.0)
+    confident, found = confident_rate(probabilities, labels), noise_rate(probabilities, labels)
+    assert mistakes > 0.25
+    assert confident is not None
+    assert confident > 0.15  # a card about wrong labels would come from .1 on
+    assert found == surest_rate(probabilities, labels)
+    assert found < 0.1
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.4])
+def test_wrong_labels_on_a_hard_task_are_counted_as_confident_learning_does(rate: float) -> None:
+    probabilities, labels, _ = hard(rate)
+    assert surest_rate(probabilities, labels) == pytest.approx(rate, abs=0.1)
+    assert noise_rate(probabilities, labels) == confident_rate(probabilities, labels)
+
+
+def test_wrong_labels_of_two_classes_alone_are_found_among_the_answers_for_these() -> None:
+    world = noisy(0.4)
+    spared = np.isin(world["labels"], (2, 3, 4))
+    labels = np.where(spared, world["probabilities"].argmax(1), world["labels"])
+    share = (labels != world["probabilities"].argmax(1)).mean()
+    found = noise_rate(world["probabilities"], labels)
+    assert share > 0.1
+    assert found == pytest.approx(share, abs=0.05)
 
 
 def test_neighbours_of_wrong_labels_disagree() -> None:
