@@ -7,7 +7,8 @@ comes to the same verdict.
 Two corrections keep the false acceptance rate at alpha. Bonferroni over the candidates that one look may choose from; and
 the degrees of freedom: where few samples differ at all (two nearly equal models), a mean of a thousand differences
 rests on a handful of them. The t quantile is then taken at the effective number (sum d^2)^2 / sum d^4, which is the number
-of differing samples when these differ equally, instead of at n.
+of differing samples when these differ equally, instead of at n. Where a few outweigh many that agree, that asks for more than chance can
+explain: then what random signs of these very sizes could reach is enough.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from automode.errors import UsageError
 from automode.planner.paired import PairedSummary
-from automode.planner.student_t import t_tail, upper_t_quantile
+from automode.planner.student_t import sign_tail, t_tail, upper_sign_quantile, upper_t_quantile
 
 __all__ = [
     "AlphaSpending",
@@ -221,14 +222,14 @@ def judge_summary(
         raise UsageError(
             f"slice_z={slice_z}, least_z={least_z}, delta={delta}: all must be finite, and slice_z not negative"
         )
-    quantile = upper_t_quantile(alpha / n_candidates, whole.degrees_of_freedom)
+    quantile = _needed(whole, alpha / n_candidates)
     threshold = max(quantile, least_z)
     parts = {name: _judge_slice(part, slice_z) for name, part in (slices or {}).items()}
     z = whole.z(delta)
     se = whole.standard_error
     if whole.sound:
         lower, upper = whole.mean - quantile * se, whole.mean + quantile * se
-        p_value = t_tail(z, whole.degrees_of_freedom)
+        p_value = min(t_tail(z, whole.degrees_of_freedom), sign_tail(z, whole.n))
     else:
         lower, upper, p_value = -inf, inf, nan
     held = None if guard is None else _guarded(guard)
@@ -253,6 +254,12 @@ def judge_summary(
         guard=held,
         why=why,
     )
+
+
+def _needed(whole: PairedSummary, alpha: float) -> float:
+    """The z that chance exceeds with probability alpha: Student's, or that of random signs where a few differences outweigh the rest."""
+    student = upper_t_quantile(alpha, whole.degrees_of_freedom)
+    return student if whole.n < 2 else min(student, upper_sign_quantile(alpha, whole.n))
 
 
 def _guarded(guard: Guard) -> SliceEvidence:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import erfc, exp, inf, isfinite, lgamma, log, log1p, pi, sqrt
 from statistics import NormalDist
+from typing import Final
 
 from automode.errors import UsageError
 
@@ -35,6 +36,40 @@ def t_tail(t: float, df: float) -> float:
         z = t * (1.0 - 0.25 / df) / sqrt(1.0 + 0.5 * t * t / df)
         return 0.5 * erfc(z / sqrt(2.0))
     return 0.5 * _incomplete_beta(0.5 * df, 0.5, df / (df + t * t), t * t / (df + t * t))
+
+
+SIGNS: Final = 3.1787
+"""1 / (4 P(Z >= sqrt 2)): no weighted sum of random signs exceeds x times its standard deviation more often than so many times P(Z >= x)."""
+
+
+def upper_sign_quantile(alpha: float, n: int) -> float:
+    """Return a t that mean / standard error of n differences exceeds with probability ``alpha`` at most, if their signs are random.
+
+    Whatever their sizes: a few may outweigh all others, where Student's distribution would ask for the degrees of freedom of a few. It holds
+    where each difference is as likely to be d as -d (Bentkus and Dzindzalieta 2015, doi:10.3150/14-BEJ603). Infinite where n is too small for any.
+
+    Args:
+        alpha: Tail probability in (0, 0.5).
+        n: Differences, at least 2.
+
+    Raises:
+        UsageError: If ``alpha`` or ``n`` is out of range.
+    """
+    if not 0.0 < alpha < 0.5:
+        raise UsageError(f"the value of `alpha` is {alpha!r}, but it must lie strictly between 0 and 0.5")
+    if n < 2:
+        raise UsageError(f"the value of `n` is {n!r}, but at least 2 differences have a standard error")
+    x = -_NORMAL.inv_cdf(alpha / SIGNS)
+    # The sum over the root of the sum of squares, in units of the centred standard error.
+    return inf if n <= x * x else x * sqrt((n - 1.0) / (n - x * x))
+
+
+def sign_tail(t: float, n: int) -> float:
+    """Return a bound on P(mean / standard error of n differences with random signs >= ``t``): the inverse of :func:`upper_sign_quantile`."""
+    if n < 2 or t <= 0.0:
+        return 1.0
+    x = sqrt(n) if t == inf else t * sqrt(n / (n - 1.0 + t * t))
+    return min(1.0, SIGNS * 0.5 * erfc(x / sqrt(2.0)))
 
 
 def upper_t_quantile(alpha: float, df: float) -> float:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import math
-from math import inf, nan
+from math import inf, isnan, nan
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from automode.planner.acceptance import (
     judge_summary,
     utility_classification,
 )
-from automode.planner.student_t import t_tail, upper_t_quantile
+from automode.planner.student_t import SIGNS, sign_tail, t_tail, upper_sign_quantile, upper_t_quantile
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 samples = st.lists(finite, min_size=0, max_size=60)
@@ -357,6 +358,46 @@ def chance_of_acceptance(differing: int, alpha: float, *, effective: bool) -> fl
         if judge_summary(seen, alpha=alpha).accepted:
             total += math.comb(differing, better) / 2.0**differing
     return total
+
+
+@given(
+    st.lists(st.floats(1e-3, 1.0) | st.sampled_from([0.8, 1.0]), min_size=4, max_size=12),
+    st.sampled_from([0.16, 0.05, 0.03, 0.008]),
+)
+def test_no_sizes_of_differences_make_random_signs_pass_more_often_than_alpha(
+    sizes: list[float], alpha: float
+) -> None:
+    """Enumerated over all signs: exact for these sizes."""
+    d = np.array(sizes)
+    signs = 1 - 2 * ((np.arange(2**d.size)[:, None] >> np.arange(d.size)) & 1)
+    sums, squares = signs @ d, float((d**2).sum())
+    x = -NormalDist().inv_cdf(alpha / SIGNS)
+    assert (sums >= x * np.sqrt(squares) * (1 + 1e-9)).mean() <= alpha
+    needed = upper_sign_quantile(alpha, d.size)
+    for passed, row in zip(sums >= x * np.sqrt(squares), signs[:64] * d, strict=False):
+        z = PairedSummary.of(row).z()
+        assert isnan(z) or passed == (z >= needed) or z == pytest.approx(needed, rel=1e-6)
+
+
+def test_a_gain_on_all_samples_is_seen_behind_a_few_that_outweigh_them() -> None:
+    rng = np.random.default_rng(5)
+    d = rng.normal(0.02, 0.01, 175)
+    d[:2] = 0.8
+    found = judge(d, alpha=0.03)
+    assert found.verdict == "accepted"
+    assert found.p_value <= 0.03
+    assert upper_t_quantile(0.03, PairedSummary.of(d).degrees_of_freedom) > found.z > found.threshold
+
+
+@given(st.floats(0.001, 0.4), st.integers(20, 5000))
+def test_what_random_signs_need_has_that_tail(alpha: float, n: int) -> None:
+    assert sign_tail(upper_sign_quantile(alpha, n), n) == pytest.approx(alpha, rel=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "n"), [(0.0, 10), (0.5, 10), (0.05, 1)])
+def test_random_signs_of_nothing_are_refused(alpha: float, n: int) -> None:
+    with pytest.raises(UsageError, match="the value of"):
+        upper_sign_quantile(alpha, n)
 
 
 def test_few_differing_samples_are_not_taken_for_many() -> None:
