@@ -45,7 +45,7 @@ def measure(windows: int, classes: int) -> dict[str, list[float]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     recorded = RecordedLoader(DataLoader(data, batch_size=BATCH, shuffle=True))
     twin = per_sample_twin(loss_fn)
-    probe = Probe(model.parameters(), twin, recorded, SampleLedger(SAMPLES), max_age=60.0)
+    probe = Probe(model.parameters(), twin, recorded, SampleLedger(SAMPLES))
     watched, bare = endless(recorded), endless(recorded.loader)
     clock = time.thread_time
     timer = statistics.median(-clock() + clock() for _ in range(2000))

@@ -13,6 +13,12 @@ LONGEST_STRIDE = 128
 ACTING_STRIDE, SHORT_STRIDE = 32, 16
 """The same where automode acts on what it sees; and about what whole looks are to make there where they are shorter."""
 
+TICK_SECONDS = 0.2
+"""Longest time that people wait for their turn, the length of one step apart."""
+
+ROWS_SECONDS = 0.5
+"""Longest time that rows wait to be handed over. Sooner would be for nobody: that is how often they are written to the disk."""
+
 
 def stride_of(look_every: int, *, acts: bool) -> int:
     """Give the batches between two boundaries: whole looks of the fold, so that a look falls on a boundary.

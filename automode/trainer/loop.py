@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from automode.errors import DataError
 from automode.merges.trajectory import TrajectoryAverages
+from automode.trainer.agenda import ROWS_SECONDS, TICK_SECONDS
 from automode.trainer.companions import Companions
 from automode.trainer.data_cursor import DataCursor
 from automode.trainer.history import History, Mean
@@ -30,9 +31,6 @@ from automode.trainer.stretches import stretch
 from automode.trainer.trunk import Trunk, trainable
 from automode.trainer.user_warning import warn_user
 from automode.trainer.validation import Validation, ValidationResult
-
-TICK_SECONDS = 0.2
-"""Longest time that people and the disk wait for their turn, the length of one step apart."""
 
 
 class Train(Protocol):
@@ -126,6 +124,7 @@ class Loop:
         self.companions = companions
         self.clock = time.perf_counter
         self.due = 0.0
+        self._rows_due = 0.0
         self._validated_at = -1
         self._losses = Mean()
         self.average = _Averaging(trunk)
@@ -145,7 +144,8 @@ class Loop:
         Raises:
             DataError: The loader gave no batch, or batches that cannot be trained on.
         """
-        self.due = self.clock() + TICK_SECONDS
+        now = self.clock()
+        self.due, self._rows_due = now + TICK_SECONDS, now + ROWS_SECONDS
         self.cursor.go_on()
         cut = self.cursor.read > 0
         while cut or (not self.over and self.epoch != self.plan.max_epochs):
@@ -245,7 +245,7 @@ class Loop:
             observer.skipped(trunk.step, taken.skipped)
             turn = True
         if turn or full or observer.busy or self.clock() >= self.due:
-            self.between(turn)
+            self.between(turn, full)
 
     def stepped(self) -> None:
         """Let follow what follows each step of the optimizer."""
@@ -279,14 +279,24 @@ class Loop:
             if self.companions.block is not None:
                 self.companions.block(block)
             self.observer.block(block)
-        self.due = self.clock() + TICK_SECONDS
+        now = self.clock()
+        self.due, self._rows_due = now + TICK_SECONDS, now + ROWS_SECONDS
         self.anew = True
 
-    def between(self, turn: bool) -> None:
-        """Between two steps: act where it is due; because time has passed, do only what does not touch the run."""
+    def between(self, turn: bool, full: bool) -> None:
+        """Between two steps: act where it is due; because time has passed, do only what does not touch the run.
+
+        Args:
+            turn: Whether a boundary is due.
+            full: Whether rows are to be handed over, whatever the time.
+        """
         if not (turn or self.observer.busy):
-            self._hand_over()
+            now = self.clock()
+            if full or now >= self._rows_due:
+                self._hand_over()
+            self.due = now + TICK_SECONDS
             if not self.observer.tick(self.trunk.step):
+                self.anew = self.anew or self.observer.busy
                 return
         self.boundary()
 

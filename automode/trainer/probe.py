@@ -39,7 +39,6 @@ class Probe:
         id_source: The loader that training iterates, which maps ids; None: no sample ids.
         ledger: Where visits are entered; None: nowhere.
         capacity: Rows after which a block is full.
-        max_age: Seconds after which a block is full.
         max_bytes: Bytes of outputs and targets kept after which they are used.
         clock: Gives the time of a row, in seconds.
 
@@ -57,7 +56,6 @@ class Probe:
         ledger: SampleLedger | None = None,
         *,
         capacity: int = 256,
-        max_age: float = 0.25,
         max_bytes: int = 4 << 20,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -67,9 +65,8 @@ class Probe:
         self._feed: LedgerFeed | None = None
         if per_sample is not None and id_source is not None and ledger is not None:
             self._feed = LedgerFeed(per_sample, id_source, ledger, max_bytes)
-        self._capacity, self._max_age, self.clock = capacity, max_age, clock
+        self._capacity, self.clock = capacity, clock
         self._open = OpenRows()
-        self._since = -float("inf")
 
     @property
     def reason(self) -> str | None:
@@ -153,8 +150,6 @@ class Probe:
         """
         now = self.clock()
         opened = self._open
-        if not opened.count:
-            self._since = now
         # The two quick cases stand first: a CPU scalar is read in less time than it takes to keep it.
         if type(loss) is Tensor and loss.is_cpu:
             value: float | Tensor = loss.item()
@@ -171,13 +166,9 @@ class Probe:
         self.rows += 1
         feed = self._feed
         if feed is None or ids is None or outputs is None:
-            return opened.count >= self._capacity or now - self._since > self._max_age
+            return opened.count >= self._capacity
         feed.keep(outputs, targets, ids, value, loss)
-        return (
-            opened.count >= self._capacity
-            or now - self._since > self._max_age
-            or len(feed.visits) >= feed.max_visits
-        )
+        return opened.count >= self._capacity or len(feed.visits) >= feed.max_visits
 
     def gradients(self) -> float | Tensor:
         """Take the gradients' norm of the step that :meth:`record` is called for next, to be given to it: NaN where they are held."""

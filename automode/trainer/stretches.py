@@ -124,12 +124,9 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
             follows()
         cursor.read += 1
         loop.phase = "between"
-        if (
-            done % stride == 0
-            or now >= loop.due
-            or (feed is not None and len(feed.visits) >= feed.max_visits)
-        ):
-            loop.between(done % stride == 0)
+        full = feed is not None and len(feed.visits) >= feed.max_visits
+        if full or done % stride == 0 or now >= loop.due:
+            loop.between(done % stride == 0, full)
         yield step
         # At the last batch of an epoch the loader is asked once more, as a plain loop asks it.
         if (trunk.step >= observer.limit or observer.stop_requested is not None) and cursor.read != last:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from automode.errors import UsageError
+from automode.trainer.agenda import ROWS_SECONDS, TICK_SECONDS
 from automode.trainer.assembly import open_driver
 from automode.trainer.given_ids import root_ids_of
 from automode.trainer.gradient_norms import grad_norms, total_norm
-from automode.trainer.loop import TICK_SECONDS
 from automode.trainer.random_state import forked_rng
 from automode.trainer.recording_sampler import RecordedIterator
 from automode.trainer.run_parts import RunParts
@@ -74,19 +74,15 @@ class WatchedLoop:
         self.hooks = StepHooks(self._trunk, self.driver, take=self._probe.gradients, clips=True)
         self.hooks.loss, self.hooks.stepped = self._loss_so_far, self.stepped
         self.row: Callable[[], bool] | None = None
-        self._looked = False
         self._total = parts.plan.total
         self._process = os.getpid()
         self.clock = time.perf_counter
-        self.due = self.clock() + TICK_SECONDS
-        self._failed = self._told = False
-        self.skipping = False
+        self.due = self._rows_due = self.clock() + TICK_SECONDS
+        self._failed = self._told = self._looked = self.skipping = self.in_block = False
         self.stride = self.driver.stride
-        self.rows = 0
+        self.rows = self.counted = 0
         self.ids: Any = None
         self._pass: object = None
-        self.in_block = False
-        self.counted = 0
         self.losses: list[Any] = []
         self.seen: list[tuple[Any, Any, Any]] = []
         self.metrics: dict[str, Any] = {}
@@ -205,6 +201,8 @@ class WatchedLoop:
         try:
             passed = iter(loader)
             recorded = passed if type(passed) is RecordedIterator else None
+            if recorded is not None:
+                recorded.packs = self._probe.feed is not None
             for batch in passed if recorded is None else recorded.batches:
                 if self._pass is not pass_:
                     raise UsageError(
@@ -319,7 +317,7 @@ class WatchedLoop:
         if turn or driver.busy:
             self.boundary()
         elif full or self.clock() >= self.due:
-            self.between()
+            self.between(full)
 
     def _note(self) -> tuple[bool, str]:
         """Write the row down. Returns whether rows are to be handed over, and why the step was left out."""
@@ -365,9 +363,12 @@ class WatchedLoop:
 
     # Between two steps.
 
-    def between(self) -> None:
-        """Hand over the rows because time has passed; act only where somebody asks for it."""
-        self.hand_over()
+    def between(self, full: bool) -> None:
+        """Because time has passed, hand over the rows that are due (``full``: all); act only where somebody asks for it."""
+        now = self.clock()
+        if full or now >= self._rows_due:
+            self.hand_over()
+        self.due = now + TICK_SECONDS
         if self.driver.tick(self._trunk.step) or self._orders:
             self.boundary()
 
@@ -377,7 +378,8 @@ class WatchedLoop:
         self.parts.loader.order_up()
         for block in self._probe.drain():
             self.driver.block(block)
-        self.due = self.clock() + TICK_SECONDS
+        now = self.clock()
+        self.due, self._rows_due = now + TICK_SECONDS, now + ROWS_SECONDS
 
     def boundary(self) -> None:
         """Let whatever is due happen."""

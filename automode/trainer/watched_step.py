@@ -154,7 +154,7 @@ def quick_row(loop: WatchedLoop) -> Callable[[], bool] | None:
         if rows % stride == 0:
             loop.boundary()
         elif full or now >= loop.due:
-            loop.between()
+            loop.between(full)
         return True
 
     return row

@@ -44,9 +44,7 @@ class Run:
         self.loader = RecordedLoader(DataLoader(self.data, batch_size=batch_size, shuffle=True))
         self.twin: PerSampleLoss = per_sample_twin(self.loss_fn)
         self.truth = SampleLedger(N)
-        self.probe = Probe(
-            self.model.parameters(), self.twin, self.loader, SampleLedger(N), **{"max_age": 1e9, **options}
-        )
+        self.probe = Probe(self.model.parameters(), self.twin, self.loader, SampleLedger(N), **options)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.in_place_reset = in_place_reset
         self.plain: list[tuple[float, float]] = []
@@ -272,14 +270,11 @@ def test_a_metric_that_is_no_number_is_refused_by_name(value: Any) -> None:
         Probe([]).record(1, 0.5, 1.0, (0.1,), True, metrics={"note": value})
 
 
-def test_a_block_is_full_by_rows_by_age_and_by_bytes() -> None:
-    now = [0.0]
-    probe = Probe([], capacity=3, max_age=0.25, clock=lambda: now[0])
+def test_a_block_is_full_by_rows_and_by_bytes() -> None:
+    probe = Probe([], capacity=3)
     assert [probe.record(i, 0.5, 1.0, (), True) for i in range(4)] == [False, False, True, True]
     probe.drain()
     assert not probe.record(4, 0.5, 1.0, (), True)
-    now[0] = 0.3
-    assert probe.record(5, 0.5, 1.0, (), True)
     run = Run(max_bytes=1000)
     run.epoch()
     assert len(run.probe._feed.visits) >= run.probe._feed.max_visits == 3  # 16 rows of 20 bytes each

@@ -79,6 +79,7 @@ def test_random_sleeps_change_no_decision_and_no_step_of_one(
 ) -> None:
     first = decisions(run(tmp_path / "first", script(rate=0.003).build(), None, monkeypatch))
     monkeypatch.setattr(loop, "TICK_SECONDS", 0.002)
+    monkeypatch.setattr(loop, "ROWS_SECONDS", 0.004)
     path = run(tmp_path / "second", script(rate=0.003).build(), random.Random(1), monkeypatch)
     second = decisions(path)
     kinds = [entry[2] for entry in first]

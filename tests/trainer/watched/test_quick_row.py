@@ -96,3 +96,30 @@ def test_what_needs_the_general_way_has_it(script: Any, watching: Any) -> None:
     assert quick_row(plain.loop) is not None
     plain.loop.parts.trunk.clip_norm = 1.0
     assert quick_row(plain.loop) is None
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_the_inbox_is_looked_into_more_often_than_rows_are_handed_over(
+    general: bool, script: Any, watching: Any, frame: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched_loop, "TICK_SECONDS", 0.0)
+    monkeypatch.setattr(watched_loop, "ROWS_SECONDS", 1e9)
+    if general:
+        monkeypatch.setattr(watched_loop, "quick_row", lambda loop: None)
+    made = script()
+    watch = watching(made)
+    watch.loop.hand_over()
+    told: list[str] = []
+    tick, block = watch.loop.driver.tick, watch.loop.driver.block
+    monkeypatch.setattr(watch.loop.driver, "tick", lambda step: told.append("tick") or tick(step))
+    monkeypatch.setattr(watch.loop.driver, "block", lambda rows: told.append("block") or block(rows))
+    for x, y in made.loader:
+        with watch.step() as s:
+            made.optimizer.zero_grad()
+            loss = made.loss_fn(made.model(x), y)
+            loss.backward()
+            s.loss(loss)
+            made.optimizer.step()
+    assert told == ["tick"] * len(made.loader)
+    watch.close()
+    assert len(frame(watch.path, "loss")) == len(made.loader)
