@@ -114,11 +114,10 @@ class EpochTable:
 
 def weight_norm(parameters: list[torch.nn.Parameter]) -> float:
     """Euclidean norm of all parameters that are trained; 0 where there are none."""
-    trained: list[torch.Tensor] = [p for p in parameters if p.requires_grad and p.numel()]
-    with torch.no_grad():
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in trained):
-            trained = [p.float() for p in trained]
-        return float(total_norm(torch._foreach_norm(trained))) if trained else 0.0  # noqa: SLF001  # no public name
+    trained = [p.detach() for p in parameters if p.requires_grad and p.numel()]
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in trained):
+        trained = [p.float() for p in trained]
+    return float(total_norm(torch._foreach_norm(trained))) if trained else 0.0  # noqa: SLF001  # no public name
 
 
 def memory(device: torch.device) -> dict[str, float]:
