@@ -117,14 +117,15 @@ def prepare(
         DataError: The training loader is empty.
         SessionError: The session's folder cannot be made.
     """
-    holds = policy.evidence.holdout_share is not None and settings.mode == "act"
+    plan = _plan(settings, request)
+    # An acting run whose end is not known only observes, and holds nothing out.
+    holds = policy.evidence.holdout_share is not None and settings.mode == "act" and plan.total is not None
     request.check(settings, own_step=own_step is not None, holds_out=holds)
     device = device_of(settings.device, list(request.model.parameters()))
     if settings.precision == "fp16" and device.type != "cuda":
         raise UsageError(
             f'precision="fp16" needs CUDA, and this run is on {device.type}; use "bf16", or "fp32"'
         )
-    plan = _plan(settings, request)
     mode, why_mode = _mode(settings.mode, plan)
     request.warn()
     if settings.seed is not None:

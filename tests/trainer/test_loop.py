@@ -231,6 +231,27 @@ def test_without_a_length_nothing_is_planned_unless_steps_are_given(
     assert result.mode == "act"
 
 
+@pytest.mark.parametrize(
+    ("settings", "more", "told"),
+    [
+        ({"val_every_n_epochs": 1}, {}, "val_every_n_epochs=1 needs a val_loader"),
+        (
+            {},
+            {"slices": {"all": lambda inputs, targets: targets >= 0}},
+            "slices are subsets of the validation set",
+        ),
+    ],
+)
+def test_without_a_length_no_training_data_stand_in_for_a_val_loader_that_is_needed(
+    settings: dict[str, Any], more: dict[str, Any], told: str, tmp_path: Path, observers: list[Any]
+) -> None:
+    made = script() | {"train_loader": DataLoader(Stream(100), batch_size=10), **more}
+    policy = Policy.model_validate({"evidence": {"holdout_share": 0.2}})
+    trainer = Trainer(session_dir=tmp_path, automode=True, policy=policy, **COMMON, **settings)
+    with pytest.raises(UsageError, match=told):
+        trainer.fit(**made)
+
+
 def test_an_iterator_that_can_be_read_only_once_is_told_apart_from_an_empty_loader(
     tmp_path: Path, observers: list[Any]
 ) -> None:
