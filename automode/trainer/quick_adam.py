@@ -52,7 +52,7 @@ def update_of(optimizer: torch.optim.Optimizer) -> Call:
         ``optimizer.step``, or a function without arguments that leaves the same bits behind.
     """
     own, kind = optimizer.step, type(optimizer)
-    if kind not in _KINDS or len(optimizer.param_groups) != 1 or _heard(optimizer) or not _is_torchs(own):
+    if kind not in _KINDS or len(optimizer.param_groups) != 1 or _heard(optimizer) or not is_torchs(own):
         return own
     found = _stepped(optimizer)
     if found is None or not _agrees(kind):
@@ -70,7 +70,7 @@ def clearing_of(optimizer: torch.optim.Optimizer) -> Call:
         A function without arguments that does what ``zero_grad(set_to_none=True)`` does.
     """
     own = functools.partial(optimizer.zero_grad, set_to_none=True)
-    if not _is_torchs(optimizer.zero_grad):
+    if not is_torchs(optimizer.zero_grad):
         return own
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -184,8 +184,12 @@ def _heard(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _is_torchs(method: Any) -> bool:
-    """Whether a method, with everything that is wrapped around it, is torch's own code."""
+def is_torchs(method: Any) -> bool:
+    """Whether a method, with everything that is wrapped around it, is the own code of torch's optimizers and schedulers.
+
+    Args:
+        method: Bound or not.
+    """
     function = getattr(method, "__func__", method)
     while function is not None:
         where = getattr(function, "__globals__", {}).get("__name__", "")

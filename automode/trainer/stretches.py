@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from automode.trainer.quick_adam import clearing_of, update_of
+from automode.trainer.quick_adam import clearing_of, is_torchs, update_of
 from automode.trainer.recording_sampler import RecordedIterator
 from automode.trainer.steps import DefaultStep, Taken, paired_loss
 
@@ -72,9 +72,16 @@ def is_plain(loop: Loop) -> bool:
         and trunk.curation is None
         and len(trunk.optimizer.param_groups) == 1
         and not loop.skipping
+        and not (loop.schedule.every_step and _does_more(loop.schedule.scheduler))
         and not loop.observer.busy
         and loop.probe.clock is loop.clock
     )
+
+
+def _does_more(scheduler: Any) -> bool:
+    """Whether a scheduler's steps are somebody's own: they may do anything to the optimizer, as forget its moments, and not only set rates."""
+    parts = getattr(scheduler, "_schedulers", ())
+    return not is_torchs(getattr(scheduler, "step", None)) or any(_does_more(part) for part in parts)
 
 
 def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:

@@ -247,3 +247,49 @@ def test_the_trainers_plain_step_is_the_quick_one_and_equals_a_loop_by_hand(
     assert found[1:] == [True] * (len(found) - 1)
     assert len(found) >= 3
     assert all_bits(watched["model"], watched["optimizer"]) == all_bits(bare["model"], bare["optimizer"])
+
+
+class Restarting(torch.optim.lr_scheduler.ConstantLR):
+    """Forgets the moments now and then, as warm restarts do."""
+
+    def step(self, *given: Any) -> None:
+        super().step(*given)
+        if self.last_epoch % 13 == 12:
+            self.optimizer.state.clear()
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_scheduler_that_forgets_the_moments_is_followed_at_once(chained: bool, tmp_path: Any) -> None:
+    inputs = torch.linspace(-2, 2, 400).sin().reshape(80, 5)
+    data = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+    def parts() -> dict[str, Any]:
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters())
+        scheduler: Any = Restarting(optimizer, factor=0.5, total_iters=9)
+        if chained:
+            scheduler = torch.optim.lr_scheduler.ChainedScheduler([scheduler], optimizer=optimizer)
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "loss_fn": nn.CrossEntropyLoss(),
+            "train_loader": TensorLoader(data, batch_size=8),
+            "scheduler": scheduler,
+        }
+
+    watched, bare = parts(), parts()
+    Trainer(
+        max_epochs=4,
+        automode="off",
+        session_dir=tmp_path,
+        progress=False,
+        console=False,
+        scheduler_interval="step",
+    ).fit(**watched)
+    for _ in range(4):
+        for batch, targets in bare["train_loader"]:
+            bare["optimizer"].zero_grad()
+            bare["loss_fn"](bare["model"](batch), targets).backward()
+            bare["optimizer"].step()
+            bare["scheduler"].step()
+    assert all_bits(watched["model"], watched["optimizer"]) == all_bits(bare["model"], bare["optimizer"])
