@@ -86,7 +86,7 @@ class DataCursor:
             with forked_rng():
                 before.restore()
                 found["start"] = {"random": pack_rng(), "live": live}
-            found["order"] = self.loader.order()
+            found["order"] = self.loader.order(self.read)
             found["ahead"] = list(self.loader.ahead())
             found["content"] = self._content
         return found
@@ -164,7 +164,7 @@ class DataCursor:
             return ["the loader is read in another way than it was"]
         if self.loader.recorded:
             count, ahead = state["ahead"]
-            if self.loader.order() != state["order"] or self.loader.ahead(count) != (count, ahead):
+            if self.loader.order(self.read) != state["order"] or self.loader.ahead(count) != (count, ahead):
                 return [_OTHER_ORDER]
         if self._how == "read" and self._content != state["content"]:
             return [_OTHER_CONTENT]

@@ -143,7 +143,7 @@ class RecordedLoader:
         self._recorder: RecordingBatchSampler | None = None
         self.read: list[Sequence[Any] | None] = []
         self._tensors: TensorLoader | None = None
-        self._digest = 0
+        self._digest = self._summed = 0
         if self.reason is not None:
             return
         assert isinstance(loader, DataLoader)
@@ -182,7 +182,7 @@ class RecordedLoader:
             skip: Batches at the beginning whose index lists are drawn and dropped, their samples never read; only while
                 :attr:`recorded`.
         """
-        self.read, self._digest = [], 0
+        self.read, self._digest, self._summed = [], 0, 0
         if self._tensors is not None:
             begun = TensorPass(self._tensors, skip)
             self.read = [begun.drawn.popleft() for _ in itertools.islice(begun.batches, skip)]
@@ -216,14 +216,25 @@ class RecordedLoader:
         """
         return self.current
 
-    def order(self) -> int:
-        """A checksum of the index lists of the batches yielded (or skipped) in this pass, in order; 0 where none are noted."""
-        self._digest, self.read = checksum_of(self.read, self._digest), []
+    def order(self, count: int | None = None) -> int:
+        """A checksum of the index lists of the batches yielded (or skipped) in this pass, in order; 0 where none are noted.
+
+        Args:
+            count: Of the first so many alone: the last one may have been read for a step that then failed. None: of all.
+        """
+        summed = self.read if count is None else self.read[: max(0, count - self._summed)]
+        self._digest = checksum_of(summed, self._digest)
+        self._summed += len(summed)
+        self.read = self.read[len(summed) :]
         return self._digest
 
     def ahead(self, count: int | None = None) -> tuple[int, int]:
-        """How many index lists have been drawn for batches not yielded yet, and a checksum of the first ``count`` of them."""
-        drawn = [] if self._recorder is None else list(self._recorder.pending)[:count]
+        """How many index lists have been drawn for batches not yielded yet, and a checksum of the first ``count`` of them.
+
+        To be asked for after :meth:`order`: a batch that this was not to count stands before them.
+        """
+        pending = [] if self._recorder is None else list(self._recorder.pending)
+        drawn = [*self.read, *pending][: len(pending)][:count]
         return len(drawn), checksum_of(drawn, 0)
 
     def root_ids(self, batches: Sequence[Sequence[Any]]) -> IdArray | None:
@@ -270,7 +281,7 @@ class RecordedLoader:
     def order_up(self) -> None:
         """Sum up the index lists of batches that were read, now and then, so that they are not all kept."""
         if len(self.read) >= _READ_AT_MOST:
-            self.order()
+            self.order(self._summed + len(self.read) - 1)
 
 
 def array_bytes(values: Any) -> bytes:

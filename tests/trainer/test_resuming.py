@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -380,3 +381,29 @@ def test_what_is_left_of_earlier_attempts_is_deleted_in_its_turn(tmp_path: Path,
     fit(tmp_path, resume=path, checkpoint_every="3 steps")
     assert stored(path) == [("periodic", 9), ("end", 10)]
     assert len(CheckpointStore(path / "checkpoints").digests()) == 3  # and the final weights
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_batch_of_a_step_that_failed_is_not_held_against_the_sampler(
+    workers: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def failing(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise Cut
+        return torch.nn.functional.cross_entropy(outputs, targets)
+
+    calls = 0
+    for again in (False, True):
+        made = script()
+        loader = made["train_loader"]
+        made["train_loader"] = DataLoader(loader.dataset, batch_size=8, shuffle=True, num_workers=workers)
+        made["loss_fn"] = failing
+        expected: Any = contextlib.nullcontext() if again else pytest.raises(Cut)
+        with expected:
+            fit(tmp_path, made, resume="auto")
+    told = [str(warning.message) for warning in recwarn if "approximately" in str(warning.message)]
+    assert len(told) == 1
+    assert "the step that failed may have moved random numbers" in told[0]
+    assert "sampler" not in told[0]

@@ -35,6 +35,7 @@ def check(ground: Ground) -> Finding:
             why="no epoch is under way, so no batch has been handed out that could be compared",
         )
     random, live = began
+    order = loader.order(cursor.read)
     count, drawn = loader.ahead()
     with ground.undisturbed():
         try:
@@ -45,7 +46,7 @@ def check(ground: Ground) -> Finding:
         read = [noted(positions) for positions in islice(lists, cursor.read)]
         ahead = [noted(positions) for positions in islice(lists, count)]
     numbers = {"batches": float(cursor.read), "drawn_ahead": float(count)}
-    same = checksum_of(read, 0) == loader.order() and (len(ahead), checksum_of(ahead, 0)) == (count, drawn)
+    same = checksum_of(read, 0) == order and (len(ahead), checksum_of(ahead, 0)) == (count, drawn)
     if same:
         why = f"the {cursor.read} batches of this epoch, drawn again, hold the same samples in the same order"
         return Finding(verdict="good", why=why, numbers=numbers)
