@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -300,7 +301,7 @@ def _write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> FileDigest:
 
 def _write_rest(path: Path, rest: dict[str, Any]) -> FileDigest:
     try:
-        digest = write_synced(path, lambda file: torch.save(rest, file))
+        digest = write_synced(path, lambda file: torch.save(_texts_once(rest, {}), file))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UsageError(f"rest holds something that cannot be stored: {error}") from error
     try:
@@ -312,6 +313,26 @@ def _write_rest(path: Path, rest: dict[str, Any]) -> FileDigest:
             "keep to containers, numbers, strings and tensors, and pass random states through pack_rng()"
         ) from error
     return digest
+
+
+def _texts_once(value: Any, known: dict[int, Any]) -> Any:
+    """Make equal texts one object: pickle writes an object once, so that a loaded state would have another digest than the one it equals."""
+    kind = type(value)
+    if kind is str:
+        return sys.intern(value)
+    if kind not in (dict, list, tuple):
+        return value
+    if id(value) in known:
+        return known[id(value)]
+    if kind is tuple:
+        known[id(value)] = made = tuple(_texts_once(item, known) for item in value)
+        return made
+    found = known[id(value)] = kind()
+    if kind is dict:
+        found.update({_texts_once(k, known): _texts_once(v, known) for k, v in value.items()})
+    else:
+        found.extend(_texts_once(item, known) for item in value)
+    return found
 
 
 def _gist(error: Exception) -> str:

@@ -401,3 +401,18 @@ while True:
             weights, rest, manifest = store.load(digest)
             assert rest == manifest
             assert weights["w"].unique().tolist() == [float(rest["i"])]
+
+
+def test_a_state_that_was_loaded_has_the_digest_of_the_one_that_it_equals(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+
+    def rest(key: str) -> dict[str, Any]:
+        shared = [1, 2]
+        return {"optimizer": {0: {key: 3.0}}, "step": 5, "pair": (key, shared, shared)}
+
+    weights = {"w": torch.ones(2)}
+    first = store.save(weights, rest("step"), {})
+    again = store.save(weights, rest("".join(["st", "ep"])), {})
+    assert again == first
+    pair = store.load(first)[1]["pair"]
+    assert pair[1] is pair[2]
