@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import pickle
 import re
@@ -333,6 +334,21 @@ def _texts_once(value: Any, known: dict[int, Any]) -> Any:
     else:
         found.extend(_texts_once(item, known) for item in value)
     return found
+
+
+def why_not_storable(rest: Any) -> str | None:
+    """Say why something could not stand in a checkpoint beside the weights; None: it could. Nothing is written."""
+    file = io.BytesIO()
+    try:
+        torch.save(rest, file)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        return str(error)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        return f"only unsafe loading could read it ({_gist(error)})"
+    return None
 
 
 def _gist(error: Exception) -> str:

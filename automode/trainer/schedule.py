@@ -17,6 +17,7 @@ import torch
 from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau, StepLR
 
 from automode.errors import UsageError
+from automode.session.checkpoints import why_not_storable
 
 Interval = Literal["epoch", "step", "manual"]
 
@@ -130,13 +131,25 @@ def check_schedule(
         validates: Whether the run validates.
 
     Raises:
-        UsageError: It is no scheduler, drives another optimizer, or waits for a validation loss that never comes.
+        UsageError: It is no scheduler, has a state that no checkpoint could hold, drives another optimizer, or waits for a
+            validation loss that never comes.
     """
     if scheduler is None:
         return
     if not callable(getattr(scheduler, "step", None)):
         raise UsageError(
             f"scheduler is a {type(scheduler).__name__}, which has no step(); pass a torch.optim.lr_scheduler or None"
+        )
+    if not callable(getattr(scheduler, "state_dict", None)):
+        raise UsageError(
+            f"scheduler is a {type(scheduler).__name__}, which has no state_dict(), so that no checkpoint could hold where it stands; "
+            "give it state_dict() and load_state_dict(), or step it in a training step of your own"
+        )
+    why = why_not_storable(scheduler.state_dict())
+    if why is not None:
+        raise UsageError(
+            f"the state of the {type(scheduler).__name__} cannot be stored in a checkpoint: {why}. Give it a state_dict() of containers, "
+            "numbers, strings and tensors, and a load_state_dict() that makes the rest anew"
         )
     driven = getattr(scheduler, "optimizer", optimizer)
     if driven is not optimizer:

@@ -185,3 +185,32 @@ def test_a_scheduler_that_cannot_be_driven_is_refused_with_what_to_do() -> None:
         check_schedule(ReduceLROnPlateau(optimizer), optimizer, "epoch", validates=False)
     with pytest.raises(UsageError, match='scheduler_interval="epoch"'):
         check_schedule(ReduceLROnPlateau(optimizer), optimizer, "step", validates=True)
+
+
+class Remembering(LambdaLR):
+    """Keeps a function where its state is taken from."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.told = lambda tick: tick
+        super().__init__(optimizer, lambda tick: 1.0)
+
+
+class Stateless:
+    def step(self) -> None:
+        """Nothing to do."""
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            Remembering,
+            r"the state of the Remembering cannot be stored in a checkpoint: .*Give it a state_dict",
+        ),
+        (lambda _: Stateless(), r"a Stateless, which has no state_dict\(\)"),
+    ],
+)
+def test_a_scheduler_that_no_checkpoint_could_hold_is_refused_before_training(make: Any, said: str) -> None:
+    optimizer = optimizer_of()
+    with pytest.raises(UsageError, match=said):
+        check_schedule(make(optimizer), optimizer, "epoch", validates=False)
