@@ -49,9 +49,11 @@ def outcome(script: Any, watching: Any, frame: Any, soundness: Any, name: str) -
     made = script(steplr=False)
     watch = watching(made, loss_fn=made.loss_fn, train=made.loader, run_name=name)
     mixed(made, watch)
-    columns = [frame(watch.path, column) for column in ("step", "loss", "lr_0", "applied", "finite")]
-    norms, ledger = frame(watch.path, "grad_norm"), watch.samples.state()["columns"]
+    ledger = watch.samples.state()["columns"]
     watch.close()
+    columns = [frame(watch.path, column) for column in ("step", "loss", "lr_0", "applied", "finite")]
+    norms = frame(watch.path, "grad_norm")
+    assert columns[0]
     told = [event.kind for event in soundness(watch.path)]
     return made.state(), columns, norms, {name: column.tolist() for name, column in ledger.items()}, told
 
