@@ -183,9 +183,11 @@ def one(job: tuple[str, str, int, float, float, str]) -> dict[str, Any]:
 
 
 def p_greater(differences: Floats, than: Floats | float = 0.0) -> float:
-    """One-sided p of a paired t-test that the mean exceeds a value."""
+    """One-sided p of a paired t-test that the mean exceeds a value; 1 for a single pair, which cannot tell."""
     d = differences - than
-    if d.size < 2 or not d.std():
+    if d.size < 2:
+        return 1.0
+    if not d.std():
         return 0.0 if d.mean() > 0 else 1.0
     return float(student.sf(d.mean() / (d.std(ddof=1) / math.sqrt(d.size)), d.size - 1))
 
