@@ -117,7 +117,7 @@ def _consider(
     if isinstance(card, Held):
         _note(state, out, proposal.reason, "held", card.code, card.why)
         return None
-    cause = _note(state, out, proposal.reason, "fired", card.id, proposal.because)
+    cause = _note(state, out, proposal.reason, "fired", card.id, card.because)
     lifecycle.propose_card(state, card, out, cause=cause)
     return card.id
 

@@ -7,7 +7,7 @@ Nothing here looks at weights or clocks. :func:`admit` turns a rule's proposal i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self, assert_never
 
 from automode.planner.approval import PLANNER, CardRecord
@@ -184,7 +184,9 @@ def _that_fits(
     for fewer in proposal.cheaper:
         if not isinstance(ladder, Held):
             break
-        proposal, ladder = fewer, choose_ladder(fewer, view, cap, funds)
+        # What is known of the run stands on the card, whichever form it takes.
+        proposal = replace(fewer, diagnostics={**proposal.diagnostics, **fewer.diagnostics})
+        ladder = choose_ladder(proposal, view, cap, funds)
     return proposal, ladder
 
 

@@ -231,7 +231,7 @@ def test_where_all_trials_do_not_fit_fewer_are_tried_and_what_is_held_names_the_
     remaining: int,
 ) -> None:
     two, one = (fork(recipe=TrainingRecipe(variants=THREE.variants[:n])) for n in (2, 1))
-    proposal = replace(fork(), cheaper=(two, one))
+    proposal = replace(fork(), cheaper=(two, one), diagnostics={"known": 1.0})
     view = view_of(step=300, remaining=remaining, budget=340)
     alone = [try_admit(each, view) for each in (fork(), two, one)]
     answer = try_admit(proposal, view)
@@ -239,6 +239,7 @@ def test_where_all_trials_do_not_fit_fewer_are_tried_and_what_is_held_names_the_
     if fits:
         assert made(answer).training_recipe == fits[0].training_recipe
         assert made(answer).cost == fits[0].cost
+        assert made(answer).diagnostics["known"] == 1.0
     else:
         assert answer == alone[-1]
         assert "the shortest ladder worth running (1 trial, 20 steps)" in held(answer).why

@@ -29,7 +29,7 @@ POLICY = Policy.model_validate(
 )
 
 
-def trained(folder: Path, rate: float, automode: bool) -> FitResult:
+def trained(folder: Path, rate: float, automode: bool, policy: Policy = POLICY) -> FitResult:
     """The same data, first weights and order every time."""
     data = load_digits()
     order = np.random.default_rng(3).permutation(len(data.target))
@@ -40,7 +40,7 @@ def trained(folder: Path, rate: float, automode: bool) -> FitResult:
     return Trainer(
         max_steps=STEPS,
         automode=automode,
-        policy=POLICY,
+        policy=policy,
         session_dir=folder,
         val_every_n_epochs=4,
         seed=4,
@@ -80,6 +80,19 @@ def test_a_rate_that_is_far_too_low_is_found_early(tmp_path: Path) -> None:
     assert (state, what) == ("adopted", "t0:x10")
     assert probed.history["learning_rate"][-1] == pytest.approx(RATE / 2)
     assert probed.history["val_loss"][-1] < 0.8 * low.history["val_loss"][-1]
+
+
+def test_where_three_trials_do_not_fit_one_does_and_the_log_speaks_of_that_one(tmp_path: Path) -> None:
+    poor = POLICY.model_copy(update={"probe": POLICY.probe.model_copy(update={"restart_share": 0.14})})
+    probed = trained(tmp_path, RATE / 20, True, poor)
+    with probed.session as session:
+        (card,) = (record.body["card"] for record in session.events(kind="card_proposed"))
+        (fired,) = (r.body for r in session.events(kind="rule_evaluated") if r.body["outcome"] == "fired")
+        ended = str(session.cards()[-1].state)
+    assert [variant["name"] for variant in card["training_recipe"]["variants"]] == ["x10"]
+    assert fired["why"] == card["because"]
+    assert "at its rate times: 10." in fired["why"]
+    assert ended == "adopted"
 
 
 def test_a_rate_that_is_about_right_is_left_alone(tmp_path: Path) -> None:
