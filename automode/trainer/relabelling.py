@@ -15,8 +15,8 @@ from automode.planner.recipes import Relabel, RelabelGiven, RelabelPredicted
 from automode.trainer.embedding import embeddings
 from automode.trainer.new_labels import NewLabels
 from automode.trainer.noise import nearest, probabilities_of
-from automode.trainer.sample_source import Ids, SampleSource
-from automode.trainer.scanning import READ_BATCH, labels_of
+from automode.trainer.sample_source import READ_BATCH, Ids, SampleSource
+from automode.trainer.scanning import labels_of
 from automode.trainer.second_look import average_of
 from automode.trainer.states import States
 from automode.trainer.trunk import Trunk

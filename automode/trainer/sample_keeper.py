@@ -15,7 +15,8 @@ from automode.errors import AutomodeError
 from automode.session.ledger_file import ledger_columns, write_file
 from automode.session.sample_table import SampleTable
 from automode.trainer.random_state import forked_rng
-from automode.trainer.scanning import READ_BATCH, Scanner
+from automode.trainer.sample_source import READ_BATCH
+from automode.trainer.scanning import Scanner
 from automode.trainer.user_warning import tell_user
 from automode.trainer.validation import SliceFn
 

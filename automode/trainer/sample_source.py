@@ -14,6 +14,9 @@ from automode.merges.batches import move
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
+READ_BATCH = 256
+"""Samples that are read at once where all or many of them are looked through."""
+
 
 class SampleSource:
     """Fetches batches of the root dataset by sample id.

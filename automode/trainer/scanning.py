@@ -27,12 +27,11 @@ from automode.trainer.noise import (
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.reviewing import review
 from automode.trainer.sample_ledger import SampleLedger
-from automode.trainer.sample_source import Ids, SampleSource
+from automode.trainer.sample_source import READ_BATCH, Ids, SampleSource
 from automode.trainer.second_look import SecondLook
 from automode.trainer.symbols import foretells_symbols
 from automode.trainer.trunk import Trunk
 
-READ_BATCH = 256
 Batches = Callable[[], Iterable[Any]]
 HeldOutRead = tuple[npt.NDArray[np.float64], list[Any], list[Any]]
 """Features [n, d], and the outputs and targets of each batch."""
@@ -96,8 +95,9 @@ class Scanner:
         symbols = labels is not None and self._foretells_symbols(probe, outputs, labels)
         held = self._held_out() if (labels is not None and not symbols) or command.clusters else None
         spent = 0.0 if held is None else float(len(held[0]))
-        noise = NEXT_SYMBOL if symbols else self._weigh_noise(probe, features, labels, held)
-        noise, more = self._looked_again(command, noise, probe, features, labels)
+        disagreement = None if labels is None or symbols else neighbour_disagreement(features, labels)
+        noise = NEXT_SYMBOL if symbols else self._weigh_noise(probe, disagreement, labels, held)
+        noise, more = self._looked_again(command, noise, probe, disagreement)
         spent += more
         self.noise = noise
         self.details, more = self._detailed(command, probe, features)
@@ -179,7 +179,7 @@ class Scanner:
     def _weigh_noise(
         self,
         probe: Ids,
-        features: npt.NDArray[np.float64],
+        disagreement: npt.NDArray[np.float64] | None,
         labels: npt.NDArray[np.int64] | None,
         held: HeldOutRead | None,
     ) -> NoiseEvidence:
@@ -192,7 +192,6 @@ class Scanner:
         ledger = self.ledger()
         seen = ledger.seen()
         margins = np.asarray(ledger.column("margin", seen), dtype=np.float64)
-        disagreement = neighbour_disagreement(features, labels) if labels is not None else None
         return weigh(rate=rate, ids=seen, margins=margins, probe=probe, disagreement=disagreement)
 
     def _looked_again(
@@ -200,8 +199,7 @@ class Scanner:
         command: Scan,
         noise: NoiseEvidence,
         probe: Ids,
-        features: npt.NDArray[np.float64],
-        labels: npt.NDArray[np.int64] | None,
+        disagreement: npt.NDArray[np.float64] | None,
     ) -> tuple[NoiseEvidence, float]:
         """Name the suspects anew by what the trunk's average says, where the first look finds enough; and the passes it took."""
         least = command.ask_from
@@ -209,7 +207,7 @@ class Scanner:
             least is None
             or noise.rate is None
             or noise.rate < least
-            or labels is None
+            or disagreement is None
             or self.second_look is None
         ):
             return noise, 0.0
@@ -217,7 +215,6 @@ class Scanner:
         seen = self.second_look.take(ids)
         if seen is None:
             return noise, 0.0
-        disagreement = neighbour_disagreement(features, labels)
         known = np.asarray(self.ledger().column("margin", ids), dtype=np.float64)
         margins = known if seen.by_heart else seen.margins
         again = weigh(rate=seen.rate, ids=ids, margins=margins, probe=probe, disagreement=disagreement)

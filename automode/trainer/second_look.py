@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from automode.merges.batches import training_flags_kept
 from automode.trainer.noise import noise_rate, probabilities_of
 from automode.trainer.random_state import forked_rng
-from automode.trainer.sample_source import Ids, SampleSource
+from automode.trainer.sample_source import READ_BATCH, Ids, SampleSource
 from automode.trainer.states import States
 from automode.trainer.tasks import margins
 from automode.trainer.trunk import Trunk
@@ -33,11 +33,12 @@ AVERAGE: Final = "ema3"
 MOST_ASKED: Final = 65_536
 """Samples, at the most, of which it is asked: they are read one after another, in the training process."""
 
-READ_BATCH: Final = 256
-
 TEMPERATURE: Final = 2.0
 """What the logits are divided by. Of labels that are wrong in pairs, probabilities at 1 tell most; of those that are wrong at random, the
 logits themselves; at 2 little of either is lost (decision 39)."""
+
+LEAST_CONTRADICTED: Final = 0.85
+"""Share of training labels that the average contradicts, as a multiple of that of held-out labels, below which it knows them by heart."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,10 +53,6 @@ def average_of(trunk: Trunk, states: States) -> tuple[nn.Module, float] | None:
         return None
     model = states.shell()
     return model, float(states.put(model, trunk.candidates()[AVERAGE], averaged=True))
-
-
-LEAST_CONTRADICTED: Final = 0.85
-"""Share of training labels that the average contradicts, as a multiple of that of held-out labels, below which it knows them by heart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,8 +31,8 @@ from automode.trainer.new_labels import NewLabels
 from automode.trainer.random_state import forked_rng
 from automode.trainer.relabelling import Relabeller, packed
 from automode.trainer.sample_ledger import SampleLedger
-from automode.trainer.sample_source import Ids, SampleSource
-from automode.trainer.scanning import READ_BATCH, Scanner
+from automode.trainer.sample_source import READ_BATCH, Ids, SampleSource
+from automode.trainer.scanning import Scanner
 from automode.trainer.validation import SliceFn
 
 
