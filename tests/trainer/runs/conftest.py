@@ -373,10 +373,27 @@ def run_once() -> Play:
     return play
 
 
-def take_up_run(path: Path, run: Played, script: Script, *, steps: int, **settings: Any) -> FitResult:
-    """Take up, as a person's next process would, what another run has left in a copy of its session."""
+@pytest.fixture(scope="session")
+def handed_in() -> Callable[..., dict[int, Any]]:
+    """What a person does at which boundary to hand a card in, and to approve it at the next."""
+
+    def actions(text: str, at: int = 8) -> dict[int, Any]:
+        return {at: lambda person: person.submit(text), at + 1: lambda person: person.approve()}
+
+    return actions
+
+
+def take_up_run(
+    path: Path,
+    run: Played,
+    script: Script,
+    *,
+    steps: int,
+    fit: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> FitResult:
+    """Take up, as a person's next process would, what another run has left in a copy of its session; ``fit``: instead of the script's."""
     return Trainer(
-        automode="propose",
         policy=run.driver.state.policy,
         max_steps=steps,
         seed=3,
@@ -384,8 +401,8 @@ def take_up_run(path: Path, run: Played, script: Script, *, steps: int, **settin
         console=False,
         session_dir=path.parents[1],
         resume=path,
-        **{"checkpoint_every": None} | settings,
-    ).fit(**script.build())
+        **{"automode": "propose", "checkpoint_every": None} | settings,
+    ).fit(**(script.build() if fit is None else fit))
 
 
 @pytest.fixture(scope="session")

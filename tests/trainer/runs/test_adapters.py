@@ -33,10 +33,6 @@ merge_recipe: {merge}
 """
 
 
-def handed_in(text: str, at: int = 8) -> dict[int, Any]:
-    return {at: lambda person: person.submit(text), at + 1: lambda person: person.approve()}
-
-
 @pytest.fixture(scope="module")
 def script(scripts: Any) -> Any:
     return scripts(rate=0.003)
@@ -46,7 +42,7 @@ FUSED = card("{kind: adapter_fuse, weights: [0.3, 1.0]}").replace("budget_steps:
 
 
 @pytest.fixture(scope="module")
-def played(run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def played(handed_in: Any, run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run in which two adapters are fused."""
     return run_once(
         tmp_path_factory.mktemp("adapters") / "run",
@@ -93,7 +89,7 @@ def test_the_same_card_gives_the_same_fusion_again(played: Any, script: Any) -> 
 
 
 def test_an_adopted_adapter_brings_its_merged_weights_and_leaves_rates_and_moments_alone(
-    play_run: Any, script: Any
+    handed_in: Any, play_run: Any, script: Any
 ) -> None:
     variants = "[{name: low, lr_mul: 200, adapter: {rank: 3, alpha: 3}}]"
     run = play_run(
@@ -113,7 +109,7 @@ def test_an_adopted_adapter_brings_its_merged_weights_and_leaves_rates_and_momen
 
 
 def test_layers_that_the_model_lacks_fail_the_card_before_anything_is_trained(
-    play_run: Any, script: Any
+    handed_in: Any, play_run: Any, script: Any
 ) -> None:
     variants = '[{name: low, adapter: {rank: 2, targets: ["decoder.*"]}}]'
     run = play_run(
@@ -126,7 +122,7 @@ def test_layers_that_the_model_lacks_fail_the_card_before_anything_is_trained(
 
 
 def test_a_backend_that_stacks_trains_adapters_alone_and_alike(
-    played: Any, run_once: Any, script: Any, tmp_path: Any
+    handed_in: Any, played: Any, run_once: Any, script: Any, tmp_path: Any
 ) -> None:
     away = run_once(
         tmp_path / "away",
@@ -146,7 +142,7 @@ def test_a_backend_that_stacks_trains_adapters_alone_and_alike(
 
 
 def test_a_run_that_is_killed_between_two_rungs_of_its_adapters_comes_to_the_same_end(
-    script: Any, run_once: Any, take_up: Any, tmp_path: Path
+    handed_in: Any, script: Any, run_once: Any, take_up: Any, tmp_path: Path
 ) -> None:
     def leave(person: Any) -> None:  # what is on disk as the second rung is trained is what a kill leaves
         fork, there = person.driver.state.fork, (tmp_path / "left").exists()

@@ -31,17 +31,13 @@ asha: {reduction_factor: 2, max_steps: 24}
 """
 
 
-def handed_in(text: str, at: int = 8) -> dict[int, Any]:
-    return {at: lambda person: person.submit(text), at + 1: lambda person: person.approve()}
-
-
 @pytest.fixture(scope="module")
 def script(scripts: Any) -> Any:
     return scripts(rate=0.003)
 
 
 @pytest.fixture(scope="module")
-def played(run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def played(handed_in: Any, run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run of such a card, without early stopping."""
     return run_once(
         tmp_path_factory.mktemp("annealed") / "run",
@@ -91,7 +87,9 @@ def test_the_candidate_is_judged_against_it_where_it_is_above_both_controls(play
         assert played.why().endswith("which warms the annealed weights up again")
 
 
-def test_it_trains_on_what_the_trunk_trains_on(play_run: Any, script: Any, played: Any) -> None:
+def test_it_trains_on_what_the_trunk_trains_on(
+    handed_in: Any, play_run: Any, script: Any, played: Any
+) -> None:
     """What the card leaves out, the trunk does not; nor does a control stop early."""
     drawn: dict[int, set[int]] = {}
 
@@ -123,7 +121,7 @@ def test_the_same_card_gives_the_same_control_again(played: Any, script: Any) ->
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_control_that_fails_is_tried_once_more_and_then_the_card_ends(
-    times: int, play_run: Any, script: Any, monkeypatch: pytest.MonkeyPatch
+    handed_in: Any, times: int, play_run: Any, script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = times
     train = SpecialistSegment._step
@@ -148,7 +146,7 @@ def test_a_control_that_fails_is_tried_once_more_and_then_the_card_ends(
     assert run.result.steps == STEPS
 
 
-def test_an_anneal_alone_is_no_gain(play_run: Any, script: Any) -> None:
+def test_an_anneal_alone_is_no_gain(handed_in: Any, play_run: Any, script: Any) -> None:
     """A variant that is its own control: equal bit by bit, so that it is never looked at."""
     text = CARD.replace(
         "{name: low, lr_mul: 0.01, schedule: anneal}, {name: fast, lr_mul: 30, schedule: anneal}",
@@ -169,7 +167,7 @@ def test_an_anneal_alone_is_no_gain(play_run: Any, script: Any) -> None:
 
 
 def test_a_run_that_is_killed_while_its_control_anneals_comes_to_the_same_end(
-    script: Any, run_once: Any, take_up: Any, tmp_path: Path
+    handed_in: Any, script: Any, run_once: Any, take_up: Any, tmp_path: Path
 ) -> None:
     left: list[int] = []
 

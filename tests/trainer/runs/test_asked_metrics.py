@@ -26,22 +26,18 @@ acceptance: {metric: accuracy}
 """
 
 
-def handed_in(text: str, at: int = 2) -> dict[int, Any]:
-    return {at: lambda person: person.submit(text), at + 1: lambda person: person.approve()}
-
-
 @pytest.fixture(scope="module")
 def script(scripts: Any) -> Any:
     return scripts(rate=0.003)
 
 
 @pytest.fixture(scope="module")
-def played(run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def played(handed_in: Any, run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_once(
         tmp_path_factory.mktemp("asked") / "run",
         script=script,
         policy={"budget": "on_top"},
-        actions=handed_in(CARD),
+        actions=handed_in(CARD, at=2),
         steps=STEPS,
     )
 
@@ -70,7 +66,9 @@ def test_it_is_the_same_when_the_card_is_run_again(played: Any, script: Any) -> 
     assert done.same, done.text()
 
 
-def test_values_are_judged_by_their_squared_error_and_never_by_accuracy(play_run: Any, script: Any) -> None:
+def test_values_are_judged_by_their_squared_error_and_never_by_accuracy(
+    handed_in: Any, play_run: Any, script: Any
+) -> None:
     def values(n: int, seed: int) -> TensorDataset:
         inputs = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
         return TensorDataset(inputs, inputs[:, :1] * 3)

@@ -17,19 +17,17 @@ asha: {reduction_factor: 2, max_steps: 40}
 """
 
 
-def handed_in(text: str, at: int = 2) -> dict[int, Any]:
-    return {at: lambda person: person.submit(text), at + 1: lambda person: person.approve()}
-
-
 class Grouped(BatchSampler):
     """Makes batches of its own kind."""
 
 
-def test_the_trunk_keeps_its_batches_rates_decay_and_clipping(play_run: Any, script: Any) -> None:
+def test_the_trunk_keeps_its_batches_rates_decay_and_clipping(
+    handed_in: Any, play_run: Any, script: Any
+) -> None:
     run = play_run(
         script=script(rate=0.003, norm=False, dropout=0.0),
         policy={"budget": "on_top"},
-        actions=handed_in(CARD),
+        actions=handed_in(CARD, at=2),
         steps=240,
     )
     assert run.states()[-1] == "adopted"

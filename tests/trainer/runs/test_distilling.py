@@ -42,17 +42,13 @@ merge_recipe: {merge}
 """
 
 
-def handed_in(text: str, at: int = 8) -> dict[int, Any]:
-    return {at: lambda person: person.submit(text), at + 1: lambda person: person.approve()}
-
-
 @pytest.fixture(scope="module")
 def script(scripts: Any) -> Any:
     return scripts(rate=0.003)
 
 
 @pytest.fixture(scope="module")
-def played(run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def played(handed_in: Any, run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run in which control and specialists teach as an ensemble."""
     return run_once(
         tmp_path_factory.mktemp("distilled") / "run",
@@ -120,7 +116,7 @@ def test_the_same_card_gives_the_same_student_again(played: Any, script: Any) ->
     assert {"merge by distill", "merge by distill, weights chosen"} <= {row.what for row in done.rows}
 
 
-def test_a_mixture_teaches_once_its_router_is_fitted(play_run: Any, script: Any) -> None:
+def test_a_mixture_teaches_once_its_router_is_fitted(handed_in: Any, play_run: Any, script: Any) -> None:
     text = card(
         "{kind: distill, steps: 10, teacher: mixture, student: specialist}",
         "gate_recipe: {kind: switch_softmax, epochs: 2}",
@@ -145,7 +141,7 @@ def test_a_mixture_teaches_once_its_router_is_fitted(play_run: Any, script: Any)
     assert 0.0 < far(start) < 0.3 * far(other)
 
 
-def test_a_student_that_diverges_is_paid_for_and_left_out(play_run: Any, script: Any) -> None:
+def test_a_student_that_diverges_is_paid_for_and_left_out(handed_in: Any, play_run: Any, script: Any) -> None:
     text = card("{kind: distill, steps: 12, lr_mul: 10000}")
     values = {"norm": False, "dropout": 0.0, "rate": 3.0}
     run = play_run(
@@ -167,6 +163,7 @@ class Killed(BaseException):
 
 
 def test_a_student_that_was_cut_off_is_trained_again_and_comes_out_the_same(
+    handed_in: Any,
     played: Any,
     script: Any,
     tmp_path: Path,

@@ -32,10 +32,6 @@ asha: {reduction_factor: 2, max_steps: 20}
 pytestmark = pytest.mark.filterwarnings("ignore:.*training samples are held out")
 
 
-def handed_in(text: str, at: int = 8) -> dict[int, Any]:
-    return {at: lambda person: person.submit(text), at + 1: lambda person: person.approve()}
-
-
 @pytest.fixture(scope="module")
 def script(scripts: Any) -> Any:
     return scripts(rate=0.003, norm=False, dropout=0.0, train=300)
@@ -46,7 +42,7 @@ def without(script: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def played(run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def played(handed_in: Any, run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An acting run with a card, with the ids that its batches held, and what a kill at step 40 leaves."""
     seen: dict[str, Any] = {}
     folder = tmp_path_factory.mktemp("share")
@@ -95,24 +91,11 @@ def test_no_held_out_sample_is_ever_trained_on_by_trunk_or_trial(played: Any) ->
 
 
 def test_a_run_that_was_killed_holds_out_the_same_and_ends_with_the_same_bits(
-    played: Any, script: Any
+    take_up: Any, played: Any, script: Any
 ) -> None:
-    from automode import Trainer
-
     path = played.left / played.path.relative_to(played.folder)
     fit = without(script)
-    Trainer(
-        automode="act",
-        policy=played.driver.state.policy,
-        max_steps=STEPS,
-        seed=3,
-        progress=False,
-        console=False,
-        session_dir=path.parents[1],
-        resume=path,
-        checkpoint_every=None,
-        val_every_n_epochs=1,
-    ).fit(**fit).session.close()
+    take_up(path, played, script, steps=STEPS, fit=fit, automode="act", val_every_n_epochs=1).session.close()
     assert replay(path).differences == 0
     assert identical(fit["model"].state_dict(), played.made["model"].state_dict())
 

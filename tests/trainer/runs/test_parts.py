@@ -30,10 +30,6 @@ asha: {reduction_factor: 2, max_steps: 16}
 SLICES = {"low": lambda x, y: x[:, 0] < 0.5, "high": lambda x, y: x[:, 0] >= 0.5}
 
 
-def handed_in(text: str, at: int = 8) -> dict[int, Any]:
-    return {at: lambda person: person.submit(text), at + 1: lambda person: person.approve()}
-
-
 @pytest.fixture(scope="module")
 def script(scripts: Any) -> Any:
     return scripts(rate=0.01)
@@ -44,7 +40,7 @@ def sliced(script: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def played(run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def played(handed_in: Any, run_once: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run with a specialist for each of two slices, which hold about a third and two thirds of the samples."""
     drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -112,7 +108,9 @@ def test_the_same_card_trains_the_same_specialists_again(played: Any, script: An
     assert {"router", "merge by uniform"} <= {row.what for row in done.rows}
 
 
-def test_a_backend_that_stacks_trains_the_same(played: Any, play_run: Any, script: Any) -> None:
+def test_a_backend_that_stacks_trains_the_same(
+    handed_in: Any, played: Any, play_run: Any, script: Any
+) -> None:
     away = play_run(
         script=script,
         fit={"slices": SLICES},
@@ -129,7 +127,7 @@ def test_a_backend_that_stacks_trains_the_same(played: Any, play_run: Any, scrip
 
 
 def test_parts_of_one_size_walk_their_own_samples_when_they_are_stacked(
-    play_run: Any, script: Any, group_sizes: list[int]
+    handed_in: Any, play_run: Any, script: Any, group_sizes: list[int]
 ) -> None:
     text = CARD.replace("by_size", "equal").replace("16", "24")
     plain = type(script)(rate=0.01, norm=False, dropout=0.0)
@@ -143,7 +141,7 @@ def test_parts_of_one_size_walk_their_own_samples_when_they_are_stacked(
 
 
 def test_clusters_of_the_loss_have_specialists_too_and_a_killed_run_comes_to_the_same_end(
-    script: Any, run_once: Any, take_up: Any, tmp_path: Path
+    handed_in: Any, script: Any, run_once: Any, take_up: Any, tmp_path: Path
 ) -> None:
     text = CARD.replace(
         "{kind: slices, slices: [low, high]}", "{kind: kmeans, feature: loss, k: 3, clusters: [0, 2]}"
@@ -176,7 +174,7 @@ def test_clusters_of_the_loss_have_specialists_too_and_a_killed_run_comes_to_the
 
 
 def test_a_part_without_training_samples_fails_the_card_before_anything_is_trained(
-    play_run: Any, script: Any
+    handed_in: Any, play_run: Any, script: Any
 ) -> None:
     text = CARD.replace("replay: 0.25", "exclude: {kind: slices, slices: [low]}")
     run = play_run(
