@@ -213,7 +213,8 @@ child = os.fork()
 if not child:
     one.close()
     os.write(tells, b".")
-    time.sleep(60)
+    while True:
+        time.sleep(0.01)  # a signal just before a long sleep would be heard only after it
 os.read(hears, 1)
 os.kill(child, signal.SIGTERM)
 print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
