@@ -205,6 +205,8 @@ class PlanCard(Part):
             raise ValueError("`adjustment` belongs to action adjust, and to no other")
         if self.adjustment is not None and self.selection != SelectAll():
             raise ValueError("an adjustment is for all samples: leave `selection` out")
+        if self.adjustment is not None and self.acceptance != Acceptance():
+            raise ValueError("nothing is compared for an adjustment: leave `acceptance` out")
         if self.action == "fork":
             if self.training_recipe is None or self.asha is None:
                 raise ValueError("a fork needs `training_recipe` and `asha`")

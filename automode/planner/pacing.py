@@ -206,9 +206,11 @@ def held_back(
 
 
 def _acceptance(proposal: Proposal, policy: Policy) -> Acceptance:
-    """What a card's result must show; states of the trunk's own trajectory have thresholds of their own."""
+    """What a card's result must show; states of the trunk's own trajectory have thresholds of their own, and nothing proves an adjustment."""
     match proposal.action:
-        case "fork" | "adjust":
+        case "adjust":
+            return Acceptance()
+        case "fork":
             z = policy.evidence.z
         case "merge":
             z = policy.averages.z

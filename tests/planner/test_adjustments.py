@@ -49,6 +49,7 @@ def card_of(**changes: Any) -> PlanCard:
         ({"merge_recipe": {"kind": "swa"}}, "an adjustment has none"),
         ({"training_recipe": {"variants": [{"name": "a"}]}}, "an adjustment trains nothing"),
         ({"selection": {"kind": "indices", "ids": [1]}}, "leave `selection` out"),
+        ({"acceptance": {"metric": "nll"}}, "leave `acceptance` out"),
         ({"adjustment": {}}, "changes nothing"),
         ({"adjustment": {"rate_factor": 0.0}}, "greater than 0"),
         ({"adjustment": {"clip_norm": -1.0}}, "greater than 0"),
