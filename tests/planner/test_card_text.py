@@ -361,7 +361,7 @@ adjusting_cards = st.builds(
     action=st.just("adjust"),
     adjustment=adjustments,
     budget_steps=steps,
-    **(common | {"selection": st.just(SelectAll())}),
+    **(common | {"selection": st.just(SelectAll()), "acceptance": st.just(Acceptance())}),
 )
 cards = forks | merge_cards | adjusting_cards
 
