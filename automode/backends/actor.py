@@ -36,7 +36,8 @@ class SegmentActor:
     """
 
     def __init__(self, factory: RunnerFactory, uri: str | None) -> None:
-        self._spent, self._wanted = 0.0, True
+        self._spent = 0.0
+        self._number = self._unwanted = 0
         self._mirror: CheckpointMirror | None = None
         folder = None
         if uri is not None:
@@ -46,9 +47,15 @@ class SegmentActor:
             self._mirror = CheckpointMirror(self._store, uri)
         self._runner = factory(folder)
 
-    def run(self, job: SegmentJob, brief: Any) -> SegmentDone | SegmentFailed | Dropped:
-        """Train a segment to its rung; its checkpoint is at the shared place when this returns."""
-        self._spent, self._wanted = 0.0, True
+    def run(self, number: int, job: SegmentJob, brief: Any) -> SegmentDone | SegmentFailed | Dropped:
+        """Train a segment to its rung; its checkpoint is at the shared place when this returns.
+
+        Args:
+            number: From 1, and of no other segment that this actor gets.
+            job: The job.
+            brief: What came with it.
+        """
+        self._spent, self._number = 0.0, number
         if self._mirror is None:
             return run_segment(self._runner, job, brief, self._go_on)
         try:
@@ -61,11 +68,16 @@ class SegmentActor:
             return failure(job, error, self._spent)
         return result
 
-    def spent(self, wanted: bool) -> float:
-        """Tell the sample passes of the running segment so far; False as an argument gives it up."""
-        self._wanted = self._wanted and wanted
+    def spent(self, unwanted: int = 0) -> float:
+        """Tell the sample passes of the running segment so far.
+
+        Args:
+            unwanted: Number of a segment to be given up; 0: of none. It may have ended by now, and the next one goes on.
+        """
+        if unwanted:
+            self._unwanted = unwanted
         return self._spent
 
     def _go_on(self, passes: float) -> bool:
         self._spent = passes
-        return self._wanted
+        return self._number != self._unwanted

@@ -40,6 +40,7 @@ class _Actor(Worker):
     actor: Any
     asked: Any
     answer: Any = None
+    number: int = 0
     told: float = 0.0
 
     @property
@@ -122,7 +123,7 @@ class RayBackend(WorkerPool[_Actor]):
     def _start(self, needs: Any) -> _Actor:
         options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_concurrency": 2}
         actor = self._ray.remote(SegmentActor).options(**options).remote(*self._arguments)
-        return _Actor(actor=actor, asked=actor.spent.remote(True), since=time.monotonic(), needs=needs)
+        return _Actor(actor=actor, asked=actor.spent.remote(), since=time.monotonic(), needs=needs)
 
     def _beyond(self, needs: Any) -> str | None:
         try:
@@ -143,11 +144,12 @@ class RayBackend(WorkerPool[_Actor]):
     def _give(self, worker: _Actor, job: SegmentJob, brief: Any) -> None:
         if self._mirror is not None:
             self._mirror.push(job.checkpoint)
-        worker.answer = worker.actor.run.remote(job, brief)
+        worker.number += 1
+        worker.answer = worker.actor.run.remote(worker.number, job, brief)
         worker.asked, worker.told = None, 0.0
 
     def _give_up(self, worker: _Actor) -> Result | Dropped | None:
-        worker.actor.spent.remote(False)
+        worker.actor.spent.remote(worker.number)
         try:
             result: Result | Dropped = self._ray.get(worker.answer, timeout=self._patience.cancel)
         except self._ray.exceptions.RayError:  # it took too long, or died
@@ -177,7 +179,7 @@ class RayBackend(WorkerPool[_Actor]):
             self._lost(worker, f"the actor was lost ({type(error).__name__}: {error})")
             return
         if worker.job is not None and worker.asked is None and now - worker.since > SPENT_SECONDS:
-            worker.asked = worker.actor.spent.remote(True)
+            worker.asked = worker.actor.spent.remote()
 
     def _fetched(self, result: SegmentDone | SegmentFailed | Dropped) -> SegmentDone | SegmentFailed:
         assert not isinstance(result, Dropped)

@@ -101,7 +101,10 @@ class Actor:
         for answer in self.pending:
             self.settle(answer, lambda a=answer: a.set_exception(ActorDiedError("its node died")))  # type: ignore[misc]
         if not self.made.cancel() and self.made.exception() is None:
-            self.made.result().spent(False)
+            actor = self.made.result()
+            # Its thread cannot be killed: it stops of itself, also where its segment has not quite begun.
+            actor._go_on = lambda passes: False
+            actor._unwanted = actor._number
         self.threads.shutdown(wait=False)
 
     def __getattr__(self, name: str) -> Method:

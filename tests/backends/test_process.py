@@ -9,7 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def doing(
 def done(backend: ProcessBackend, *jobs: SegmentJob) -> list[SegmentDone | SegmentFailed]:
     for job in jobs:
         backend.submit(job)
-    return drained(backend, seconds=30.0)
+    return drained(backend, seconds=120.0)
 
 
 def said(backend: ProcessBackend, *jobs: SegmentJob) -> list[str]:
@@ -122,7 +122,7 @@ def said(backend: ProcessBackend, *jobs: SegmentJob) -> list[str]:
     return [r.choice for r in results if isinstance(r, SegmentDone)]
 
 
-def gone(pid: int, seconds: float = 10.0) -> bool:
+def gone(pid: int, seconds: float = 60.0) -> bool:
     """Whether a process ends within so long."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -133,6 +133,14 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def wait_for(file: Path) -> None:
+    """Wait until a worker has made a file."""
+    until = time.monotonic() + 60.0
+    while not file.exists():
+        assert time.monotonic() < until, f"no worker has made {file.name}"
+        time.sleep(0.01)
 
 
 @LINUX
@@ -147,7 +155,7 @@ def test_a_worker_lives_on_from_segment_to_segment() -> None:
 def test_as_many_segments_run_at_once_as_there_are_slots(tmp_path: Path) -> None:
     def met(job: SegmentJob, brief: Any) -> bool:
         (tmp_path / str(job.trial)).touch()
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
             time.sleep(0.01)
         return len(list(tmp_path.iterdir())) == 2
@@ -174,7 +182,7 @@ def test_workers_forked_from_a_process_that_computes_on_several_threads_can_comp
     torch.set_num_threads(2)
     try:
         assert backward()
-        with doing(backward, patience=Patience(segment=30.0)) as backend:
+        with doing(backward, patience=Patience(segment=100.0)) as backend:
             assert said(backend, scripted_job()) == ["True"]
     finally:
         torch.set_num_threads(threads)
@@ -213,14 +221,19 @@ def test_a_segment_that_exits_the_process_is_a_death_too() -> None:
 
 
 @LINUX
-def test_a_segment_that_takes_too_long_is_killed_and_may_be_tried_again() -> None:
+def test_a_segment_that_takes_too_long_is_killed_and_may_be_tried_again(tmp_path: Path) -> None:
     def hang(job: SegmentJob, brief: Any) -> int:
+        (tmp_path / "hangs").touch()
         while job.attempt == 1:
             time.sleep(0.01)
         return os.getpid()
 
-    with doing(hang, patience=Patience(segment=0.4)) as backend:
-        (failed,) = done(backend, scripted_job())
+    with doing(hang) as backend:
+        backend.submit(scripted_job())
+        wait_for(tmp_path / "hangs")
+        backend._patience = Patience(segment=0.4)
+        (failed,) = done(backend)
+        backend._patience = Patience()  # for an attempt that may take as long as it likes
         assert isinstance(failed, SegmentFailed)
         assert failed.retryable
         assert "not done after 0.4 s" in failed.error
@@ -328,13 +341,18 @@ def test_a_worker_that_goes_on_is_not_given_up_with_those_that_do_not_start(
 
     def slow(job: SegmentJob, brief: Any) -> int:
         time.sleep(0.05)
+        if job.trial == 14:
+            wait_for(tmp_path / "3")  # the fourth start: they are tried again
         return os.getpid()
 
+    began = time.monotonic()
     with closing(ProcessBackend(Single(slow), slots=2, start="fork")) as backend:
         pids = said(backend, *(scripted_job(trial) for trial in range(15)))
         assert len(set(pids)) == 1
-    # The first worker, and then tries at 0, 0.05, 0.25, 1.05 and 4.25 s: less and less often, but they go on.
-    assert 4 <= len(list(tmp_path.iterdir())) <= 7
+    took = time.monotonic() - began
+    # The first worker, and then tries at 0, 0.05, 0.25, 1.05 and 4.25 s at the earliest: less and less often, but they go on.
+    earliest = [0.0, 0.0, *(0.05 * (4**n - 1) / 3 for n in range(1, 9))]
+    assert 4 <= len(list(tmp_path.iterdir())) <= sum(at <= took for at in earliest)
 
 
 @LINUX
@@ -350,7 +368,7 @@ def test_whatever_is_killed_or_cancelled_when_every_job_is_reported_once_or_was_
         seen: list[tuple[int, int]] = []
         cancelled: list[tuple[int, int]] = []
         submitted: list[SegmentJob] = []
-        until = time.monotonic() + 60
+        until = time.monotonic() + 200
         while waiting or backend.busy:
             assert time.monotonic() < until
             if waiting and rng.random() < 0.5:
@@ -382,9 +400,10 @@ def test_whatever_is_killed_or_cancelled_when_every_job_is_reported_once_or_was_
 
 def test_what_a_running_segment_has_spent_is_told_when_it_is_cancelled() -> None:
     runner = ScriptedRunner(scripts={0: Script(seconds=0.005)})
-    with closing(ProcessBackend(ReadyMade(runner), slots=1)) as backend:
+    with closing(ProcessBackend(ReadyMade(runner), slots=1, patience=Patience(cancel=30.0))) as backend:
         backend.submit(scripted_job(0, end=100_000))
-        time.sleep(0.3)
+        while not backend._workers[0].spent:
+            time.sleep(0.005)
         spent = backend.cancel(*scripted_job(0).key)
         assert PASSES_PER_RESOURCE <= spent < 100_000 * PASSES_PER_RESOURCE
         assert not backend.busy
@@ -402,9 +421,7 @@ def test_a_worker_that_does_not_answer_a_cancellation_is_killed(tmp_path: Path) 
 
     with doing(hang, patience=Patience(cancel=0.1)) as backend:
         backend.submit(scripted_job(0))
-        until = time.monotonic() + 10
-        while not (tmp_path / "0").exists() and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_for(tmp_path / "0")
         assert backend.cancel(*scripted_job(0).key) == 1.0
         assert gone(int((tmp_path / "0").read_text()))
         assert said(backend, scripted_job(1)) != [(tmp_path / "0").read_text()]
@@ -414,7 +431,7 @@ def test_a_worker_that_does_not_answer_a_cancellation_is_killed(tmp_path: Path) 
 def test_a_result_that_nobody_has_fetched_yet_can_still_be_cancelled() -> None:
     with doing(lambda job, brief: os.getpid()) as backend:
         backend.submit(scripted_job(0))
-        backend.wait(10.0)
+        backend.wait(100.0)
         assert backend.cancel(*scripted_job(0).key) == 1.0
         assert backend.pump(1) == []
         assert not backend.busy
@@ -424,11 +441,17 @@ def test_a_result_that_nobody_has_fetched_yet_can_still_be_cancelled() -> None:
 @pytest.mark.parametrize("how", ["cancelled as it ends", "cancelled", "closed"])
 def test_the_checkpoint_of_a_segment_that_nobody_wants_is_given_up_with_it(how: str) -> None:
     discarded: list[str] = []
-    backend = ProcessBackend(Doing(lambda job, brief: 0), slots=1, start="fork", discard=discarded.append)
+    backend = ProcessBackend(
+        Doing(lambda job, brief: 0),
+        slots=1,
+        start="fork",
+        discard=discarded.append,
+        patience=Patience(cancel=30.0),
+    )
     with closing(backend):
         backend.submit(scripted_job(0))
         if how != "cancelled as it ends":
-            backend.wait(10.0)
+            backend.wait(100.0)
         if how != "closed":
             assert backend.cancel(*scripted_job(0).key) == 1.0
             assert backend.pump(1) == []
@@ -443,13 +466,17 @@ def test_closing_leaves_no_process_behind() -> None:
         backend.submit(scripted_job(1))
         backend.pump(1)
         assert len(_forked_children() - before) == 2
-    assert _forked_children() == before
+    assert _forked_children() <= before
 
 
 def _forked_children() -> set[int]:
     """Children that are copies of this process, not servers that it started."""
-    mine = psutil.Process().cmdline()
-    return {child.pid for child in psutil.Process().children() if child.cmdline() == mine}
+    mine, found = psutil.Process().cmdline(), set()
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # another test's that ends just now
+            if child.cmdline() == mine:
+                found.add(child.pid)
+    return found
 
 
 def test_a_closed_backend_takes_no_more_jobs() -> None:
@@ -545,9 +572,10 @@ def test_a_runner_that_cannot_be_made_in_a_worker_is_refused_with_its_own_words(
         def __call__(self, checkpoints: str | None) -> RemoteRunner:
             raise OSError("the data set is not mounted")
 
+    before = _forked_children()
     with pytest.raises(NotExecutableError, match="the data set is not mounted"):
         ProcessBackend(Broken(lambda job, brief: 0))
-    assert _forked_children() == set()
+    assert _forked_children() <= before
 
 
 def test_nothing_is_forked_once_the_process_uses_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,7 +650,7 @@ def test_a_script_without_a_main_guard_is_not_run_again_in_its_workers(tmp_path:
         [sys.executable, "-W", "error", str(script), start],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
@@ -654,10 +682,10 @@ while not all(w.ready and w.job for w in backend._workers) or len(backend._worke
 pids = [w.started.process.pid for w in backend._workers]
 holder = os.fork()
 if holder == 0:  # what a data loader's worker is: it inherits our ends of the pipes, and lives on
-    time.sleep(60)
+    time.sleep(200)
     os._exit(0)
 print(holder, *pids, *(c.pid for c in psutil.Process().children() if c.pid != holder), flush=True)
-time.sleep(60)
+time.sleep(200)
 """
 
 

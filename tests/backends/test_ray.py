@@ -60,12 +60,12 @@ def test_an_actor_that_dies_costs_its_segment_which_may_be_tried_again(fake: Fak
     runner = ScriptedRunner(scripts={0: Script(seconds=0.02)})
     with closing(RayBackend(ReadyMade(runner), slots=1)) as backend:
         backend.submit(scripted_job(0, end=100_000))
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while not backend._workers[0].told and time.monotonic() < until:
             assert backend.pump(1) == []
             time.sleep(0.01)
         fake.actors[0].die()
-        (failed,) = drained(backend, seconds=20.0)
+        (failed,) = drained(backend, seconds=60.0)
         assert isinstance(failed, SegmentFailed)
         assert failed.retryable
         assert "its node died" in failed.error
@@ -87,7 +87,7 @@ def test_an_actor_that_takes_too_long_is_killed(fake: FakeRay) -> None:
 
 
 def test_an_actor_that_does_not_answer_a_cancellation_is_killed(fake: FakeRay) -> None:
-    runner = ScriptedRunner(scripts={0: Script(seconds=0.2)})
+    runner = ScriptedRunner(scripts={0: Script(seconds=3.0)})  # far from the end of its first slice
     with closing(RayBackend(ReadyMade(runner), slots=1, patience=Patience(cancel=0.01))) as backend:
         backend.submit(scripted_job(0, end=1000))
         assert backend.cancel(*scripted_job(0).key) == 0.0
@@ -97,9 +97,11 @@ def test_an_actor_that_does_not_answer_a_cancellation_is_killed(fake: FakeRay) -
 
 def test_what_a_running_segment_has_spent_is_told_when_it_is_cancelled(fake: FakeRay) -> None:
     runner = ScriptedRunner(scripts={0: Script(seconds=0.005)})
-    with closing(RayBackend(ReadyMade(runner), slots=1)) as backend:
+    with closing(RayBackend(ReadyMade(runner), slots=1, patience=Patience(cancel=30.0))) as backend:
         backend.submit(scripted_job(0, end=100_000))
-        time.sleep(0.1)
+        begun = fake.actors[0].made.result()
+        while not begun.spent():
+            time.sleep(0.005)
         assert backend.cancel(*scripted_job(0).key) >= PASSES_PER_RESOURCE
         assert fake.actors[0].alive
 

@@ -72,10 +72,12 @@ def test_idle_actors_make_room_for_one_that_the_cluster_has_no_other_place_for(
 def test_what_no_node_has_fails_within_the_patience_and_is_tried_again_when_the_cluster_has_grown(
     fake: FakeRay,
 ) -> None:
-    with closing(RayBackend(ReadyMade(ScriptedRunner()), slots=2, patience=Patience(start=0.6))) as backend:
+    with closing(RayBackend(ReadyMade(ScriptedRunner()), slots=2)) as backend:
+        backend._patience = Patience(start=0.6)
         began = time.monotonic()
         (failed,) = results(backend, asking(0, gpus=2.0))
-        assert 0.5 < time.monotonic() - began < 10.0
+        assert 0.5 < time.monotonic() - began < 50.0
+        backend._patience = Patience()  # for those that can be had
         (note,) = backend.notes()
         assert (note.trials, note.what) == ((0,), "given up unless a worker can be had in 0.6 s")
         for later, said in ((failed, "not ready after 0.6 s"), (*results(backend, asking(1, gpus=2.0)), "")):
