@@ -91,15 +91,16 @@ def run_keeping(loop: Loop, keeper: CheckpointKeeper, attending: Attending, cont
             going = attending.begin()
             for _ in loop.steps() if going and signals.received is None else ():
                 if loop.batches >= control.wake and not attending.attend():
-                    return
+                    break
                 keeper.after_step()
         except Exception:
             # A terminal sends Ctrl-C to a loader's workers too, and without them the next batch may never come.
             if signals.received is None or loop.phase != "between":
                 raise
             keeper.stop()
-        if signals.received is not None:
-            keeper.stop()
+    # Asked once the handlers of before are back, so that no signal falls between the last look and their return.
+    if signals.received is not None:
+        keeper.stop()
 
 
 class CheckpointKeeper:

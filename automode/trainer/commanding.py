@@ -7,7 +7,6 @@ does not count for anything that is decided.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any, Final, assert_never
 
 from automode.errors import AutomodeError, ConflictError, NotExecutableError, SessionError
@@ -20,32 +19,15 @@ from automode.trainer.key_presses import KeyPresses
 from automode.trainer.loading import checkpoint_named
 from automode.trainer.loop import Loop
 from automode.trainer.random_state import forked_rng
-from automode.trainer.resuming import Found
 from automode.trainer.run_parts import RunParts
 from automode.trainer.stop_signals import StopSignals
+from automode.trainer.switching import Switch
 from automode.trainer.verbs import Outcome, Verbs
 
 LOOK_SECONDS: Final = 0.2
 """Longest time until a paused run sees what came into its inbox, and a signal."""
 
 _HELD = b"\n%s: the held run is released\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Switch:
-    """Another state of the session that the run goes on from.
-
-    Attributes:
-        found: The state.
-        ticket: The order behind it.
-        redo: Whether the order itself is still to be carried out there.
-        paused: Whether the run waits there.
-    """
-
-    found: Found
-    ticket: Ticket
-    redo: bool
-    paused: bool
 
 
 class Commander:
@@ -152,6 +134,14 @@ class Commander:
         )
         with StopSignals(_HELD) as self.signals:
             self._wait()
+        if self.signals.received is not None:
+            self.give_way()
+
+    def give_way(self) -> None:
+        """Forget the state to go on from, since the run ends instead; whoever ordered it is told."""
+        switch, self.switch = self.switch, None
+        if switch is not None:
+            switch.ticket.fail(ConflictError(f"{switch.ticket.order.control}: the run was ended meanwhile"))
 
     def close(self) -> None:
         """Leave the terminal as it was."""

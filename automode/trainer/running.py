@@ -14,7 +14,7 @@ from automode.trainer.callbacks import Callbacks
 from automode.trainer.captured_logs import captured
 from automode.trainer.card_callbacks import CardCallback
 from automode.trainer.checkpointing import CheckpointKeeper, keeper_of, run_attended, run_keeping
-from automode.trainer.commanding import Commander, Switch
+from automode.trainer.commanding import Commander
 from automode.trainer.companions import Companions
 from automode.trainer.control import Control
 from automode.trainer.driver import Driver
@@ -33,6 +33,7 @@ from automode.trainer.schedule import Schedule
 from automode.trainer.settings import Settings
 from automode.trainer.step_choice import step_of
 from automode.trainer.steps import TrainingStep
+from automode.trainer.switching import Switch
 from automode.trainer.test_label import labelled, next_number
 
 
@@ -241,6 +242,9 @@ def _attended(
             run_keeping(loop, keeper, commander, control)
         if commander.switch is None and parts.settings.hold and not commander.stopped:
             commander.hold()
+    except BaseException:
+        commander.give_way()
+        raise
     finally:
         commander.close()
 

@@ -63,11 +63,12 @@ class Terminal:
                 return False
         except (OSError, ValueError, AttributeError):  # no standard input, or one that is no file
             return False
-        if sys.platform != "win32":
-            if not self._apply():
-                return False
-            self._catch()
         _open.append(self)
+        if sys.platform != "win32":
+            self._catch()  # first: a signal in between would leave the terminal changed
+            if not self._apply():
+                self.close()
+                return False
         return True
 
     def close(self) -> None:

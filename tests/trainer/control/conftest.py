@@ -17,7 +17,7 @@ from automode import Trainer
 from automode.session import Record, Session
 from automode.trainer.result import FitResult
 
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 
 def script(*, rows: int = 96, batch_size: int = 8, workers: int = 0, lr: float = 0.1) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def test_another_process_orders_a_run_about(desk: Any) -> None:
     code = "from automode.cli.main import main; main()"
     asked = ["ctl", str(run.path), "step", "7", "--as", "ann", "--json"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False, timeout=200
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["actor"] == "ann"

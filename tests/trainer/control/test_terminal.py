@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import os
 import signal
 import subprocess
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 TERMINAL = Path(__file__).parents[3] / "automode" / "trainer" / "terminal.py"
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 # The script's own terminal: a session of its own takes the pseudo-terminal over. Loaded by its file, terminal.py needs no torch.
 BEGIN = f"""
@@ -68,6 +68,7 @@ class Screen:
         )
         os.close(slave)
         self.text = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
 
     @property
     def settings(self) -> list[Any]:
@@ -83,8 +84,10 @@ class Screen:
         while wanted not in self.text:
             assert time.monotonic() < deadline, self.text
             if select.select([self.master], [], [], 0.1)[0]:
-                with contextlib.suppress(OSError):  # it has hung up
-                    self.text += os.read(self.master, 4096).decode()
+                try:
+                    self.text += self._decode(os.read(self.master, 4096))
+                except OSError:
+                    raise AssertionError(f"it has hung up: {self.text}") from None
 
     def type(self, keys: str) -> None:
         os.write(self.master, keys.encode())
@@ -190,6 +193,23 @@ def test_ctrl_z_gives_the_terminal_back_and_keys_are_taken_again_in_the_foregrou
     shown.until("keys k")
     shown.type("e")
     assert shown.process.wait(PATIENCE) == 0
+    assert shown.settings == shown.before
+
+
+def test_a_signal_that_comes_while_keys_are_being_taken_restores_the_terminal_too(screen: Any) -> None:
+    killed = """
+import termios
+real = termios.tcsetattr
+def then_killed(*given):
+    termios.tcsetattr = real
+    real(*given)
+    assert not termios.tcgetattr(0)[3] & termios.ICANON
+    os.kill(os.getpid(), signal.SIGTERM)
+termios.tcsetattr = then_killed
+terminal.Terminal().open()
+"""
+    shown = screen(BEGIN + killed)
+    assert shown.process.wait(PATIENCE) == -signal.SIGTERM
     assert shown.settings == shown.before
 
 
