@@ -170,14 +170,20 @@ from automode.session import Record, SessionStore
 with SessionStore.create(sys.argv[1], header={}) as store:
     print("made", flush=True)
     for seq in range(1, 401):
+        if seq == 201:
+            sys.stdin.readline()
         for _ in range(5):
             store.add_row("trunk", 1, ("n",), (float(store.rows()),))
         store.write([Record(seq=seq, role="fact", kind="k", v=1, body={"n": seq}, t_wall=0.0, t_mono=0.0,
                             frame_cursor=store.rows())], durable=seq % 50 == 0)
 """
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as writer:
+        assert writer.stdin is not None
         assert writer.stdout is not None
         assert writer.stdout.readline() == "made\n"
         seen, turns = 0, 0
@@ -194,6 +200,8 @@ with SessionStore.create(sys.argv[1], header={}) as store:
                 assert sum(len(i[3]) for i in rows) >= 5 * seen
                 turns += 1
                 assert writer.poll() in (None, 0)
+                if seen and not writer.stdin.closed:  # the second half is written while somebody reads
+                    writer.stdin.close()
         assert writer.wait(30) == 0
     assert turns > 1
 

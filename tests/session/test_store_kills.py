@@ -40,8 +40,12 @@ while True:
 """
 
 
-def _kill_after(path: Path, how: str, seconds: float) -> tuple[bool, int, int]:
-    """Run the writer and kill it ``seconds`` after it was let go; whether it opened, and what it acknowledged."""
+def _kill_after(path: Path, how: str, seconds: float, *, writing: bool) -> tuple[bool, int, int]:
+    """Run the writer and kill it ``seconds`` after it was let go, or after its first acknowledgement.
+
+    Returns:
+        Whether it opened the session, and what it acknowledged.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", CHILD, str(path), how],
         stdin=subprocess.PIPE,
@@ -53,9 +57,10 @@ def _kill_after(path: Path, how: str, seconds: float) -> tuple[bool, int, int]:
         assert child.stdout.readline() == "ready\n"
         child.stdin.write("go\n")
         child.stdin.flush()
+        early = [child.stdout.readline() for _ in range(2)] if writing else []
         time.sleep(seconds)
         child.kill()
-        lines = child.stdout.read().splitlines()
+        lines = "".join([*early, child.stdout.read()]).splitlines()
     # The pipe keeps what was written before the kill; a line without its end was not acknowledged in full.
     acknowledged = [tuple(map(int, line.split())) for line in lines[1:] if len(line.split()) == 2]
     seq, rows = acknowledged[-1] if acknowledged else (0, 0)
@@ -97,8 +102,9 @@ def test_a_writer_killed_at_random_moments_loses_nothing_that_it_acknowledged(tm
     how, seq, rows, before = "create", 0, 0, 0
     for turn in range(12):
         # A third of the kills falls into creation or opening, the rest into writing.
-        seconds = chance.uniform(0, 0.03) if turn % 3 == 0 else chance.uniform(0.03, 0.4)
-        opened, new_seq, new_rows = _kill_after(path, how, seconds)
+        writing = turn % 3 != 0
+        seconds = chance.uniform(0.0, 0.37 if writing else 0.03)
+        opened, new_seq, new_rows = _kill_after(path, how, seconds, writing=writing)
         seq, rows = max(seq, new_seq), max(rows, new_rows)
         if how == "create" and not opened and not _has_begun(path):
             path = tmp_path / f"run{turn}"

@@ -285,10 +285,14 @@ def failing(cell: Cell, folder: Path, where: str, at: int, **given: Any) -> dict
 
 
 def acknowledging(cell: Cell, folder: Path, **given: Any) -> dict[str, Any]:
-    """Train with a checkpoint after every batch, and write down the step of each that was said to be stored."""
+    """Train with a checkpoint after every batch, and write down the step of each that was said to be stored.
+
+    In a process group of its own, which its loader's workers join: it can be killed with them.
+    """
     from automode.trainer.checkpointing import CheckpointKeeper
 
     folder.mkdir(exist_ok=True)
+    os.setpgid(0, 0)
     (folder / "pid").write_text(str(os.getpid()))
     save = CheckpointKeeper.save
 

@@ -95,7 +95,7 @@ def killed_after(nursery: subprocess.Popen[str], folder: Path, kind: str, second
     nursery.stdin.write(f"{folder}\n")
     nursery.stdin.flush()
     pid = int(nursery.stdout.readline())
-    until = time.monotonic() + 60
+    until = time.monotonic() + 200
     while not (list(folder.glob("*/*/log.jsonl")) and (kind == "session_started" or told(folder, kind))):
         assert time.monotonic() < until, f"the trainer never told a {kind}"
         time.sleep(0.005)

@@ -177,7 +177,7 @@ def test_a_card_that_asks_stands_as_yaml_and_is_approved_from_another_process(
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=200,
         )
         assert done.returncode == 0, done.stderr
         told.append(done.stdout)
