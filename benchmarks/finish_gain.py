@@ -2,7 +2,7 @@
 
     python benchmarks/finish_gain.py [--seeds 4] [--first-seed 5000] [--networks mlp cnn regression]
 
-The scripts of ``rescue.py`` (sound, at a constant rate, overfitted), on clean labels and with a share of wrong ones in training and
+The scripts of ``rescue.py`` (sound, at a constant rate, with a rare class, overfitted), on clean labels and with a share of wrong ones in training and
 validation alike. At each of 50 validations the raw weights and the three averages are scored, sample by sample, on validation and
 test data. What is compared are rules: by which metric the best candidate is chosen on one half of the validation data and adopted at
 z >= 1 on the other, and whether the best state so far (and its averages of then) is a candidate. Ten draws of the halves. Test labels are
@@ -34,7 +34,7 @@ Ids = npt.NDArray[np.int64]
 RATES = {"mlp": (0.03, 0.01), "cnn": (0.03, 0.01), "regression": (0.1, 0.01)}
 """Rate and weight decay that ``rescue.py`` chooses."""
 
-FAULTS = ("sound", "no schedule", "overfitting")
+FAULTS = ("sound", "no schedule", "rare class", "overfitting")
 NOISES = (0.0, 0.2, 0.4)
 LOOKS, DRAWS = 50, 10
 LEAST_Z, WORST_GUARD, WORSE_POINTS = 1.0, -1.64, 0.5
