@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from automode.errors import NotExecutableError
 from automode.planner.recipes import Resources, Variant
@@ -145,11 +145,15 @@ class Segment(Protocol):
         ...
 
 
+Fate: TypeAlias = Literal["moves", "stays", "ends"]
+"""What becomes of a trial's step: it is made, it is left out, or the trial has diverged and is over."""
+
+
 @runtime_checkable
 class StackableSegment(Segment, Protocol):
     """A segment whose steps the backend may take itself, together with those of its like.
 
-    One step is: :meth:`draw`, :meth:`set_rates`, the gradient of :meth:`loss_of`, :meth:`took`, clipping, the optimizer's
+    One step is: :meth:`draw`, :meth:`set_rates`, the gradient of :meth:`loss_of`, :meth:`took`, and where this says so clipping, the optimizer's
     update, :meth:`moved`. ``advance`` does all of it for this segment alone, and may follow or precede any whole step.
     """
 
@@ -219,8 +223,18 @@ class StackableSegment(Segment, Protocol):
         """
         ...
 
-    def took(self, loss: float) -> bool:
-        """Count a step whose gradient was taken at this loss. False: it diverged, is done, and must not be moved."""
+    @property
+    def guarded(self) -> bool:
+        """Whether :meth:`took` reads the norm of the gradient."""
+        ...
+
+    def took(self, loss: float, norm: float) -> Fate:
+        """Count a step whose gradient was taken at this loss, and say what becomes of it.
+
+        Args:
+            loss: The training loss.
+            norm: Of the gradient over all parameters, before it is clipped; any number where nothing is :attr:`guarded`.
+        """
         ...
 
     def moved(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Stack:
         first = segments[0]
         self.rows = rows
         self._segments = list(segments)
+        self._guarded = any(s.guarded for s in segments)
         self._limits: list[float | None] = [s.clip_norm for s in segments] + [None] * (rows - len(segments))
         layout = Layout.of(first.model, first.optimizer, unused)
         if not layout.columns:
@@ -68,21 +70,31 @@ class Stack:
         )
         self._parameters.bind()
 
-    def losses(self, batches: Batches) -> list[float]:
-        """Take the gradient of every row; returns the losses, one a row. Nothing has moved yet."""
+    def losses(self, batches: Batches) -> list[tuple[float, float]]:
+        """Take the gradient of every row; returns loss and gradient norm of each (NaN where nothing reads the norm). Nothing has moved yet."""
         losses, *gradients = self.gradients(batches)
         self._parameters.keep_gradients(gradients)
         found: list[float] = losses.tolist()
-        return found
+        norms = self._parameters.norms() if self._guarded else [math.nan] * len(found)
+        return list(zip(found, norms, strict=True))
 
-    def move(self, rows: Sequence[int]) -> None:
-        """Clip, and move these rows along their gradients, at the rates that stand in their members' optimizers."""
+    def move(self, rows: Sequence[int], staying: Sequence[int]) -> None:
+        """Clip, and move rows along their gradients, at the rates that stand in their members' optimizers.
+
+        Args:
+            rows: Those that move.
+            staying: Those that are to be as they were, whatever their gradients are.
+        """
+        kept = [(row, self._parameters.matrix[row].clone(), self._optimizer.kept(row)) for row in staying]
         groups: list[Groups | None] = [None] * self.rows
         for row in rows:
             groups[row] = self._segments[row].optimizer.param_groups
         with torch.no_grad():
             self._parameters.clip(self._limits)
             self._optimizer.step(groups)
+            for row, weights, moments in kept:
+                self._parameters.matrix[row].copy_(weights)
+                self._optimizer.put_back(row, moments)
 
     def release(self, row: int) -> None:
         """Give a member its weights and moments back as its own; its row goes on as padding."""

@@ -190,27 +190,30 @@ class StackedGroup:
         for segment in members:
             segment.set_rates()
         losses = self._losses(built, batches)
-        moving: list[int] = []
+        moving: list[StackableSegment] = []
+        staying: list[int] = []
         ended: list[StackableSegment] = []
         for segment in members:
             row = self._rows[id(segment)]
-            if segment.took(losses[row]):
-                moving.append(row)
-            else:
-                stack.release(row)
-                ended.append(segment)
+            match segment.took(*losses[row]):
+                case "moves":
+                    moving.append(segment)
+                case "stays":
+                    staying.append(row)
+                case "ends":
+                    stack.release(row)
+                    ended.append(segment)
         if moving:
-            stack.move(moving)
-        for segment in members:
-            if segment in ended:
-                continue
+            stack.move([self._rows[id(segment)] for segment in moving], staying)
+        for segment in moving:
             segment.moved()
-            if segment.done:
+        for segment in members:
+            if segment not in ended and segment.done:
                 stack.release(self._rows[id(segment)])
                 ended.append(segment)
         return ended
 
-    def _losses(self, built: Built, batches: Batches) -> list[float]:
+    def _losses(self, built: Built, batches: Batches) -> list[tuple[float, float]]:
         """Take everybody's gradient; nothing has moved when it fails, and alone each member will tell whose error it is."""
         if built.graph is not None and batches.shape != built.shape:
             raise CannotStackError("its batches change shape, and a recorded graph is for one shape")

@@ -30,6 +30,10 @@ Groups = Sequence[Mapping[str, Any]]
 """The parameter groups of a member's own optimizer, with the rates and constants of the moment."""
 
 
+Kept = tuple[dict[str, Tensor], int]
+"""A row's moments by name, and how many steps they are of."""
+
+
 class StackedOptimizer(Protocol):
     """An optimizer of several members."""
 
@@ -39,6 +43,14 @@ class StackedOptimizer(Protocol):
 
     def store(self, row: int, optimizer: torch.optim.Optimizer) -> None:
         """Write a row's state into a member's own optimizer, as tensors of its own."""
+        ...
+
+    def kept(self, row: int) -> Kept:
+        """Copy a row's state, for :meth:`put_back`."""
+        ...
+
+    def put_back(self, row: int, kept: Kept) -> None:
+        """Let a row's state be what it was."""
         ...
 
 
@@ -95,6 +107,15 @@ class _Rows:
             for row, group in enumerate(groups):
                 if group is not None:
                     update(Block(slice(row, row + 1), columns), [group])
+
+    def kept(self, row: int) -> Kept:
+        """Copy a row's moments."""
+        return {name: moment[row].clone() for name, moment in self._moments.items()}, 0
+
+    def put_back(self, row: int, kept: Kept) -> None:
+        """Let a row's moments be what they were."""
+        for name, moment in kept[0].items():
+            self._moments[name][row].copy_(moment)
 
     def _written(self, row: int, optimizer: torch.optim.Optimizer) -> list[tuple[str, dict[str, Any]]]:
         """Write the moments of a row; returns the states that were written, by parameter."""
@@ -159,6 +180,15 @@ class StackedAdam(_Rows):
             p.addcdiv_(mean, scratch, value=-moved)
         else:
             p.sub_(torch.div(mean, scratch, out=scratch).mul_(moved))
+
+    def kept(self, row: int) -> Kept:
+        """Copy a row's moments, and its count of steps."""
+        return super().kept(row)[0], self._steps[row]
+
+    def put_back(self, row: int, kept: Kept) -> None:
+        """Let a row's moments and its count of steps be what they were."""
+        super().put_back(row, kept)
+        self._steps[row] = kept[1]
 
     def store(self, row: int, optimizer: torch.optim.Optimizer) -> None:
         """Write a row's moments and its count of steps into a member's own optimizer."""

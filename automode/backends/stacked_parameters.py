@@ -128,11 +128,16 @@ class StackedParameters:
         """Copy gradients, in the order of :attr:`views`, into their rows."""
         torch._foreach_copy_(self._gradient_views, list(gradients))
 
+    def norms(self) -> list[float]:
+        """The norm of each row's gradient."""
+        found: list[float] = torch.linalg.vector_norm(self.gradient, dim=1).tolist()
+        return found
+
     def clip(self, limits: Sequence[float | None]) -> None:
         """Scale each row's gradient down to a norm of at most its limit, as ``clip_grad_norm_`` does for one network."""
         if all(limit is None for limit in limits):
             return
-        norms = torch.linalg.vector_norm(self.gradient, dim=1).tolist()
+        norms = self.norms()
         factors = [
             1.0 if limit is None else _clipped(limit / (norm + 1e-6))
             for norm, limit in zip(norms, limits, strict=True)

@@ -10,7 +10,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from automode.errors import MergeError
 from automode.merges.batches import Batch, Forward, batch_size, forward_inputs, rows, training_flags_kept
+
+FAR_MEAN, FAR_VARIANCE = 10.0, 100.0
+"""Standard deviations of a running mean, and multiple of a running variance, from which a statistic is not believed."""
 
 
 def norm_layers(model: nn.Module) -> list[_NormBase]:
@@ -27,6 +30,24 @@ def norm_layers(model: nn.Module) -> list[_NormBase]:
         for module in model.modules()
         if isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
     ]
+
+
+def mend(model: nn.Module, good: Mapping[str, Tensor]) -> int:
+    """Give layers whose statistics are not finite, or far from earlier ones, those back.
+
+    Args:
+        model: What a broken batch has passed through.
+        good: Earlier statistics by their names in the state dict; a layer that is not there stays as it is.
+
+    Returns:
+        The layers mended.
+    """
+    layers = {id(layer) for layer in norm_layers(model)}
+    return sum(
+        _mend(name, layer, good)
+        for name, layer in model.named_modules()
+        if id(layer) in layers and isinstance(layer, _NormBase)
+    )
 
 
 def recompute(
@@ -122,3 +143,28 @@ class _Kept:
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
+
+
+def _mend(name: str, layer: _NormBase, good: Mapping[str, Tensor]) -> bool:
+    prefix = f"{name}." if name else ""
+    mean, variance = layer.running_mean, layer.running_var
+    kept_mean, kept_variance = good.get(f"{prefix}running_mean"), good.get(f"{prefix}running_var")
+    if mean is None or variance is None or kept_mean is None or kept_variance is None:
+        return False
+    kept_mean, kept_variance = kept_mean.to(mean.device), kept_variance.to(variance.device)
+    floor = kept_variance + layer.eps
+    believed = (
+        torch.isfinite(mean).all()
+        & torch.isfinite(variance).all()
+        & ((mean - kept_mean).abs() <= FAR_MEAN * floor.sqrt()).all()
+        & (variance <= FAR_VARIANCE * floor).all()
+    )
+    if bool(believed):
+        return False
+    with torch.no_grad():
+        mean.copy_(kept_mean)
+        variance.copy_(kept_variance)
+        count = good.get(f"{prefix}num_batches_tracked")
+        if layer.num_batches_tracked is not None and count is not None:
+            layer.num_batches_tracked.copy_(count)
+    return True

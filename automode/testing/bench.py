@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from automode.backends.base import SegmentDone, SegmentJob
 from automode.merges.trajectory import TrajectoryAverages
+from automode.planner.policy import SafeguardPolicy
 from automode.planner.recipes import TrainingRecipe, Variant
 from automode.session.checkpoints import CheckpointStore
 from automode.session.rng_state import pack_rng
@@ -283,6 +284,7 @@ def _around(trunk: Trunk, loader: DataLoader[Any], checkpoints: CheckpointStore,
         steps_per_epoch=None,
         per_sample=exact,
         cards={},
+        safeguards=SafeguardPolicy(),
     )
     return Bench(trunk, runner, checkpoints, "", loader, evidence, evaluator, held_out, refresh)
 

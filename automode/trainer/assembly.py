@@ -311,6 +311,7 @@ def performer_of(
         steps_per_epoch=every,
         per_sample=held.per_sample if held.exact else None,
         cards={},
+        safeguards=parts.policy.safeguards,
     )
     return _with_distiller(performer, held), training
 

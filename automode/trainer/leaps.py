@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+from automode.backends.base import Fate
+from automode.planner.policy import SafeguardPolicy
+
 EARLIEST = 3
 """Steps before the first judgement: what a gradient's norm is like has to be seen."""
 
@@ -62,6 +65,46 @@ class Leaps:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
         self.largest, self._at, self._row = state["largest"], state["at"], state["row"]
+
+
+class TrialGuard:
+    """Says what becomes of a trial's step, as the run's own guard does: a broken batch is no fault of the variant that meets it.
+
+    Args:
+        policy: Whether such steps are left out, what a leap is, and how many in a row mean that the trial has diverged.
+    """
+
+    def __init__(self, policy: SafeguardPolicy) -> None:
+        self.on = policy.skip_nonfinite
+        self._most = policy.rewind_after_nonfinite
+        self._leaps = Leaps(policy.leap)
+        self._row = 0
+
+    def fate(self, loss: float, norm: float, step: int, *, clipped: bool) -> Fate:
+        """Judge a step before the optimizer makes it.
+
+        Args:
+            loss: The training loss.
+            norm: Of all gradients, before they were clipped; any number where the guard is off.
+            step: Steps that the trial has made.
+            clipped: Whether a leap was cut off, and is none any more.
+        """
+        if not self.on:
+            return "moves" if isfinite(loss) else "ends"
+        if not (unfit(loss, norm) if clipped else self._leaps.unfit(loss, norm, step)):
+            self._row = 0
+            return "moves"
+        self._row += 1
+        return "ends" if self._row >= self._most else "stays"
+
+    def state(self) -> dict[str, Any]:
+        """As plain data for :meth:`load`."""
+        return {"leaps": self._leaps.state(), "row": self._row}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._leaps.load(state["leaps"])
+        self._row = state["row"]
 
 
 def unfit(loss: float, norm: float) -> str:

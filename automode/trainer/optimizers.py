@@ -125,6 +125,8 @@ def _perturb(parameters: list[Tensor], rho: float) -> list[tuple[Tensor, Tensor]
         return []
     grads = [p.grad for p in moved if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+    if not torch.isfinite(norm):
+        return []
     scale = rho / (norm + 1e-12)
     steps = [g * scale for g in grads]
     torch._foreach_add_(moved, steps)
@@ -134,7 +136,8 @@ def _perturb(parameters: list[Tensor], rho: float) -> list[tuple[Tensor, Tensor]
 def sharpness_aware_gradients(parameters: list[Tensor], loss_of: Callable[[], Tensor], rho: float) -> float:
     """Fill ``.grad`` with the gradient at the worst point within ``rho`` (Foret et al. 2021, arXiv:2010.01412).
 
-    Two forward and two backward passes. Returns the loss at the unperturbed weights.
+    Two forward and two backward passes. Returns the loss at the unperturbed weights. Where loss or gradient are not finite there is no worst
+    point: the weights stay, and so does their own gradient.
     """
     for p in parameters:
         p.grad = None
@@ -142,6 +145,8 @@ def sharpness_aware_gradients(parameters: list[Tensor], loss_of: Callable[[], Te
     loss.backward()  # type: ignore[no-untyped-call]
     value = float(loss.detach())
     moved = _perturb(parameters, rho)
+    if not moved:
+        return value
     for p in parameters:
         p.grad = None
     second = loss_of()

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from automode.engine import State, healthy
 from automode.errors import NotExecutableError
 from automode.merges.batches import map_tensors
-from automode.merges.norm_statistics import norm_layers
+from automode.merges.norm_statistics import mend
 from automode.planner.divergence import keep_every_of
 from automode.planner.events import (
     ClipSet,
@@ -33,9 +32,6 @@ from automode.planner.policy import SafeguardPolicy
 from automode.trainer.optimizers import scale_rates, scale_schedule
 from automode.trainer.trunk import Trunk
 from automode.trainer.user_warning import warn_user
-
-FAR_MEAN, FAR_VARIANCE = 10.0, 100.0
-"""Standard deviations of a running mean, and multiple of a running variance, from which a statistic is not believed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,14 +186,7 @@ class GoodStates:
         The forward pass has updated them before anything could be known. A layer whose statistics are not finite, or far from those
         of the last good state, gets those back. Returns the layers mended.
         """
-        if not self._states:
-            return 0
-        layers = {id(layer) for layer in norm_layers(self._trunk.model)}
-        mended = 0
-        for name, layer in self._trunk.model.named_modules():
-            if id(layer) in layers and isinstance(layer, _NormBase):
-                mended += _mend(name, layer, self._states[-1].weights)
-        return mended
+        return mend(self._trunk.model, self._states[-1].weights) if self._states else 0
 
     def _put_back(self, state: GoodState) -> None:
         trunk = self._trunk
@@ -229,31 +218,6 @@ def why_no_rate(trunk: Trunk) -> str | None:
             "give it as scheduler="
         )
     return None
-
-
-def _mend(name: str, layer: _NormBase, good: Mapping[str, Tensor]) -> bool:
-    prefix = f"{name}." if name else ""
-    mean, variance = layer.running_mean, layer.running_var
-    kept_mean, kept_variance = good.get(f"{prefix}running_mean"), good.get(f"{prefix}running_var")
-    if mean is None or variance is None or kept_mean is None or kept_variance is None:
-        return False
-    kept_mean, kept_variance = kept_mean.to(mean.device), kept_variance.to(variance.device)
-    floor = kept_variance + layer.eps
-    believed = (
-        torch.isfinite(mean).all()
-        & torch.isfinite(variance).all()
-        & ((mean - kept_mean).abs() <= FAR_MEAN * floor.sqrt()).all()
-        & (variance <= FAR_VARIANCE * floor).all()
-    )
-    if bool(believed):
-        return False
-    with torch.no_grad():
-        mean.copy_(kept_mean)
-        variance.copy_(kept_variance)
-        count = good.get(f"{prefix}num_batches_tracked")
-        if layer.num_batches_tracked is not None and count is not None:
-            layer.num_batches_tracked.copy_(count)
-    return True
 
 
 def _copied(value: Any) -> Any:

@@ -18,14 +18,18 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from automode.backends.base import SegmentDone, SegmentJob
+from automode.backends.base import Fate, SegmentDone, SegmentJob
 from automode.errors import NotExecutableError
+from automode.merges.norm_statistics import mend
+from automode.planner.policy import SafeguardPolicy
 from automode.planner.variants import Adapter
 from automode.session.rng_state import pack_rng, unpack_rng
 from automode.trainer.adapting import ADAPTER, Adapted, unmerged
 from automode.trainer.card_data import CardData
 from automode.trainer.early_stopping import Patience
+from automode.trainer.gradient_norms import TotalNorm
 from automode.trainer.judge import Judge
+from automode.trainer.leaps import TrialGuard
 from automode.trainer.optimizers import apply_variant, drive, scale_schedule, sharpness_aware_gradients
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.random_state import RandomState, forked_rng, seed_everything
@@ -38,6 +42,7 @@ from automode.trainer.trunk import (
     candidates_of,
     copy_of,
     judged_of,
+    moving_average,
     trainable,
 )
 
@@ -78,6 +83,7 @@ class SpecialistRunner:
         steps_per_epoch: For schedules that step once an epoch; None when the schedule steps every step.
         per_sample: Per-sample losses, for loss weighting; None where they are not exact.
         cards: Training data of the running cards.
+        safeguards: Which steps a trial leaves out.
     """
 
     trunk: Trunk
@@ -88,6 +94,7 @@ class SpecialistRunner:
     steps_per_epoch: int | None
     per_sample: PerSampleLoss | None
     cards: dict[str, CardData]
+    safeguards: SafeguardPolicy
 
     def open(self, job: SegmentJob) -> SpecialistSegment:
         """Load the job's checkpoint into fresh copies.
@@ -122,6 +129,7 @@ class SpecialistSegment:
             mixed=job.variant.batches == "all",
         )
         self._ema: dict[str, Tensor] | None = None
+        self._guard = TrialGuard(runner.safeguards)
         self._steps = 0
         self._resource = float(job.from_resource)
         with forked_rng():
@@ -140,6 +148,8 @@ class SpecialistSegment:
             else:
                 unpack_rng(rest["rng"])
             self._rng = RandomState.capture()
+        self._total_norm = TotalNorm(self._model.parameters())
+        self._buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         self._credit = 0.0
         self._passes = 0.0
         self._followed = self._clock
@@ -187,6 +197,8 @@ class SpecialistSegment:
         self._base_rates = list(rest["base_rates"])
         self._steps = int(rest["steps"])
         self._ema = rest.get("ema")
+        if "guard" in rest:  # trials of before have none
+            self._guard.load(rest["guard"])
         if job.from_resource - rest["resource"] < self.cost:  # a rung that no whole number of steps filled
             self._resource = float(rest["resource"])
 
@@ -268,6 +280,7 @@ class SpecialistSegment:
             "steps": self._steps,
             "resource": self._resource,
             "rng": self._packed_rng(),
+            "guard": self._guard.state(),
         }
         if self._scheduler is not None:
             rest["scheduler"] = self._scheduler.state_dict()
@@ -303,15 +316,25 @@ class SpecialistSegment:
         self._steps += 1
         self._resource += self.cost
         self._passes += rows * (SAM_PASSES if sam else TRAIN_PASSES)
-        if not math.isfinite(loss):
-            self._diverged = True
-            return
-        limit = self._job.variant.clip_norm or self._runner.trunk.clip_norm
+        norm, limit = self._total_norm() if self._guard.on else math.nan, self.clip_norm
         if limit is not None:
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit)
-        self._optimizer.step()
-        self._follow()
-        self._patience.see(loss)
+        if self._fate(loss, norm) == "moves":
+            self._optimizer.step()
+            self._follow()
+            self._patience.see(loss)
+        else:
+            mend(self._model, self._buffers)
+
+    @property
+    def clip_norm(self) -> float | None:
+        """Largest norm of the gradient over all parameters."""
+        return self._job.variant.clip_norm or self._runner.trunk.clip_norm
+
+    def _fate(self, loss: float, norm: float) -> Fate:
+        fate = self._guard.fate(loss, norm, self._steps - 1, clipped=self.clip_norm is not None)
+        self._diverged = fate == "ends"
+        return fate
 
     def _drawn(self) -> tuple[Any, int]:
         """Return the next batch of the plan, with its labels, and its rows."""
@@ -358,19 +381,7 @@ class SpecialistSegment:
             named = (
                 dict(self._model.named_parameters()) if self._adapted is None else self._adapted.parameters
             )
-            self._ema = _moving_average(self._ema, named, decay)
-
-
-@torch.no_grad()
-def _moving_average(
-    average: dict[str, Tensor] | None, named: Mapping[str, Tensor], decay: float
-) -> dict[str, Tensor]:
-    floats = {n: p.detach() for n, p in named.items() if p.is_floating_point()}
-    if average is None:
-        return {n: p.clone() for n, p in floats.items()}
-    for name, p in floats.items():
-        average[name].lerp_(p, 1.0 - decay)
-    return average
+            self._ema = moving_average(self._ema, named, decay)
 
 
 def _first_of(rest: Mapping[str, Any], job: SegmentJob) -> dict[str, Tensor]:

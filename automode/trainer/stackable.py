@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from automode.backends.base import SegmentJob, StackableSegment
+from automode.backends.base import Fate, SegmentJob, StackableSegment
 from automode.planner.variants import ANNEALED_CONTROL
 from automode.trainer.random_state import RandomState, forked_rng
 from automode.trainer.specialists import TRAIN_PASSES, Checkpoints, SpecialistRunner, SpecialistSegment
@@ -93,9 +93,9 @@ class StackableSpecialist(SpecialistSegment):
         return self._runner.trunk.precision if own == "keep" else own
 
     @property
-    def clip_norm(self) -> float | None:
-        """Largest norm of the gradient over all parameters."""
-        return self._job.variant.clip_norm or self._runner.trunk.clip_norm
+    def guarded(self) -> bool:
+        """Whether a step is judged by the norm of its gradient."""
+        return self._guard.on
 
     @property
     def done(self) -> bool:
@@ -161,14 +161,13 @@ class StackableSpecialist(SpecialistSegment):
             weights = torch.where(selected, weight, torch.ones_like(weight))
             return torch.where(weight == 1.0, loss, (losses * weights).sum() / weights.sum())
 
-    def took(self, loss: float) -> bool:
-        """Count a step whose gradient was taken at this loss; False where it diverged."""
+    def took(self, loss: float, norm: float) -> Fate:
+        """Count a step whose gradient was taken at this loss, and say what becomes of it."""
         self._steps += 1
         self._resource += self.cost
         self.charge(1)
         self._last_loss = loss
-        self._diverged = not math.isfinite(loss)
-        return not self._diverged
+        return self._fate(loss, norm)
 
     def moved(self) -> None:
         """Follow up on moved weights: schedule, averages, early stopping."""

@@ -280,3 +280,16 @@ def without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for p, grad in zip(parameters, grads, strict=True):
             p.grad = grad
+
+
+@torch.no_grad()
+def moving_average(
+    average: dict[str, Tensor] | None, named: Mapping[str, Tensor], decay: float
+) -> dict[str, Tensor]:
+    """Take one step of an exponential moving average of named weights, in place; it begins as they are."""
+    floats = {n: p.detach() for n, p in named.items() if p.is_floating_point()}
+    if average is None:
+        return {n: p.clone() for n, p in floats.items()}
+    for name, p in floats.items():
+        average[name].lerp_(p, 1.0 - decay)
+    return average

@@ -21,6 +21,7 @@ from automode.backends.base import Segment, SegmentJob
 from automode.errors import NotExecutableError
 from automode.merges.batches import training_flags_kept
 from automode.merges.trajectory import TrajectoryAverages
+from automode.planner.policy import SafeguardPolicy
 from automode.session.checkpoints import CheckpointStore
 from automode.trainer.arithmetic import Arithmetic
 from automode.trainer.card_data import CardData
@@ -126,6 +127,7 @@ class SpecialistFactory:
         weighted: Whether per-sample losses are exact, so that a variant may weight them.
         arithmetic: How the training process computes.
         checkpoints: The session's checkpoints.
+        safeguards: Which steps a trial leaves out.
     """
 
     model: nn.Module
@@ -146,6 +148,7 @@ class SpecialistFactory:
     weighted: bool
     arithmetic: Arithmetic
     checkpoints: str
+    safeguards: SafeguardPolicy
 
     def __call__(self, checkpoints: str | None) -> WorkerRunner:
         """Make the runner, and see that it can read a batch and compute its loss.
@@ -177,6 +180,7 @@ class SpecialistFactory:
             steps_per_epoch=self.steps_per_epoch,
             per_sample=self._rehearse(trunk),
             cards={},
+            safeguards=self.safeguards,
         )
         return WorkerRunner(runner)
 
@@ -258,4 +262,5 @@ def specialist_factory(
         weighted=runner.per_sample is not None and runner.per_sample.exact,
         arithmetic=Arithmetic.capture(),
         checkpoints=str(Path(checkpoints).absolute()),
+        safeguards=runner.safeguards,
     )

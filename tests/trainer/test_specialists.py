@@ -6,6 +6,7 @@ import math
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 
 from automode.errors import NotExecutableError
 from automode.planner.events import Weights
+from automode.planner.policy import SafeguardPolicy
 from automode.planner.recipes import EarlyStopping, TrainingRecipe, Variant
 from automode.testing.bench import (
     BATCH,
@@ -515,10 +517,57 @@ def test_a_diverged_specialist_is_reported_with_nan_and_finite_weights(tmp_path:
     segment = bench.runner.open(bench.job(PLAIN, end=10))
     assert not segment.advance(3)
     poisoned = True
+    assert not segment.advance(4)
     assert segment.advance(1)
     done = segment.finish()
     assert math.isnan(done.value)
     assert all(torch.isfinite(w).all() for w in bench.weights(done).values())
+
+
+class Broken(Augmented):
+    """Some batches are not numbers, or of wrong scale, as often as a test says."""
+
+    factor = 1.0
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        x, y = super().__getitem__(i)
+        return x * self.factor, y
+
+
+@pytest.mark.parametrize("variant", [PLAIN, Variant(name="sharp", optimizer="sam")], ids=lambda v: v.name)
+@pytest.mark.parametrize(("factor", "norm"), [(math.nan, True), (1e6, False)])
+def test_a_broken_batch_never_reaches_a_specialists_weights_and_one_rung_later_it_is_still_known(
+    factor: float, norm: bool, variant: Variant, tmp_path: Path
+) -> None:
+    data = Broken()
+    bench = make_bench(tmp_path, model=small_network(norm=norm), dataset=data, averages=True)
+    segment = bench.runner.open(bench.job(variant, end=10))
+    assert not segment.advance(8)
+    data.factor = factor
+    before = [weight.detach().clone() for weight in segment._model.parameters()]
+    assert not segment.advance(1)
+    assert identical(before, [weight.detach() for weight in segment._model.parameters()])
+    assert all(buffer.isfinite().all() for buffer in segment._model.buffers())
+    data.factor = 1.0
+    first = segment.finish()
+    assert math.isfinite(first.value)
+    job = replace(bench.job(variant, end=20), from_resource=10, checkpoint=first.checkpoint)
+    further = bench.runner.open(job)
+    data.factor = factor
+    assert not further.advance(1)
+    data.factor = 1.0
+    assert further.advance(20)
+    assert math.isfinite(further.finish().value)
+
+
+def test_where_the_policy_leaves_nothing_out_a_trial_leaves_nothing_out(tmp_path: Path) -> None:
+    data = Broken()
+    bench = make_bench(tmp_path, dataset=data)
+    bench.runner.safeguards = SafeguardPolicy(skip_nonfinite=False, leap=None)
+    segment = bench.runner.open(bench.job(PLAIN, end=10))
+    data.factor = math.nan
+    assert segment.advance(1)
+    assert math.isnan(segment.finish().value)
 
 
 # What a specialist trains on.

@@ -33,7 +33,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 from automode.backends import stacking_rule
-from automode.backends.base import Backend, SegmentJob, SegmentRunner
+from automode.backends.base import Backend, Fate, SegmentJob, SegmentRunner
 from automode.backends.inline import InlineBackend
 from automode.backends.stacked import StackedBackend
 from automode.planner.recipes import EarlyStopping, TrainingRecipe, Variant
@@ -87,9 +87,9 @@ def test_per_step_losses_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     bench = bench_of(tmp_path)
     seen: dict[int, list[float]] = {}
 
-    def took(segment: StackableSpecialist, loss: float) -> bool:
+    def took(segment: StackableSpecialist, loss: float, norm: float) -> Fate:
         seen.setdefault(segment.job.trial, []).append(loss)
-        return original(segment, loss)
+        return original(segment, loss, norm)
 
     original = StackableSpecialist.took
     monkeypatch.setattr(StackableSpecialist, "took", took)

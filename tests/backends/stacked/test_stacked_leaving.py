@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from stacked_bench import (
     MIXED,
     PLAIN,
     Perceptron,
+    adam,
     assert_equal,
     bench_of,
     both,
@@ -17,8 +20,9 @@ from stacked_bench import (
     jobs_of,
     plain_sgd,
     run,
+    sgd,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from automode.backends import stacking_rule
 from automode.backends.inline import InlineBackend
@@ -28,6 +32,7 @@ from automode.testing.backends import drained
 from automode.testing.bench import (
     Memory,
     identical,
+    small_dataset,
 )
 from automode.trainer.stackable import StackableSpecialists
 
@@ -44,6 +49,22 @@ def test_a_member_that_diverges_poisons_no_other(tmp_path: Path) -> None:
     assert together[1].passes < together[0].passes
     assert_equal(bench, {t: alone[t] for t in (0, 2)}, {t: together[t] for t in (0, 2)})
     assert said == []
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("optimizer", [adam, sgd])
+def test_steps_of_a_broken_batch_are_left_out_by_every_member(
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    data = small_dataset(96, 11)
+    data.tensors[0][7] = math.nan
+    data.tensors[0][8] *= 1e6
+    variants = [PLAIN, Variant(name="fast", lr_mul=2.0), Variant(name="clipped", clip_norm=0.3)]
+    bench = bench_of(tmp_path, variants=variants, optimizer=optimizer, dataset=data, steps=0)
+    alone, together, said = both(bench, jobs_of(bench, variants))
+    assert said == []
+    assert not any(math.isnan(done.value) for done in alone.values())
+    assert_equal(bench, alone, together)
 
 
 class Squared(Perceptron):
