@@ -42,8 +42,9 @@ demo: setup  ## train on real data with automode on, and replay every decision
 test: setup  ## run every test, with coverage
 	$(PY) -m pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
-nightly: setup  ## run the tests that take too long for every time: every cut, hundreds of kills
+nightly: setup  ## run the tests that take too long for every time: every cut, hundreds of kills, new examples
 	$(PY) -m pytest -n $(WORKERS) -m nightly $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) --hypothesis-profile=explore $$(grep -rl 'from hypothesis' tests --include='test_*.py') $(PYTEST_ARGS)
 
 check: setup  ## lint, format, types, floors, purity
 	$(PY) -m ruff check .
