@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,10 @@ def newest(runs: Path) -> Path:
 def _written(database: Path) -> tuple[float, str]:
     # While a run writes, the newest rows stand in the write-ahead log beside the database.
     beside = database.with_name(f"{database.name}-wal")
-    times = [file.stat().st_mtime for file in (database, beside) if file.exists()]
+    times = []
+    for file in (database, beside):
+        with contextlib.suppress(FileNotFoundError):  # the log goes when the run ends, which may be now
+            times.append(file.stat().st_mtime)
     return max(times, default=0.0), str(database)
 
 

@@ -23,6 +23,9 @@ from automode.trainer.validation import SliceFn
 MOST_SECONDS = 2.0
 """Time that reading the training samples may take to find the slices' members; above it they are not read."""
 
+FAIR_SECONDS = 0.5
+"""Time after which it is foreseen what all of it will take: the first samples open files, and any may meet a busy machine."""
+
 MOST_BYTES = 16 << 20
 """A ledger above this size is stored at the run's end alone, and in the checkpoints."""
 
@@ -121,8 +124,9 @@ class SampleKeeper:
                     mask = torch.as_tensor(function(inputs, targets)).cpu().numpy().astype(np.bool_)
                     parts[name].append(mask)
                 done = min(train_ids.size, start + READ_BATCH)
-                needed = (time.perf_counter() - began) / done * train_ids.size
-                if needed > MOST_SECONDS and done < train_ids.size:
+                spent = time.perf_counter() - began
+                needed = spent / done * train_ids.size
+                if spent > FAIR_SECONDS and needed > MOST_SECONDS and done < train_ids.size:
                     why = (
                         f"reading all {train_ids.size} training samples to ask it would take about {needed:.0f} s, and no more "
                         f"than {MOST_SECONDS:g} are taken from the run"

@@ -125,6 +125,7 @@ def test_slices_whose_samples_take_long_to_read_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample_keeper, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(sample_keeper, "FAIR_SECONDS", 0.0)
     with run(tmp_path).session as session:
         assert "no more than 0 are taken" in session.ledger().why_no_slice["zero"]
 
