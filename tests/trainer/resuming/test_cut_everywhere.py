@@ -53,6 +53,7 @@ def test_a_run_killed_after_any_batch_goes_on_bit_by_bit(
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("bits", ["".join(bits) for bits in itertools.product("01", repeat=len(FACTORS))])
 def test_every_cell_of_the_matrix_goes_on_bit_by_bit(
     bits: str, scripts: Any, run: Any, tmp_path: Path

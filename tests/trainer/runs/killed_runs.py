@@ -129,7 +129,7 @@ def count_segments(file: Path) -> None:
     pump = ProcessBackend.pump
 
     def patient(self: Any, trunk_steps: int) -> Any:
-        until = time.monotonic() + 60.0
+        until = time.monotonic() + 600.0
         while not (ended := pump(self, trunk_steps)) and self.busy and time.monotonic() < until:
             self.wait(0.1)
         return ended

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its train
 RUNS = Path(__file__).with_name("killed_runs.py")
 KILLED = 9
 KILLS = 3
+PARTS = 4
 TIMED = ("seconds", "rest")
 
 
@@ -189,15 +190,19 @@ def test_a_card_that_a_stop_has_cut_short_goes_on_when_the_run_does(
 
 @pytest.mark.nightly
 @pytest.mark.timeout(7200)
-def test_a_kill_at_any_call_changes_no_decision(nursery: Nursery, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", range(1, PARTS + 1))
+def test_a_kill_at_any_call_changes_no_decision(
+    first: int, nursery: Nursery, whole: Path, tmp_path: Path
+) -> None:
+    """Together the parts kill at every call."""
     expected, once = story(whole), sum(segments(whole).values())
-    for call in range(1, calls(whole) + 1):
+    for call in range(first, calls(whole) + 1, PARTS):
         folder = tmp_path / f"at{call}" / "session"
         folder.parent.mkdir()
         status = nursery.train(folder, kill=call)
         if status == 0:
-            # What the clock decides (a flush, a look into the inbox) makes the number of calls differ by a few.
-            assert call > 0.9 * calls(whole), f"only {call} calls"
+            # What the clock decides (a flush every half second) makes a slow run's calls more than a quick one's.
+            assert call > 0.6 * calls(whole), f"only {call} calls"
             break
         assert status == KILLED
         begun = resumable(folder)
