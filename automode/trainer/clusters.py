@@ -6,31 +6,21 @@ a few steps of EM), and the one under which features that it has not seen are li
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
-from sklearn.mixture import GaussianMixture
-from threadpoolctl import threadpool_limits
 
-Features = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.int64]
+from automode.trainer.one_thread import one_thread
+from automode.trainer.partitions import Features, Labels, k_means, mixture_scores
 
 CANDIDATES = (3, 6)
 SMALLEST_SHARE = 0.02
 STARTS = 8
 """Partitions of which the tightest is taken: on digits, with 2 they agreed from scan to scan by .77, with 8 by .85, with 16 by .87."""
 
-FLOOR = 1e-3
-"""Least variance of a mixture's component, in standardised features."""
-
-MOST_ROUNDS = 20
 LEAST_HELD_OUT = 32
 CHANGE_Z = 2.0
 """Standard errors by which another number of clusters must be likelier before it takes the place of the scan before's."""
@@ -97,25 +87,23 @@ def fit_clusters(
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale = np.where(scale > 1e-12 * np.maximum(1.0, np.abs(mean)), scale, 1.0)
     standard = (features - mean) / scale
-    found: dict[int, Any] = {}
-    # One thread, so that the sums and with them the partition do not depend on the machine's load.
-    with threadpool_limits(limits=1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    found: dict[int, tuple[Features, Labels]] = {}
+    with one_thread():
         for k in CANDIDATES:
-            fitted = KMeans(n_clusters=k, n_init=STARTS, random_state=seed & 0x7FFFFFFF).fit(standard)
-            sizes = np.bincount(fitted.labels_, minlength=k)
-            if sizes.min() >= max(2, SMALLEST_SHARE * n):
-                found[k] = fitted
+            centres, labels = k_means(standard, k, starts=STARTS, seed=seed)
+            if np.bincount(labels, minlength=k).min() >= max(2, SMALLEST_SHARE * n):
+                found[k] = centres, labels
         if not found:
             return None
         known = None if held_out is None else (held_out - mean) / scale
-        scores = {k: _held_out_scores(standard, known, fitted.labels_, seed) for k, fitted in found.items()}
+        scores = {k: _held_out_scores(standard, known, labels, seed) for k, (_, labels) in found.items()}
     k = _likeliest(scores, before)
+    centres, labels = found[k]
     return Clusters(
-        centroids=np.asarray(found[k].cluster_centers_, dtype=np.float64),
+        centroids=centres,
         mean=mean,
         scale=scale,
-        labels=np.asarray(found[k].labels_, dtype=np.int64),
+        labels=labels,
         likelihoods={k: float(values.mean()) for k, values in scores.items()},
     )
 
@@ -127,22 +115,7 @@ def _held_out_scores(standard: Features, held_out: Features | None, labels: Labe
         rng = np.random.default_rng(np.random.SeedSequence([seed, 0xA51DE]))
         aside[rng.permutation(len(standard))[: len(standard) // 4]] = True
         standard, held_out, labels = standard[~aside], standard[aside], labels[~aside]
-    k = int(labels.max()) + 1
-    inside = np.eye(k)[labels]
-    counts = np.maximum(inside.sum(axis=0), 1.0)
-    means = inside.T @ standard / counts[:, None]
-    variances = np.maximum(inside.T @ standard**2 / counts[:, None] - means**2, FLOOR)
-    mixture = GaussianMixture(
-        k,
-        covariance_type="diag",
-        reg_covar=FLOOR,
-        max_iter=MOST_ROUNDS,
-        weights_init=counts / counts.sum(),
-        means_init=means,
-        precisions_init=1.0 / variances,
-        random_state=seed & 0x7FFFFFFF,
-    ).fit(standard)
-    return np.asarray(mixture.score_samples(held_out), dtype=np.float64)
+    return mixture_scores(standard, labels, held_out)
 
 
 def _likeliest(scores: Mapping[int, Features], before: int | None) -> int:

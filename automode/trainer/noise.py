@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from sklearn.neighbors import NearestNeighbors
-from threadpoolctl import threadpool_limits
+
+from automode.trainer.one_thread import one_thread
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -130,7 +131,7 @@ def noise_rate(probabilities: Floats, labels: npt.NDArray[np.int64]) -> float | 
 
 def nearest(around: Floats, features: Floats, k: int) -> Ids:
     """Return the positions of the k nearest rows of ``around`` (or all, where there are fewer) for each row of ``features``."""
-    with threadpool_limits(limits=1):
+    with one_thread():
         index = NearestNeighbors(n_neighbors=min(k, around.shape[0])).fit(around)
         found = index.kneighbors(features, return_distance=False)
     return np.asarray(found, dtype=np.int64)
@@ -141,7 +142,7 @@ def neighbour_disagreement(features: Floats, labels: npt.NDArray[np.int64], k: i
     k = min(k, features.shape[0] - 1)
     if k < 1:
         return np.zeros(features.shape[0])
-    with threadpool_limits(limits=1):
+    with one_thread():
         index = NearestNeighbors(n_neighbors=k + 1).fit(features)
         neighbours = index.kneighbors(features, return_distance=False)[:, 1:]
     return np.asarray((labels[neighbours] != labels[:, None]).mean(axis=1), dtype=np.float64)

@@ -28,6 +28,7 @@ from automode.scheduler.candidates import Candidates
 from automode.session.artifacts import ArtifactStore
 from automode.trainer.clusters import Clusters
 from automode.trainer.new_labels import NewLabels
+from automode.trainer.one_thread import one_thread
 from automode.trainer.random_state import forked_rng
 from automode.trainer.relabelling import Relabeller, packed
 from automode.trainer.sample_ledger import SampleLedger
@@ -217,7 +218,6 @@ class Selector:
                 f"clusters of the {selection.feature} need exact per-sample losses, and this run has none"
             )
         from sklearn.cluster import KMeans
-        from threadpoolctl import threadpool_limits
 
         ledger = self.ledger()
         ids = ledger.seen()
@@ -228,7 +228,7 @@ class Selector:
             raise NotExecutableError(
                 f"{ids.size} samples have a {selection.feature}, which is fewer than {selection.k} clusters"
             )
-        with threadpool_limits(limits=1):
+        with one_thread():
             fitted = KMeans(n_clusters=selection.k, n_init=4, random_state=self.seed & 0x7FFFFFFF).fit(
                 values[:, None]
             )
