@@ -16,17 +16,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
-from torch.optim import optimizer as optimizer_module
 
-Call = Callable[[], Any]
+from automode.trainer.torchs_steps import (
+    DTYPES,
+    TOGETHER_BYTES,
+    TRIED_SIZES,
+    TRIED_STEPS,
+    Call,
+    heard,
+    is_torchs,
+)
 
 _KINDS = (torch.optim.Adam, torch.optim.AdamW)
-_DTYPES = (torch.float32, torch.float64)
 _OTHERWISE = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
-_TOGETHER_BYTES = 1 << 18
-_TRIED_SIZES = (1, 7, 33, 1030)
-_TRIED_STEPS = 4
 _ONE = torch.ones((), device="cpu")
 
 
@@ -52,36 +54,12 @@ def update_of(optimizer: torch.optim.Optimizer) -> Call:
         ``optimizer.step``, or a function without arguments that leaves the same bits behind.
     """
     own, kind = optimizer.step, type(optimizer)
-    if kind not in _KINDS or len(optimizer.param_groups) != 1 or _heard(optimizer) or not is_torchs(own):
+    if kind not in _KINDS or len(optimizer.param_groups) != 1 or heard(optimizer) or not is_torchs(own):
         return own
     found = _stepped(optimizer)
     if found is None or not _agrees(kind):
         return own
     return _together(optimizer, *found)
-
-
-def clearing_of(optimizer: torch.optim.Optimizer) -> Call:
-    """What forgets the gradients, for as long as nobody changes the optimizer's groups.
-
-    Args:
-        optimizer: Any.
-
-    Returns:
-        A function without arguments that does what ``zero_grad(set_to_none=True)`` does.
-    """
-    own = functools.partial(optimizer.zero_grad, set_to_none=True)
-    if not is_torchs(optimizer.zero_grad):
-        return own
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def clear() -> None:
-        if _profiler_enabled():  # torch tells it
-            own()
-            return
-        for parameter in parameters:
-            parameter.grad = None
-
-    return clear
 
 
 def _together(optimizer: torch.optim.Optimizer, chunks: list[_Chunk], idle: list[Tensor]) -> Call:
@@ -103,7 +81,7 @@ def _together(optimizer: torch.optim.Optimizer, chunks: list[_Chunk], idle: list
             or (idle and any(parameter.grad is not None for parameter in idle))
             or not type(rate) is type(beta1) is type(beta2) is float
             or optimizer.state is not state
-            or _heard(optimizer)
+            or heard(optimizer)
         ):
             fits = False  # counts may differ from now on
             own()
@@ -144,7 +122,7 @@ def _stepped(optimizer: torch.optim.Optimizer) -> tuple[list[_Chunk], list[Tenso
         return None
     chunks: list[_Chunk] = []
     idle: list[Tensor] = []
-    storages, counts, size, total = set(), set(), _TOGETHER_BYTES, 0
+    storages, counts, size, total = set(), set(), TOGETHER_BYTES, 0
     for parameter in group["params"]:
         kept = optimizer.state.get(parameter)
         if not kept:
@@ -157,10 +135,10 @@ def _stepped(optimizer: torch.optim.Optimizer) -> tuple[list[_Chunk], list[Tenso
             or not parameter.is_cpu
             or not step.is_cpu
             or not parameter.dtype is first.dtype is second.dtype
-            or parameter.dtype not in _DTYPES
+            or parameter.dtype not in DTYPES
         ):
             return None
-        if size + parameter.nbytes > _TOGETHER_BYTES:
+        if size + parameter.nbytes > TOGETHER_BYTES:
             chunks.append(_Chunk([], [], [], []))
             size = 0
         size += parameter.nbytes
@@ -173,38 +151,12 @@ def _stepped(optimizer: torch.optim.Optimizer) -> tuple[list[_Chunk], list[Tenso
     return (chunks, idle) if len(storages) == total and len(counts) == 1 else None
 
 
-def _heard(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether hooks or the profiler are to hear of steps; torch has no public name for either."""
-    return bool(
-        optimizer._optimizer_step_pre_hooks  # noqa: SLF001
-        or optimizer._optimizer_step_post_hooks  # noqa: SLF001
-        or optimizer_module._global_optimizer_pre_hooks  # noqa: SLF001
-        or optimizer_module._global_optimizer_post_hooks  # noqa: SLF001
-        or _profiler_enabled()
-    )
-
-
-def is_torchs(method: Any) -> bool:
-    """Whether a method, with everything that is wrapped around it, is the own code of torch's optimizers and schedulers.
-
-    Args:
-        method: Bound or not.
-    """
-    function = getattr(method, "__func__", method)
-    while function is not None:
-        where = getattr(function, "__globals__", {}).get("__name__", "")
-        if not where.startswith("torch.optim."):
-            return False
-        function = getattr(function, "__wrapped__", None)
-    return True
-
-
 @functools.cache
 def _agrees(kind: type[torch.optim.Optimizer]) -> bool:
     """Try out whether this torch's own step comes to the same bits."""
     return all(
         _bits(kind, dtype, decay, together=True) == _bits(kind, dtype, decay, together=False)
-        for dtype in _DTYPES
+        for dtype in DTYPES
         for decay in (0.0, 0.03)
     )
 
@@ -214,11 +166,11 @@ def _bits(
 ) -> list[bytes]:
     """Everything that a few steps leave behind, on numbers of many sizes."""
     parameters = [
-        nn.Parameter(torch.linspace(-3, 3, size, dtype=dtype, device="cpu").sin_()) for size in _TRIED_SIZES
+        nn.Parameter(torch.linspace(-3, 3, size, dtype=dtype, device="cpu").sin_()) for size in TRIED_SIZES
     ]
     optimizer = kind(parameters, lr=3e-3, weight_decay=decay)
     update: Call = optimizer.step
-    for turn in range(_TRIED_STEPS):
+    for turn in range(TRIED_STEPS):
         for parameter in parameters:
             start = torch.linspace(turn, 9, parameter.numel(), dtype=dtype, device="cpu")
             parameter.grad = start.cos_().mul_(10.0 ** (turn - 3))

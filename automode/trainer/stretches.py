@@ -13,10 +13,13 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
+from torch.optim import SGD
 
-from automode.trainer.quick_adam import clearing_of, is_torchs, update_of
+from automode.trainer.quick_adam import update_of
+from automode.trainer.quick_sgd import sgd_update_of
 from automode.trainer.recording_sampler import RecordedIterator
 from automode.trainer.steps import DefaultStep, Taken, paired_loss
+from automode.trainer.torchs_steps import clearing_of, is_torchs
 
 if TYPE_CHECKING:
     from automode.trainer.loop import Loop
@@ -88,7 +91,8 @@ def quick_stretch(loop: Loop, batches: Iterator[Any]) -> Stretch:
     """Train by the plain step; see :func:`stretch`."""
     trunk, observer, cursor, probe = loop.trunk, loop.observer, loop.cursor, loop.probe
     model, step_fn, optimizer, clock = trunk.model, trunk.step_fn, trunk.optimizer, loop.clock
-    clear, update, guard, paired = clearing_of(optimizer), update_of(optimizer), observer.guard, None
+    update_of_kind = sgd_update_of if type(optimizer) is SGD else update_of
+    clear, update, guard, paired = clearing_of(optimizer), update_of_kind(optimizer), observer.guard, None
     stride, last, loader = observer.stride, loop.plan.steps_per_epoch, cursor.loader
     follows = loop.stepped if trunk.averages is not None or loop.schedule.every_step else None
     train, opened, feed = cast(DefaultStep, loop.train), probe.opened(1), probe.feed

@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset
 
 from automode import TensorLoader, Trainer
 from automode.trainer import quick_adam, stretches
-from automode.trainer.quick_adam import clearing_of, update_of
+from automode.trainer.quick_adam import update_of
+from automode.trainer.torchs_steps import clearing_of
 
 Optimizer = torch.optim.Optimizer
 
