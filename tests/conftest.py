@@ -31,9 +31,14 @@ if threading.current_thread() is threading.main_thread():
             signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
-@pytest.fixture(autouse=True)
-def _torch_begins_at_one_seed() -> None:
+def pytest_runtest_setup() -> None:
     """What a test draws without a seed of its own would depend on the tests before it, whose order is random."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(20261122)
+
+
+@pytest.fixture(autouse=True)
+def _torch_begins_at_one_seed() -> None:
+    """Again where a fixture of several tests has been made for this one, or for one before it."""
+    pytest_runtest_setup()
