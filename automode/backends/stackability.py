@@ -40,6 +40,8 @@ def why_variant_alone(job: SegmentJob) -> str | None:
         return "the samples that it weighs stand anywhere in a batch"
     if job.variant.batch_mul != 1.0:
         return "its batches are of a size of their own"
+    if job.variant.updates != 1:
+        return "it takes several steps on each batch"
     if job.variant.precision == "bf16":
         return "it trains in bf16"
     if job.variant.adapter is not None:

@@ -295,6 +295,8 @@ def _kept_its_own(execution: Execution) -> str:
         if variant.batch_mul != 1.0
         else ""
     )
+    if variant.updates != 1:
+        told += f"; each batch is trained on with {variant.updates} steps from here on"
     if variant.schedule != "anneal":
         return told
     return (told or "; the trunk goes on at its own rate") + ", which warms the annealed weights up again"

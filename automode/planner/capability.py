@@ -78,6 +78,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("variant.batches", "selected"),
     Ability("variant.batches", "all"),
     Ability("variant.batch_mul", "*"),
+    Ability("variant.updates", "*"),
     Ability("variant.schedule", "keep"),
     Ability("variant.schedule", "constant"),
     Ability("variant.schedule", "anneal"),
@@ -109,11 +110,15 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("acceptance.metric", "utility"),
     Ability("acceptance.metric", "accuracy"),
     Ability("acceptance.metric", "nll"),
+    Ability("acceptance.metric", "log_score"),
     Ability("acceptance.metric", "huber"),
     Ability("acceptance.metric", "mse"),
 )
 """Every part of a card that asks for work. The first entry that matches part and value counts."""
 
+
+LEAST_PART: Final = 2
+"""Rows of a part that a batch is divided into, at the least: norm layers cannot train on a single sample."""
 
 ROUTED: Final[tuple[Task, ...]] = ("classification", "regression")
 """Tasks whose answers a router can mix."""
@@ -315,6 +320,7 @@ def _variant(variant: Variant, selection: Selection, run: Run) -> Iterator[str]:
     yield from (f"{where}: {why}" for why in _unable("variant.batch_mul", f"{variant.batch_mul:g}"))
     if variant.batch_mul != 1.0 and run.why_no_batch_mul is not None:
         yield f"{where}: batch_mul draws batches of another size than the loader's, and {run.why_no_batch_mul}: leave it at 1"
+    yield from (f"{where}: {why}" for why in _updates(variant, run))
     if variant.restart and run.why_no_restart is not None:
         yield f"{where}: restart needs the run's first weights: {run.why_no_restart}"
     if variant.restart and variant.adapter is not None:
@@ -327,6 +333,25 @@ def _variant(variant: Variant, selection: Selection, run: Run) -> Iterator[str]:
         if not run.exact_losses:
             why = run.why_inexact or "this run has none"
             yield f"{where}: loss_weight needs exact per-sample losses: {why}"
+
+
+def _updates(variant: Variant, run: Run) -> Iterator[str]:
+    """Check whether batches can be divided as a variant would have it."""
+    if variant.updates == 1:
+        return
+    yield from _unable("variant.updates", str(variant.updates))
+    if run.why_no_batch_mul is not None:
+        yield f"updates trains on each batch in parts, and {run.why_no_batch_mul}: leave it at 1"
+    if run.batch < LEAST_PART * variant.updates:
+        yield (
+            f"updates divides batches of {run.batch:g} samples into {variant.updates} parts, and a part has {LEAST_PART} at the least: ask for "
+            f"{max(1, int(run.batch // LEAST_PART))} or fewer"
+        )
+    if variant.batch_mul != 1.0 or variant.adapter is not None:
+        yield (
+            "updates is taken over by the trunk, which keeps its own batches after batch_mul and its own rates and steps after an adapter: "
+            "leave one of them out"
+        )
 
 
 def _search(search: SearchSpace, selection: Selection, run: Run) -> Iterator[str]:

@@ -158,7 +158,7 @@ def choose_ladder(
 ) -> tuple[int, Asha, WorstCase] | Held:
     """Choose the longest ladder that fits: cap, time, and at most B steps at the top.
 
-    One rung more than the candidates need is tried first, because it decides earlier; where its first rung would be short,
+    The shortest rung is counted in optimizer steps, of which a trial may take several a batch. One rung more than the candidates need is tried first, because it decides earlier; where its first rung would be short,
     the rungs that the candidates need. Specialists of parts do not compete, and have one rung.
     """
     recipe = proposal.training_recipe
@@ -168,7 +168,8 @@ def choose_ladder(
     trials, need = trials_of(recipe, proposal.selection), 1
     while recipe.per_part is None and climbers(trials, need, eta)[-1] > 1:
         need += 1
-    longer = [] if recipe.per_part else [(need + 1, 2 * pacing.min_rung)]
+    shortest = ceil(pacing.min_rung / min((v.updates for v in recipe.variants), default=1))
+    longer = [] if recipe.per_part else [(need + 1, 2 * shortest)]
 
     def priced(first: int, count: int) -> WorstCase:
         return price_fork(
@@ -187,7 +188,7 @@ def choose_ladder(
             worst, view.remaining, view.run, view.policy
         )
 
-    for count, least in (*longer, (need, pacing.min_rung)):
+    for count, least in (*longer, (need, shortest)):
         high = view.planning_budget // eta ** (count - 1)
         if high < least or misfit(least, count) is not None:
             continue
@@ -197,17 +198,17 @@ def choose_ladder(
             low, high = (middle, high) if misfit(middle, count) is None else (low, middle - 1)
         top = low * eta ** (count - 1)
         return low, Asha(reduction_factor=eta, max_steps=top), priced(low, count)
-    top = pacing.min_rung * eta ** (need - 1)
+    top = shortest * eta ** (need - 1)
     if top > view.planning_budget:
         why = (
-            f"the shortest ladder worth running goes from {pacing.min_rung} to {top} steps, "
+            f"the shortest ladder worth running goes from {shortest} to {top} steps, "
             f"and the planning budget is {view.planning_budget}"
         )
         return Held(code="no_time", why=why)
-    held = misfit(pacing.min_rung, need)
+    held = misfit(shortest, need)
     assert held is not None
     several = "1 trial" if trials == 1 else f"{trials} trials"
-    steps = f"{top} steps" if need == 1 else f"{pacing.min_rung} to {top} steps"
+    steps = f"{top} steps" if need == 1 else f"{shortest} to {top} steps"
     return Held(code=held.code, why=f"the shortest ladder worth running ({several}, {steps}): {held.why}")
 
 

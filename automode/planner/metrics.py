@@ -18,10 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from automode.errors import UsageError
 
-Asked: TypeAlias = Literal["utility", "accuracy", "nll", "huber", "mse"]
-"""What a card may ask to be compared by."""
-
-Metric: TypeAlias = Asked | Literal["log_score"]
+Metric: TypeAlias = Literal["utility", "accuracy", "nll", "huber", "mse", "log_score"]
+"""What a card may ask to be compared by, and what the finish may choose."""
 
 NAMES: Final[dict[str, str]] = {
     "utility": "utility",
@@ -36,6 +34,7 @@ NAMES: Final[dict[str, str]] = {
 TASKS: Final[dict[str, str]] = {
     "accuracy": "classification",
     "nll": "classification",
+    "log_score": "classification",
     "huber": "regression",
     "mse": "regression",
 }

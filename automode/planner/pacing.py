@@ -138,9 +138,8 @@ def admit(
         if proposal.action != "adjust":
             return cap
         cap = 0.0
-    if proposal.share is not None:
-        cap = min(cap, proposal.share * funds.total)
     if proposal.action != "fork":
+        cap = _own_cap(proposal, cap, funds)
         priced = price_of(proposal.action, proposal.merge_recipe, run)
         short = unaffordable(priced, cap, funds, policy, action=proposal.action)
         held = short or no_time(priced, view.remaining, run, policy)
@@ -180,14 +179,19 @@ def _that_fits(
     proposal: Proposal, view: View, cap: float, funds: Funds
 ) -> tuple[Proposal, tuple[int, Asha, WorstCase] | Held]:
     """The first of a proposal and its cheaper forms that can be paid for, or the cheapest, and its ladder."""
-    ladder = choose_ladder(proposal, view, cap, funds)
+    ladder = choose_ladder(proposal, view, _own_cap(proposal, cap, funds), funds)
     for fewer in proposal.cheaper:
         if not isinstance(ladder, Held):
             break
         # What is known of the run stands on the card, whichever form it takes.
         proposal = replace(fewer, diagnostics={**proposal.diagnostics, **fewer.diagnostics})
-        ladder = choose_ladder(proposal, view, cap, funds)
+        ladder = choose_ladder(proposal, view, _own_cap(proposal, cap, funds), funds)
     return proposal, ladder
+
+
+def _own_cap(proposal: Proposal, cap: float, funds: Funds) -> float:
+    """What may be spent on one form of a proposal, which may have a share of its own."""
+    return cap if proposal.share is None else min(cap, proposal.share * funds.total)
 
 
 def held_back(
@@ -218,7 +222,9 @@ def _acceptance(proposal: Proposal, policy: Policy) -> Acceptance:
             z = STOP_Z
         case _:
             assert_never(proposal.action)
-    return Acceptance(z=z, slices="ignore" if proposal.action == "stop" else policy.evidence.slices)
+    return Acceptance(
+        metric=proposal.metric, z=z, slices="ignore" if proposal.action == "stop" else policy.evidence.slices
+    )
 
 
 def after_verdict(

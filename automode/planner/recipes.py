@@ -21,7 +21,7 @@ from automode.planner.merge_recipes import (
     MergeSwa,
     MergeUniform,
 )
-from automode.planner.metrics import Asked
+from automode.planner.metrics import Metric
 from automode.planner.parts import Digest, Fraction, Name, Part, Positive
 from automode.planner.resources import Resources
 from automode.planner.selections import (
@@ -258,10 +258,10 @@ class Acceptance(Part):
     against: Literal["control"] = Field(
         default="control", description="the trunk itself, simply continued for the same compute"
     )
-    metric: Asked = Field(
+    metric: Metric = Field(
         default="utility",
         description="what each sample is compared by, on both held-out halves: utility = 0.8 accuracy + 0.2 p(y) for classes, minus Huber loss "
-        "for values; accuracy or nll of classes, huber or mse of values",
+        "for values; accuracy, nll or log_score (clipped at p = .001, from 0 to 1) of classes, huber or mse of values",
     )
     z: float = Field(
         default=1.64, ge=0.0, le=10.0, description="least z; the session's alpha may demand more"

@@ -68,6 +68,10 @@ class ProbePolicy(Part):
         default=0.10,
         description="the same where trials start from the first weights",
     )
+    steps_share: Fraction = Field(
+        default=0.08,
+        description="the same where it tries several steps on each batch, in a run that is too short for a trial of its rate",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> ProbePolicy:

@@ -77,6 +77,13 @@ class Variant(Part):
         description="factor on the batch size, of the trial alone: a step costs as many ordinary ones; once adopted, the trunk goes on with "
         "its own batches, rates, decay and clipping",
     )
+    updates: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="parts that each batch is trained on in, with an optimizer step each: as many samples in more steps; once adopted, the "
+        "trunk's batches are too",
+    )
     schedule: Literal["keep", "constant", "anneal"] = Field(
         default="keep",
         description="keep the trunk's schedule, hold the rate, or go linearly to zero by the top rung",

@@ -53,9 +53,10 @@ from automode.trainer.schedule import known_drops
 from automode.trainer.second_look import SecondLook
 from automode.trainer.selecting import Selector
 from automode.trainer.session_header import header_of
-from automode.trainer.specialists import Checkpoints, SpecialistRunner
+from automode.trainer.specialists import SpecialistRunner
 from automode.trainer.states import States
 from automode.trainer.step_choice import keep_first_weights, why_no_forks, why_no_other_batches
+from automode.trainer.stored_states import Checkpoints
 from automode.trainer.trunk import trainable
 from automode.trainer.validation import SliceFn
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from automode.merges.batches import map_tensors
 from automode.planner.policy import Policy
 from automode.trainer.evaluation import PerSampleScores
-from automode.trainer.specialists import Checkpoints
+from automode.trainer.stored_states import Checkpoints
 from automode.trainer.trunk import Trunk
 
 WINDOW: Final = 3

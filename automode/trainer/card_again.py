@@ -108,7 +108,7 @@ class CardAgain:
             raise UsageError(
                 "this script gives no sample ids or no held-out data, so no specialist can be trained"
             )
-        performer.trunk.clip_norm = rest.get("clip_norm")
+        performer.trunk.clip_norm, performer.trunk.part_rows = rest.get("clip_norm"), rest.get("part_rows")
         if "excluded" in rest:
             labels = (
                 NewLabels.unpacked(rest["relabelled"].numpy()) if "relabelled" in rest else NewLabels.none()

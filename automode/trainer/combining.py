@@ -32,8 +32,8 @@ from automode.trainer.distilling import Distiller
 from automode.trainer.evaluation import Part, PerSampleScores
 from automode.trainer.evidence import EVERYTHING, Evidence, metrics_of
 from automode.trainer.random_state import seeded_rng
-from automode.trainer.specialists import Checkpoints
 from automode.trainer.states import REFRESH_SEED, States
+from automode.trainer.stored_states import Checkpoints
 
 Batches = Callable[[], Iterable[Any]]
 

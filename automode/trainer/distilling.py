@@ -32,8 +32,8 @@ from automode.trainer.evidence import Evidence
 from automode.trainer.optimizers import scale_rates
 from automode.trainer.random_state import seeded_rng
 from automode.trainer.sample_source import BatchPlan, SampleSource
-from automode.trainer.specialists import Checkpoints
 from automode.trainer.states import States
+from automode.trainer.stored_states import Checkpoints
 from automode.trainer.trunk import Trunk, candidates_of, copy_of, trainable
 
 STUDENT = 0x57D

@@ -60,8 +60,9 @@ from automode.trainer.sample_keeper import SampleKeeper
 from automode.trainer.sample_source import Ids
 from automode.trainer.scanning import Scanner
 from automode.trainer.selecting import Selector
-from automode.trainer.specialists import Checkpoints, SpecialistRunner
+from automode.trainer.specialists import SpecialistRunner
 from automode.trainer.states import States
+from automode.trainer.stored_states import Checkpoints
 from automode.trainer.taking_over import curation_of, rate_factor, take_over
 from automode.trainer.trunk import EVERY_SINCE_FORK, Trunk, begin_averages, trainable
 
@@ -226,7 +227,7 @@ class Performer:
     def _conditions(self) -> dict[str, Any]:
         """What a card goes by beside the trunk itself, so that it can be run again from there."""
         judge = None if self.evidence is None else self.evidence.settled()
-        return {"clip_norm": self.trunk.clip_norm, "judge": judge}
+        return {"clip_norm": self.trunk.clip_norm, "part_rows": self.trunk.part_rows, "judge": judge}
 
     def save_final(self, step: int) -> str:
         """Store what the run leaves behind, and free what was kept for it to go on."""
@@ -336,13 +337,15 @@ class Performer:
         factor = 1.0 if variant is None else rate_factor(variant)
         if _by_tail(card) and self.trunk.averages is not None:
             self.trunk.averages.every = DEFAULT_EVERY  # also of the trunk that a rollback puts back
-        kept = {"clip_norm": self.trunk.clip_norm, "rate_factor": factor, "best_step": self.best.step}
-        before = self._save("before", step, **kept)
+        kept = {"clip_norm": self.trunk.clip_norm, "part_rows": self.trunk.part_rows}
+        before = self._save("before", step, **kept, rate_factor=factor, best_step=self.best.step)
         try:
             state, rest = self.states.load(command.weights)
             self.states.put(self.trunk.model, state, averaged=command.weights.choice != "raw")
             if variant is not None:
-                take_over(self.trunk, variant, rest, factor)
+                take_over(
+                    self.trunk, variant, rest, factor, 0 if self.runner is None else self.runner.batch_size
+                )
             if variant is None or _by_tail(card):
                 begin_averages(self.trunk.averages)
             data = None if self.runner is None else self.runner.cards.get(card.id)
@@ -386,7 +389,7 @@ class Performer:
         weights, rest, _ = self.checkpoints.load(before)
         now = [group["lr"] for group in trunk.optimizer.param_groups]
         trunk.load(weights, rest, schedule=as_it_was)
-        trunk.clip_norm = rest["clip_norm"]
+        trunk.clip_norm, trunk.part_rows = rest["clip_norm"], rest.get("part_rows")
         if trunk.scheduler is None or as_it_was:
             return rest
         restore_rates(trunk.scheduler, rest["scheduler"])

@@ -41,6 +41,7 @@ def take(parts: RunParts, loop: Loop) -> tuple[Weights, Rest]:
         "format": FORMAT,
         "clip_norm": trunk.clip_norm,
         "cap_norm": trunk.cap_norm,
+        "part_rows": trunk.part_rows,
         "outside": [parameter.detach() for parameter in _outside(parts)],
         "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in weights},
         "training": [module.training for module in model.modules()],
@@ -77,6 +78,7 @@ def put_trunk(parts: RunParts, weights: Mapping[str, Tensor], rest: Mapping[str,
     trunk.first, trunk.first_moments = rest.get("first"), rest.get("first_moments", {})
     trunk.step = int(rest["step"])
     trunk.clip_norm, trunk.cap_norm = rest["clip_norm"], rest["cap_norm"]
+    trunk.part_rows = rest.get("part_rows")  # states of before know none
     with torch.no_grad():
         for parameter, value in zip(_outside(parts), rest["outside"], strict=True):
             parameter.copy_(value)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from automode.planner.policy import SafeguardPolicy
 from automode.planner.variants import Adapter
 from automode.session.rng_state import pack_rng, unpack_rng
 from automode.trainer.adapting import ADAPTER, Adapted, unmerged
+from automode.trainer.batch_parts import part_rows, parts_of
 from automode.trainer.card_data import CardData
 from automode.trainer.early_stopping import Patience
 from automode.trainer.gradient_norms import TotalNorm
@@ -34,6 +35,7 @@ from automode.trainer.optimizers import apply_variant, drive, scale_schedule, sh
 from automode.trainer.per_sample import PerSampleLoss
 from automode.trainer.random_state import RandomState, forked_rng, seed_everything
 from automode.trainer.sample_source import BatchPlan, SampleSource
+from automode.trainer.stored_states import Checkpoints
 from automode.trainer.trunk import (
     EVERY_SINCE_FORK,
     Trunk,
@@ -41,6 +43,7 @@ from automode.trainer.trunk import (
     begin_averages,
     candidates_of,
     copy_of,
+    first_of,
     judged_of,
     moving_average,
     trainable,
@@ -50,24 +53,6 @@ TRAIN_PASSES = 3.0
 """Forward-equivalents of one trained sample: a forward pass and a backward pass of twice its cost."""
 
 SAM_PASSES = 6.0
-
-
-class Checkpoints(Protocol):
-    """Saves and loads states by digest."""
-
-    def save(
-        self, weights: Mapping[str, Tensor], rest: Mapping[str, Any], manifest: Mapping[str, Any]
-    ) -> str:
-        """Make a state durable; returns its digest."""
-        ...
-
-    def load(self, digest: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-        """Return (weights, rest, manifest), verified."""
-        ...
-
-    def delete(self, digests: Iterable[str]) -> list[str]:
-        """Delete these; returns what was deleted."""
-        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,6 +105,7 @@ class SpecialistSegment:
         selected, others = data.pools(job.variant, job.trial)
         self._labels = data.labels(job.variant.labels)
         self._rows = max(1, round(runner.batch_size * job.variant.batch_mul))
+        self._part = part_rows(self._rows, runner.trunk.part_rows, job.variant.updates)
         self._plan = BatchPlan(
             selected,
             others,
@@ -128,6 +114,8 @@ class SpecialistSegment:
             entropy=data.entropy,
             mixed=job.variant.batches == "all",
         )
+        # Averages that begin at the fork and end with the card read the weights between two parts of a batch too.
+        self._ticks = job.variant.updates if data.recipe.judged == "tail" else 1
         self._ema: dict[str, Tensor] | None = None
         self._guard = TrialGuard(runner.safeguards)
         self._steps = 0
@@ -137,7 +125,7 @@ class SpecialistSegment:
             self._model, optimizer, self._scheduler = copy_of(runner.trunk)
             self._restarts = job.variant.restart and job.from_resource == 0
             if self._restarts:
-                weights = _first_of(rest, job)
+                weights = first_of(rest, job.variant.name, job.checkpoint)
             self._model.load_state_dict(weights if ADAPTER not in rest else unmerged(weights, rest[ADAPTER]))
             self._adapted = None if job.variant.adapter is None else self._adapt(job.variant.adapter)
             self._averages = copy.deepcopy(runner.trunk.averages)
@@ -170,7 +158,8 @@ class SpecialistSegment:
         """Load optimizer, schedule and averages: from the trunk's snapshot at the fork, later from the specialist's own."""
         job = self._job
         if self._averages is not None and "averages" in rest:
-            self._averages.load_state_dict(rest["averages"])
+            last = rest["averages"]["last_step"] * self._ticks
+            self._averages.load_state_dict({**rest["averages"], "last_step": last})
         if job.from_resource == 0:
             optimizer.load_state_dict(rest["optimizer"])
             if self._restarts:  # some kinds, as Adagrad, hold something before their first step
@@ -218,6 +207,10 @@ class SpecialistSegment:
         """The trunk's step by which as many rows were seen: for schedules that know batches of its size, and averages."""
         return self._data.step + int(self._steps * self._rows / self._runner.batch_size + 1e-9)
 
+    def _tick(self, left: float = 0.0) -> int:
+        """The averages' clock; ``left``: share of the running batch that is still to be trained on."""
+        return self._clock * self._ticks - int(left * self._ticks)
+
     def advance(self, resource: float) -> bool:
         """Train for at most so many resource steps; True when the rung is reached or nothing is left to gain."""
         self._credit += resource
@@ -238,7 +231,7 @@ class SpecialistSegment:
         """
         job, runner = self._job, self._runner
         if self._averages is not None:
-            self._averages.update(self._trained, self._clock, now=True)
+            self._averages.update(self._trained, self._tick(), now=True)
         beside: dict[str, Any] = {"kind": type(self._optimizer).__name__}
         if self._adapted is not None:  # from here on the network is a plain one again
             merged, kept = self._adapted.take_off(finite=not self._diverged)
@@ -285,7 +278,8 @@ class SpecialistSegment:
         if self._scheduler is not None:
             rest["scheduler"] = self._scheduler.state_dict()
         if self._averages is not None:
-            rest["averages"] = self._averages.state_dict()
+            averages = self._averages.state_dict()
+            rest["averages"] = averages | {"last_step": averages["last_step"] // self._ticks}
         if self._ema is not None:
             rest["ema"] = self._ema
         return rest
@@ -301,30 +295,47 @@ class SpecialistSegment:
         )
 
     def _step(self) -> None:
+        """Train on one batch, in as many parts as the variant or the trunk divides it into; one that is left out ends it."""
         batch, rows = self._drawn()
         self._set_rate()
-        sam = self._job.variant.optimizer == "sam"
-        if sam:
+        parts, weighs = parts_of(batch, self._part), self._job.variant.loss_weight != 1.0
+        chosen = self._plan.chosen(self._steps) if weighs else np.empty(0, dtype=np.bool_)
+        self._steps += 1
+        self._resource += self.cost
+        self._passes += rows * (SAM_PASSES if self._job.variant.optimizer == "sam" else TRAIN_PASSES)
+        losses: list[float] = []
+        for part, which in zip(parts, np.array_split(chosen, len(parts)), strict=True):
+            loss, fate = self._update(part, which)
+            if fate != "moves":
+                break
+            losses.append(loss)
+            if self._averages is not None and len(losses) < len(parts):
+                self._averages.update(self._trained, self._tick(1.0 - len(losses) / len(parts)))
+        if losses and not self._diverged:
+            self._follow()
+            self._patience.see(sum(losses) / len(losses))
+
+    def _update(self, batch: Any, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[float, Fate]:
+        """Take one optimizer step, or leave it out; returns the loss, and which of them it was."""
+        if self._job.variant.optimizer == "sam":
+            every: list[Tensor] = list(self._model.parameters())
             loss = sharpness_aware_gradients(
-                list(self._model.parameters()), lambda: self._loss(batch), self._job.variant.sam_rho
+                every, lambda: self._loss(batch, chosen), self._job.variant.sam_rho
             )
         else:
             self._optimizer.zero_grad(set_to_none=True)
-            tensor = self._loss(batch)
+            tensor = self._loss(batch, chosen)
             tensor.backward()  # type: ignore[no-untyped-call]
             loss = float(tensor.detach())
-        self._steps += 1
-        self._resource += self.cost
-        self._passes += rows * (SAM_PASSES if sam else TRAIN_PASSES)
         norm, limit = self._total_norm() if self._guard.on else math.nan, self.clip_norm
         if limit is not None:
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit)
-        if self._fate(loss, norm) == "moves":
+        fate = self._fate(loss, norm)
+        if fate == "moves":
             self._optimizer.step()
-            self._follow()
-            self._patience.see(loss)
         else:
             mend(self._model, self._buffers)
+        return loss, fate
 
     @property
     def clip_norm(self) -> float | None:
@@ -341,8 +352,8 @@ class SpecialistSegment:
         ids = self._plan.ids(self._steps)
         return self._labels.put(self._runner.source.batch(ids), ids), int(ids.size)
 
-    def _loss(self, batch: Any) -> Tensor:
-        """The (weighted) loss of a batch under the variant's precision."""
+    def _loss(self, batch: Any, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Tensor:
+        """The loss of a batch under the variant's precision; rows that are chosen weigh as the variant says."""
         trunk, variant = self._runner.trunk, self._job.variant
         with autocast(trunk.device, trunk.precision if variant.precision == "keep" else variant.precision):
             loss, outputs, targets = trunk.step_fn(self._model, batch)
@@ -351,7 +362,7 @@ class SpecialistSegment:
                 return loss
             losses = per_sample.differentiable(outputs, targets)
             weight = torch.ones_like(losses)
-            weight[torch.from_numpy(self._plan.chosen(self._steps)).to(weight.device)] = variant.loss_weight
+            weight[torch.from_numpy(chosen).to(weight.device)] = variant.loss_weight
             weighted: Tensor = (losses * weight).sum() / weight.sum()
             return weighted
 
@@ -375,23 +386,13 @@ class SpecialistSegment:
             for _ in range(step // every - before // every):
                 self._scheduler.step()
         if self._averages is not None:
-            self._averages.update(self._trained, step)
+            self._averages.update(self._trained, self._tick())
         decay = self._job.variant.ema
         if decay is not None:
             named = (
                 dict(self._model.named_parameters()) if self._adapted is None else self._adapted.parameters
             )
             self._ema = moving_average(self._ema, named, decay)
-
-
-def _first_of(rest: Mapping[str, Any], job: SegmentJob) -> dict[str, Tensor]:
-    """The run's first weights, which the trunk's snapshot holds beside its own."""
-    if "first" not in rest:
-        raise NotExecutableError(
-            f"variant `{job.variant.name}` restarts from the run's first weights, and snapshot {job.checkpoint[:19]} does not hold them"
-        )
-    first: dict[str, Tensor] = rest["first"]
-    return first
 
 
 def _mixed(entropy: Sequence[int]) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from automode.backends.base import Fate, SegmentJob, StackableSegment
 from automode.planner.variants import ANNEALED_CONTROL
 from automode.trainer.random_state import RandomState, forked_rng
-from automode.trainer.specialists import TRAIN_PASSES, Checkpoints, SpecialistRunner, SpecialistSegment
+from automode.trainer.specialists import TRAIN_PASSES, SpecialistRunner, SpecialistSegment
+from automode.trainer.stored_states import Checkpoints
 from automode.trainer.trunk import Precision, autocast
 
 
@@ -30,11 +31,14 @@ class StackableSpecialists:
         self._runner = runner
         self._checkpoints = _LoadedOnce(runner.checkpoints)
 
-    def open(self, job: SegmentJob) -> StackableSpecialist:
-        """Load the job's checkpoint into fresh copies; raises what :meth:`SpecialistRunner.open` raises."""
-        return StackableSpecialist(
-            replace(self._runner, checkpoints=self._checkpoints), job, self._runner.cards[job.card]
-        )
+    def open(self, job: SegmentJob) -> SpecialistSegment:
+        """Load the job's checkpoint into fresh copies; raises what :meth:`SpecialistRunner.open` raises.
+
+        Where several steps are taken on each batch, a segment cannot be taken apart into steps of a batch each.
+        """
+        divided = self._runner.trunk.part_rows is not None or job.variant.updates != 1
+        made = SpecialistSegment if divided else StackableSpecialist
+        return made(replace(self._runner, checkpoints=self._checkpoints), job, self._runner.cards[job.card])
 
 
 class _LoadedOnce:

@@ -12,7 +12,7 @@ from automode.errors import SessionCorruptError
 from automode.merges.norm_statistics import norm_layers, recompute
 from automode.planner.events import Weights
 from automode.trainer.random_state import seeded_rng
-from automode.trainer.specialists import Checkpoints
+from automode.trainer.stored_states import Checkpoints
 from automode.trainer.trunk import Trunk, without_gradients
 
 REFRESH_SEED = 0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from automode.errors import DataError, UsageError
 from automode.merges.batches import move
+from automode.trainer.batch_parts import Divided, Made, whole_of
 from automode.trainer.flat_optimizers import FlatAdam
 from automode.trainer.gradient_norms import TotalNorm, grad_norms
 from automode.trainer.leaps import Leaps, unfit
@@ -130,6 +131,7 @@ class DefaultStep:
         self._clipped = list(trunk.model.parameters())  # an adopted trial may bring clipping along
         self._flat = trunk.optimizer if isinstance(trunk.optimizer, FlatAdam) else None
         self._total_norm = TotalNorm(trunk.parameters)
+        self._divided = Divided()
         self._applied = 0
         self.began = False
         self._hook = trunk.optimizer.register_step_post_hook(self._after) if scaler.is_enabled() else None
@@ -151,8 +153,35 @@ class DefaultStep:
             self.leaps.load(state["leaps"])
 
     def __call__(self, batch: Any, epoch: int) -> Taken:
-        """Train on one batch."""
+        """Train on one batch, in the parts that the trunk divides it into."""
         self.began = False
+        if self._trunk.part_rows is None:
+            return self._part(batch)
+        return self._in_parts(self._divided(batch, self._trunk.part_rows))
+
+    def _in_parts(self, parts: list[Any]) -> Taken:
+        """Take a step on each part; the first that must not reach the weights ends the batch, which is skipped where nothing came before it."""
+        assert self._hook is None  # no card that divides batches is carried out where gradients are scaled
+        made: list[Made] = []
+        largest = 0.0
+        for part in parts:
+            taken = self._part(part)
+            if len(parts) == 1 or (taken.skipped and not made):
+                return taken
+            if taken.skipped:
+                break
+            norm = self._total_norm() if taken.grad_norm is None else taken.grad_norm
+            assert isinstance(norm, float | Tensor)
+            largest = max(largest, float(norm))
+            self.began = True
+            self._trunk.optimizer.step()
+            made.append((taken.loss, taken.outputs, taken.targets))
+        loss, outputs, targets = whole_of(made, self._trunk.loss_fn)
+        if taken.skipped:  # the ledger knows the batch by all of its samples
+            outputs, targets = None, None
+        return Taken(loss, largest, True, True, False, outputs, targets, None, taken.skipped)
+
+    def _part(self, batch: Any) -> Taken:
         trunk = self._trunk
         optimizer = trunk.optimizer
         optimizer.zero_grad(set_to_none=True)

@@ -72,6 +72,7 @@ def is_plain(loop: Loop) -> bool:
         and trunk.device.type == "cpu"
         and trunk.clip_norm is None
         and trunk.cap_norm is None
+        and trunk.part_rows is None
         and trunk.curation is None
         and len(trunk.optimizer.param_groups) == 1
         and not loop.skipping

@@ -9,6 +9,7 @@ import numpy as np
 from automode.errors import NotExecutableError
 from automode.planner.cards import PlanCard
 from automode.planner.recipes import Variant
+from automode.trainer.batch_parts import part_rows
 from automode.trainer.card_data import CardData
 from automode.trainer.new_labels import NewLabels
 from automode.trainer.optimizers import scale_rates, scale_schedule
@@ -26,8 +27,8 @@ def rate_factor(variant: Variant) -> float:
     return 1.0 if own else variant.lr_mul
 
 
-def take_over(trunk: Trunk, variant: Variant, rest: dict[str, Any], factor: float) -> None:
-    """Give the trunk the trial's optimizer state and averages, its factors on rate and weight decay, and its clipping.
+def take_over(trunk: Trunk, variant: Variant, rest: dict[str, Any], factor: float, rows: int) -> None:
+    """Give the trunk the trial's optimizer state and averages, its factors on rate and weight decay, its clipping, and its steps to a batch.
 
     Of adapters, the merged weights are all that it takes over. Where the trial drew batches of another size, rates, decay and clipping
     went with them, and stay the trunk's own.
@@ -37,6 +38,7 @@ def take_over(trunk: Trunk, variant: Variant, rest: dict[str, Any], factor: floa
         variant: How the trial trained.
         rest: Of the trial's checkpoint.
         factor: On every rate.
+        rows: Rows of the trunk's batches.
     """
     if trunk.averages is not None and "averages" in rest:
         trunk.averages.load_state_dict(rest["averages"])
@@ -58,6 +60,7 @@ def take_over(trunk: Trunk, variant: Variant, rest: dict[str, Any], factor: floa
             group["weight_decay"] = decay if variant.weight_decay is None else variant.weight_decay
     if trunk.scheduler is not None:
         scale_schedule(trunk.scheduler, factor)
+    trunk.part_rows = part_rows(rows, trunk.part_rows, variant.updates)
     if variant.clip_norm is not None:
         trunk.clip_norm = variant.clip_norm
 

@@ -50,6 +50,7 @@ class Trunk:
         precision: Arithmetic of the forward pass.
         clip_norm: Largest gradient norm, or None.
         cap_norm: Largest gradient norm that a safeguard allows for now, or None.
+        part_rows: Rows of the parts that each batch is trained on in, with an optimizer step each, or None: batches are not divided.
         averages: EMA and tail averages outside the model (act mode), or None.
         loader: The training batches; None where samples have no ids to be left out by.
         curation: Takes samples from batches that an adopted card left out, and gives others new labels; None while there are none.
@@ -69,6 +70,7 @@ class Trunk:
     precision: Precision = "fp32"
     clip_norm: float | None = None
     cap_norm: float | None = None
+    part_rows: int | None = None
     averages: TrajectoryAverages | None = None
     loader: RecordedLoader | None = None
     curation: Curation | None = None
@@ -205,6 +207,20 @@ class Trunk:
         return judged_of(candidates_of(self.model, self.averages), judged)
 
 
+def first_of(rest: Mapping[str, Any], variant: str, snapshot: str) -> dict[str, Tensor]:
+    """Return the run's first weights, which a snapshot of the trunk holds beside its own.
+
+    Raises:
+        NotExecutableError: It does not.
+    """
+    if "first" not in rest:
+        raise NotExecutableError(
+            f"variant `{variant}` restarts from the run's first weights, and snapshot {snapshot[:19]} does not hold them"
+        )
+    first: dict[str, Tensor] = rest["first"]
+    return first
+
+
 def _on_host(value: Any) -> Any:
     return map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), value)
 
@@ -230,6 +246,19 @@ def candidates_of(model: nn.Module, averages: TrajectoryAverages | None) -> dict
     if averages is not None and averages.updates > 0:
         found |= averages.candidates(raw)
     return found
+
+
+@torch.no_grad()
+def moving_average(
+    average: dict[str, Tensor] | None, named: Mapping[str, Tensor], decay: float
+) -> dict[str, Tensor]:
+    """Move an average of weights towards them, in place; without one, begin it."""
+    floats = {n: p.detach() for n, p in named.items() if p.is_floating_point()}
+    if average is None:
+        return {n: p.clone() for n, p in floats.items()}
+    for name, p in floats.items():
+        average[name].lerp_(p, 1.0 - decay)
+    return average
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
@@ -280,16 +309,3 @@ def without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for p, grad in zip(parameters, grads, strict=True):
             p.grad = grad
-
-
-@torch.no_grad()
-def moving_average(
-    average: dict[str, Tensor] | None, named: Mapping[str, Tensor], decay: float
-) -> dict[str, Tensor]:
-    """Take one step of an exponential moving average of named weights, in place; it begins as they are."""
-    floats = {n: p.detach() for n, p in named.items() if p.is_floating_point()}
-    if average is None:
-        return {n: p.clone() for n, p in floats.items()}
-    for name, p in floats.items():
-        average[name].lerp_(p, 1.0 - decay)
-    return average

@@ -48,11 +48,13 @@ class CardBrief:
     Attributes:
         data: What the card's trials train on.
         clip_norm: Largest gradient norm of the trunk, as it is now.
+        part_rows: Rows of the parts that the trunk's batches are trained on in, as it is now; None: they are not divided.
         frozen: Names of the parameters that the trunk does not train, as it is now.
     """
 
     data: CardData
     clip_norm: float | None
+    part_rows: int | None
     frozen: frozenset[str]
 
 
@@ -72,6 +74,7 @@ class CardBriefs:
         return CardBrief(
             data=self._runner.cards[job.card],
             clip_norm=trunk.clip_norm,
+            part_rows=trunk.part_rows,
             frozen=frozenset(name for name, p in trunk.model.named_parameters() if not p.requires_grad),
         )
 
@@ -95,7 +98,7 @@ class WorkerRunner:
         runner = self.runner
         runner.cards.clear()
         runner.cards[job.card] = brief.data
-        runner.trunk.clip_norm = brief.clip_norm
+        runner.trunk.clip_norm, runner.trunk.part_rows = brief.clip_norm, brief.part_rows
         for name, parameter in runner.trunk.model.named_parameters():
             parameter.requires_grad_(name not in brief.frozen)
         return runner.open(job)

@@ -153,6 +153,18 @@ def test_specialists_can_be_distilled_by_their_mean_or_by_their_router() -> None
             run_of(why_no_batch_mul="its batches are put together by a Pairs"),
             ["variant 'v'", "batch_mul", "by a Pairs: leave it at 1"],
         ),
+        (
+            fork({"updates": 4}),
+            run_of(why_no_batch_mul="its batches are put together by a Pairs"),
+            ["variant 'v'", "updates trains on each batch in parts", "by a Pairs: leave it at 1"],
+        ),
+        (
+            fork({"updates": 64}),
+            run_of(batch=20),
+            ["batches of 20 samples into 64 parts", "ask for 10 or fewer"],
+        ),
+        (fork({"updates": 2, "batch_mul": 2.0}), run_of(), ["keeps its own batches after batch_mul"]),
+        (fork({"updates": 2, "adapter": {"rank": 2}}), run_of(), ["rates and steps after an adapter"]),
         (fork(training_recipe=RELABELLED), run_of(task="regression"), ["relabel", "task is regression"]),
         (fork(training_recipe=RELABELLED), run_of(task="unknown"), ["relabel", "task is unknown"]),
         (
@@ -317,7 +329,7 @@ def test_a_card_may_be_judged_by_any_metric_that_the_task_has() -> None:
         "base": {"step": 10, "policy": DIGEST},
     }
     allowed = {
-        "classification": {"utility", "accuracy", "nll"},
+        "classification": {"utility", "accuracy", "nll", "log_score"},
         "regression": {"utility", "huber", "mse"},
         "sequence": {"utility"},
         "unknown": {"utility"},

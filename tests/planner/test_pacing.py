@@ -245,6 +245,34 @@ def test_where_all_trials_do_not_fit_fewer_are_tried_and_what_is_held_names_the_
         assert "the shortest ladder worth running (1 trial, 20 steps)" in held(answer).why
 
 
+def test_each_form_of_a_proposal_has_a_share_of_its_own() -> None:
+    dear, rich = (replace(fork(), share=share) for share in (0.0001, 0.2))
+    view = view_of()
+    assert held(try_admit(dear, view)).code == "over_cap"
+    answer = made(try_admit(replace(dear, cheaper=(rich,)), view))
+    assert answer.cost == made(try_admit(rich, view)).cost
+    assert held(try_admit(replace(rich, share=0.0001, cheaper=(dear,)), view)).code == "over_cap"
+
+
+def test_the_shortest_rung_counts_optimizer_steps_and_not_batches() -> None:
+    often = fork(recipe=TrainingRecipe(variants=(Variant(name="often", updates=4),)))
+    once = fork(recipe=TrainingRecipe(variants=(Variant(name="once"),)))
+    mixed = fork(recipe=TrainingRecipe(variants=(Variant(name="once"), Variant(name="often", updates=4))))
+    view = view_of(step=20, remaining=180, budget=19)
+    card = made(try_admit(often, view))
+    assert 5 <= card.budget_steps <= 19
+    for proposal in (once, mixed):
+        assert "20" in held(try_admit(proposal, view)).why
+    long = Policy.model_validate({"pacing": {"min_rung": 60}})
+    low = held(try_admit(often, view_of(step=20, remaining=180, budget=12, policy=long)))
+    assert "goes from 15 to 15 steps, and the planning budget is 12" in low.why
+
+
+def test_a_card_is_judged_by_what_its_rule_asks_for() -> None:
+    assert made(try_admit(fork(), view_of())).acceptance.metric == "utility"
+    assert made(try_admit(replace(fork(), metric="log_score"), view_of())).acceptance.metric == "log_score"
+
+
 def test_what_running_cards_hold_the_next_one_may_not_take() -> None:
     # The ledger lets cards hold one share of what remains together; a card beyond that would be approved and then refused.
     remaining, kept = 3000 * 96.0, 10_000.0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from automode.planner.cards import Action, Diagnostic, Reason, Risk
 from automode.planner.events import Clustered, Run, Scanned, Validated
+from automode.planner.metrics import Metric
 from automode.planner.policy import Policy
 from automode.planner.recipes import Adjustment, GateRecipe, MergeRecipe, SelectAll, Selection, TrainingRecipe
 
@@ -44,6 +45,7 @@ class Proposal:
     """What a rule would do. Pacing turns it into a card, or holds it.
 
     Attributes:
+        metric: What candidates and the control are compared by.
         share: Most of the whole run's compute that the card may take, below the policy's caps; None: they alone hold.
         cheaper: The same with fewer trials, each tried where what stands before it does not fit.
     """
@@ -57,6 +59,7 @@ class Proposal:
     merge_recipe: MergeRecipe | None = None
     adjustment: Adjustment | None = None
     risk: Risk = "low"
+    metric: Metric = "utility"
     share: float | None = None
     cheaper: tuple[Proposal, ...] = ()
     diagnostics: Mapping[str, Diagnostic] = field(default_factory=dict)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil, isnan
 
+from automode.planner.capability import refusals
 from automode.planner.cards import Reason
 from automode.planner.recipes import TrainingRecipe, Variant
+from automode.planner.rule_policies import ProbePolicy
 from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.rules.execution import if_executable
 from automode.planner.signals.trend import TrendState
@@ -24,6 +26,10 @@ et al. 2018, arXiv:1803.02021); one that starts anew has to catch up with everyt
 EITHER = (*FASTER, *SLOWER)
 """Where the loss falls and has not come down: the rate may be far too low, or so high that a ruined network finds back a little."""
 
+UPDATES, LEAST_ROWS = 4, 8
+"""Steps on each batch that are tried in a run whose steps are few, and rows of the parts at the least. Sixteen win less often: a rate that was right
+for smaller batches is soon too high, and over few batches the second moments that Adam brings along are those of large ones."""
+
 STANDS, LEARNT = 0.95, 0.75
 """A loss above the first multiple of the run's first one has not come down, one below the second has. Between them are sound runs on
 noisy targets (wrong labels, text) and networks that are half ruined, so that there as few trials have to do as can be."""
@@ -35,7 +41,9 @@ class LearningRateProbe:
 
     The trunk itself is the arm with factor 1. All are judged by the tail average of their steps since the fork: raw weights at a high rate
     are noise, which a paired comparison of a few steps takes for a difference. A probe takes ``policy.probe.share`` of the run's compute at
-    the most, and one that starts anew ``restart_share``, since little is lost by a trunk that does not learn. It comes between the shares
+    the most, and one that starts anew ``restart_share``, since little is lost by a trunk that does not learn. A run too short for either, with
+    large batches, is asked instead whether several steps on each batch are better (``steps_share``). Classes are judged by a log score: so early, how sure
+    the answers are tells two rates apart sooner than how many are right. The probe comes between the shares
     ``policy.probe.from`` and ``until`` of the run, as soon as the trend can be told, and once.
     """
 
@@ -73,8 +81,11 @@ class LearningRateProbe:
             _sweep(view, total, variants[:n], falls=falls, height=height) for n in range(len(variants), 0, -1)
         )
         # Between the bounds the loss is as ambiguous as can be, and one trial alone would be the wrong one half of the time.
-        ambiguous = LEARNT <= height < STANDS
-        return if_executable(full if ambiguous else replace(full, cheaper=tuple(cheaper)), view)
+        if LEARNT <= height < STANDS:
+            cheaper = []
+        if falls and (more := _more_steps(view, total)):
+            cheaper.append(_sweep(view, total, more, falls=falls, height=height))
+        return if_executable(replace(full, cheaper=tuple(cheaper)), view)
 
 
 def _height(view: View) -> float:
@@ -92,8 +103,31 @@ def _factors(*, falls: bool, height: float) -> tuple[Variant, ...]:
     return EITHER[:2] if falls else SLOWER[:1]
 
 
+def _share(probe: ProbePolicy, variants: tuple[Variant, ...], height: float) -> float:
+    if variants[0].updates > 1:
+        return probe.steps_share
+    return probe.restart_share if height >= STANDS else probe.share
+
+
+def _more_steps(view: View, total: int) -> tuple[Variant, ...]:
+    """Several steps on each batch, where it is large enough and the run too short for a trial of its rate, even without any evaluation."""
+    trial = 2 * view.policy.pacing.min_rung  # a repeat is reserved too
+    if trial <= view.policy.probe.share * total or view.run.batch < UPDATES * LEAST_ROWS:
+        return ()
+    variant = Variant(name=f"{UPDATES} steps a batch", updates=UPDATES)
+    alone = Proposal(
+        reason="learning_rate_probe",
+        action="fork",
+        because="",
+        training_recipe=TrainingRecipe(variants=(variant,), judged="tail"),
+    )
+    return () if refusals(alone, view.run, min_held_out=view.policy.evidence.min_samples) else (variant,)
+
+
 def _sweep(view: View, total: int, variants: tuple[Variant, ...], *, falls: bool, height: float) -> Proposal:
+    divided = variants[0].updates > 1
     tried = ", ".join(f"{v.lr_mul:.3g}{' from the first weights' if v.restart else ''}" for v in variants)
+    with_what = f"with {UPDATES} steps on each batch" if divided else f"at its rate times: {tried}"
     seen = "The loss falls" if falls else "The loss does not fall for certain"
     if height >= LEARNT:
         seen = f"{seen} and stands at {height:.0%} of its beginning, {view.first_loss:.3g}"
@@ -103,10 +137,11 @@ def _sweep(view: View, total: int, variants: tuple[Variant, ...], *, falls: bool
         reason="learning_rate_probe",
         action="fork",
         because=(
-            f"Step {view.step} of {total} ({view.step / total:.0%}): a badly chosen learning rate is cheap to find now. {seen} {len(variants)} short "
-            f"runs are compared with the trunk, at its rate times: {tried}."
+            f"Step {view.step} of {total} ({view.step / total:.0%}): a badly chosen {'batch size' if divided else 'learning rate'} is cheap to find now. "
+            f"{seen} {len(variants)} short runs are compared with the trunk, {with_what}."
         ),
         training_recipe=TrainingRecipe(variants=variants, judged="tail"),
-        share=probe.restart_share if height >= STANDS else probe.share,
+        metric="log_score" if view.run.task == "classification" else "utility",
+        share=_share(probe, variants, height),
         diagnostics={"step": view.step, "total": total, "factors": tuple(v.lr_mul for v in variants)},
     )
