@@ -253,14 +253,20 @@ def main() -> None:
     parser.add_argument("--policy", default="default", help="name of a preset, or a YAML file")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
-        "--json", type=Path, help="every run, one JSON line each; runs that stand there are not run again"
+        "--json",
+        type=Path,
+        help="every run, one JSON line each, and the rates chosen; what stands there is not run again",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = _ran(arguments.json, arguments.policy)
+    rows, sound = _ran(arguments.json, arguments.policy)
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        sound = dict(zip(arguments.networks, pool.map(chosen, arguments.networks), strict=True))
-        for network, (rate, decay) in sound.items():
+        unknown = [network for network in arguments.networks if network not in sound]
+        for network, (rate, decay) in zip(unknown, pool.map(chosen, unknown), strict=True):
+            sound[network] = rate, decay
+            _keep(arguments.json, {"chosen": network, "rate": rate, "decay": decay})
+        for network in arguments.networks:
+            rate, decay = sound[network]
             print(f"{network}: rate {rate:g}, weight decay {decay:g}", flush=True)
         # Seed by seed: a run that is cut short has judged all its cells, on fewer seeds.
         wanted = [
@@ -275,9 +281,7 @@ def main() -> None:
                 rows[row["network"], row["fault"], row["seed"]] = row
                 sys.stderr.write(".")
                 sys.stderr.flush()
-                if arguments.json:
-                    with arguments.json.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                _keep(arguments.json, row)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             print(f"\ncut short: {sum(cell in rows for cell in wanted)} of {len(wanted)} runs")
@@ -285,12 +289,21 @@ def main() -> None:
     report([rows[cell] for cell in wanted if cell in rows])
 
 
-def _ran(file: Path | None, policy: str) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Runs of before, by network, fault and seed."""
+def _keep(file: Path | None, row: dict[str, Any]) -> None:
+    if file is not None:
+        with file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
+def _ran(
+    file: Path | None, policy: str
+) -> tuple[dict[tuple[str, str, int], dict[str, Any]], dict[str, tuple[float, float]]]:
+    """Runs of before, by network, fault and seed; and rate and weight decay of the networks for which they are chosen."""
     if file is None or not file.exists():
-        return {}
+        return {}, {}
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return {(r["network"], r["fault"], r["seed"]): r for r in rows if r.get("policy") == policy}
+    ran = {(r["network"], r["fault"], r["seed"]): r for r in rows if r.get("policy") == policy}
+    return ran, {r["chosen"]: (r["rate"], r["decay"]) for r in rows if "chosen" in r}
 
 
 if __name__ == "__main__":
