@@ -26,7 +26,7 @@ et al. 2018, arXiv:1803.02021); one that starts anew has to catch up with everyt
 EITHER = (*FASTER, *SLOWER)
 """Where the loss falls and has not come down: the rate may be far too low, or so high that a ruined network finds back a little."""
 
-UPDATES, LEAST_ROWS = 4, 8
+UPDATES, LEAST_ROWS = 4, 32
 """Steps on each batch that are tried in a run whose steps are few, and rows of the parts at the least. Sixteen win less often: a rate that was right
 for smaller batches is soon too high, and over few batches the second moments that Adam brings along are those of large ones."""
 
