@@ -108,7 +108,7 @@ def _consider(
         view=view,
         state=state.pacing,
         open_cards=open_cards,
-        funds=lifecycle.funds_of(state, waits=_waits(state)),
+        funds=lifecycle.funds_of(state, waits=_waits(state, proposal)),
         session=state.session,
         ordinal=state.ordinal,
         base=lifecycle.base_of(state),
@@ -122,10 +122,10 @@ def _consider(
     return card.id
 
 
-def _waits(state: State) -> int:
+def _waits(state: State, proposal: Proposal) -> int:
     """Steps that a card may wait for an answer: it has to fit on the last of them too."""
-    lifetime = Lifetime.of(state.policy, state.planning_budget)
-    return lifetime.steps or 0 if state.mode == "propose" else 0
+    asks = state.mode == "propose" or (state.mode == "act" and proposal.reason in state.policy.approval.ask)
+    return (Lifetime.of(state.policy, state.planning_budget).steps or 0) if asks else 0
 
 
 def view_of(state: State) -> View:

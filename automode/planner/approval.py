@@ -191,8 +191,8 @@ def apply(record: CardRecord, moved: CardMoved, *, step: int, time: float) -> No
 def decide(card: PlanCard, policy: Policy, mode: Mode) -> Decision:
     """Say what becomes of a proposed card: run it at once, ask a person, or only record it.
 
-    In act mode the policy's risk and share decide; a card that a person had a hand in (submitted, edited) and one that
-    selects the raw tail of the loss always ask.
+    In act mode the policy's risk, share and list of reasons decide; a card that a person had a hand in (submitted, edited)
+    and one that selects the raw tail of the loss always ask.
     """
     match mode:
         case "propose":
@@ -203,6 +203,7 @@ def decide(card: PlanCard, policy: Policy, mode: Mode) -> Decision:
                 card.created_by == PLANNER
                 and card.rev == 1
                 and not takes_suspects(card)
+                and card.reason not in approval.ask
                 and _RISKS[card.risk] <= _RISKS[approval.auto_risk]
                 and card.cost.share_of_remaining <= approval.auto_share
             )

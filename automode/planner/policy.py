@@ -32,7 +32,10 @@ DEFAULT_REASONS: Final[tuple[Reason, ...]] = (
     "learning_rate_probe",
     "merge_cadence",
 )
-"""The rules that helped more than they cost in measurement; the others are there for a policy that names them."""
+"""The rules that are worth a person's time; the others are there for a policy that names them."""
+
+DEFAULT_ASKED: Final[tuple[Reason, ...]] = ("residual_cluster", "loss_plateau")
+"""Those of them whose forks were hardly ever adopted, so that a person decides (decision 46)."""
 
 
 class TrendPolicy(Part):
@@ -150,6 +153,9 @@ class ApprovalPolicy(Part):
     auto_risk: Risk = Field(default="medium", description="highest risk that act mode may approve by itself")
     auto_share: Fraction = Field(
         default=1.0, description="highest share of the remaining compute approved by itself"
+    )
+    ask: tuple[Reason, ...] = Field(
+        default=DEFAULT_ASKED, description="reasons whose cards wait for a person in act mode too"
     )
     timeout_seconds: Positive | None = Field(
         default=None, description="longest wait for an answer; null: until the run ends"

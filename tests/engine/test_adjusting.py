@@ -51,7 +51,7 @@ def test_a_plateau_becomes_a_lower_rate_once_a_person_has_said_so(make_world, pl
 def test_act_mode_applies_it_by_itself_where_the_policy_lets_it(make_world, plateau_rows):
     world = make_world(
         policy=POLICY.model_copy(
-            update={"approval": POLICY.approval.model_copy(update={"auto_risk": "high"})}
+            update={"approval": POLICY.approval.model_copy(update={"auto_risk": "high", "ask": ()})}
         )
     )
     world.run = WATCHED

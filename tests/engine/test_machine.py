@@ -17,7 +17,9 @@ from automode.planner.recipes import Resources
 
 
 def plateau_policy(**pacing):
-    return Policy.model_validate({"reasons": ["loss_plateau"], "pacing": {"max_cards": 1} | pacing})
+    return Policy.model_validate(
+        {"reasons": ["loss_plateau"], "approval": {"ask": []}, "pacing": {"max_cards": 1} | pacing}
+    )
 
 
 def test_a_plateau_card_runs_up_the_ladder_and_is_adopted_on_evidence(make_world, plateau_rows):
@@ -32,6 +34,38 @@ def test_a_plateau_card_runs_up_the_ladder_and_is_adopted_on_evidence(make_world
     assert verdict.z >= verdict.threshold
     assert world.facts("trial_decided")
     assert world.state.lineage == "trunk:1"
+
+
+def waiting_plateau(make_world, plateau_rows):
+    """A world in act mode whose plateau card was just made under a policy that asks about it, and the card."""
+    policy = Policy.model_validate({"reasons": ["loss_plateau"], "pacing": {"max_cards": 1}})
+    world = make_world(policy=policy)
+    world.start()
+    while not world.facts("card_proposed"):
+        at = world.state.rows
+        world.rows(plateau_rows[at : at + 100])
+    return world, world.facts("card_proposed")[0].card
+
+
+def test_a_card_that_the_policy_asks_about_waits_in_act_mode_and_spends_nothing(make_world, plateau_rows):
+    world, card = waiting_plateau(make_world, plateau_rows)
+    assert card.reason == "loss_plateau"
+    asked = [e.body for e in world.log if isinstance(e, Envelope) and e.body.kind == "ask_approval"]
+    assert [command.card for command in asked] == [card.id]
+    assert world.states_of(card.id) == []
+    world.rows(plateau_rows[world.state.rows : world.state.rows + 1000])
+    assert world.states_of(card.id) == ["expired"]
+    assert world.state.ledger.automode == 0
+    assert fold(world.log).differences == 0
+
+
+def test_a_card_that_the_policy_asks_about_runs_once_a_person_approves_it(make_world, plateau_rows):
+    world, card = waiting_plateau(make_world, plateau_rows)
+    # All but the last of the 800 steps that it may wait: it has to fit then too.
+    world.rows(plateau_rows[world.state.rows : card.step + 780])
+    world.decide("approve", card.id, rev=card.rev)
+    world.rows(plateau_rows[world.state.rows : 4500])
+    assert world.states_of(card.id) == ["approved", "running", "accepted", "adopted"]
 
 
 @pytest.mark.parametrize(("most", "seen"), [(None, 3), (2, 2), (1, 1), (9, 3)])
@@ -242,7 +276,9 @@ def test_a_mixture_or_merge_descends_from_the_trunk_and_from_the_specialists_tha
         artifact="sha256:" + "c4" * 32,
         likelihoods={3: -1.0, 6: -1.5},
     )
-    policy = Policy.model_validate({"reasons": ["residual_cluster"], "pacing": {"max_cards": 1}})
+    policy = Policy.model_validate(
+        {"reasons": ["residual_cluster"], "approval": {"ask": []}, "pacing": {"max_cards": 1}}
+    )
     world = make_world(policy=policy, clusters=clusters, gate_value=gate, merged={"value": merged})
     world.start()
     world.rows(plateau_rows[:4500])

@@ -13,7 +13,9 @@ from automode.errors import ReplayDifferenceError
 from automode.planner.events import Checkpointed, Envelope, Evaluate, Resumed, Weights
 from automode.planner.policy import Policy
 
-POLICY = Policy.model_validate({"reasons": ["loss_plateau", "merge_cadence"], "pacing": {"max_cards": 2}})
+POLICY = Policy.model_validate(
+    {"reasons": ["loss_plateau", "merge_cadence"], "approval": {"ask": []}, "pacing": {"max_cards": 2}}
+)
 DIGEST = "sha256:" + "0" * 64
 KEPT = ("card_proposed", "card_moved", "trial_decided", "verdict_given", "lineage_grew", "budget_released")
 

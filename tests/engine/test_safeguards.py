@@ -167,7 +167,9 @@ def test_a_users_own_step_goes_back_for_values_that_are_not_finite_only(make_wor
 
 
 def test_a_running_card_ends_when_the_trunk_goes_back(make_world, plateau_rows, to_rows):
-    policy = Policy.model_validate({"reasons": ["loss_plateau"], "pacing": {"max_cards": 1}})
+    policy = Policy.model_validate(
+        {"reasons": ["loss_plateau"], "approval": {"ask": []}, "pacing": {"max_cards": 1}}
+    )
     world = make_world(policy=policy, hold={"start_trial"})
     world.start()
     world.rows(plateau_rows[:2200])

@@ -7,7 +7,9 @@ from automode.planner.policy import Policy
 
 
 def policy(**trend):
-    return Policy.model_validate({"reasons": ["loss_plateau"], "trend": trend, "pacing": {"max_cards": 1}})
+    return Policy.model_validate(
+        {"reasons": ["loss_plateau"], "trend": trend, "pacing": {"max_cards": 1}, "approval": {"ask": []}}
+    )
 
 
 def test_the_same_policy_proposes_what_was_recorded(make_world, plateau_rows):

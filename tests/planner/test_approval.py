@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import settings
@@ -21,7 +21,7 @@ from automode.planner.approval import (
     staleness,
     sweep,
 )
-from automode.planner.cards import TRANSITIONS, WAITING, CardState, PlanCard
+from automode.planner.cards import TRANSITIONS, WAITING, CardState, PlanCard, Reason
 from automode.planner.facts import CardMoved, CardProposed, RequestRefused
 from automode.planner.inputs import Decided, Run
 from automode.planner.policy import Policy
@@ -29,6 +29,7 @@ from automode.planner.recipes import Base
 from automode.planner.requests import Desk, respond
 
 POLICY = Policy()
+ASKED = ("residual_cluster", "loss_plateau")
 FINAL = {state for state, after in TRANSITIONS.items() if not after}
 
 
@@ -39,7 +40,7 @@ def card_of(**changes: Any) -> PlanCard:
             "session": "s",
             "step": 100,
             "action": "fork",
-            "reason": "loss_plateau",
+            "reason": "label_noise",
             "because": "3 %",
             "training_recipe": {"variants": [{"name": "a"}, {"name": "b"}, {"name": "c"}]},
             "budget_steps": 20,
@@ -126,6 +127,18 @@ def test_a_record_survives_json() -> None:
 )
 def test_who_may_let_a_card_run(mode: Any, changes: dict[str, Any], decision: str) -> None:
     assert decide(card_of(**changes), POLICY, mode) == decision
+
+
+@pytest.mark.parametrize("reason", get_args(Reason))
+def test_cards_of_the_reasons_that_a_policy_asks_about_wait_in_act_mode(reason: str) -> None:
+    card = card_of(reason=reason)
+    assert decide(card, POLICY, "act") == ("ask" if reason in ASKED else "auto")
+    assert decide(card, POLICY, "propose") == "ask"
+    assert decide(card, POLICY, "observe") == "record"
+    bold = Policy.model_validate({"approval": {"ask": []}})
+    assert decide(card, bold, "act") == "auto"
+    careful = Policy.model_validate({"approval": {"ask": [reason]}})
+    assert decide(card, careful, "act") == "ask"
 
 
 def test_the_policys_share_decides_too() -> None:

@@ -117,7 +117,7 @@ def test_conservative_asks_for_more_and_spends_less_than_default_and_aggressive_
     [
         ("observe-only", set()),
         ("conservative", {"merge_cadence"}),
-        ("default", set(PLANNED)),
+        ("default", set(PLANNED) - {"residual_cluster", "loss_plateau"}),
         ("aggressive", set(PLANNED)),
     ],
 )

@@ -68,6 +68,7 @@ POLICY = Policy.model_validate(
         "trend": {"budget": 40, "gain": 0.9},
         "scan": {"every": 30, "probe": 32},
         "averages": {"finish_at": 0.3},
+        "approval": {"ask": []},
         "pacing": {
             "min_rung": 4,
             "warmup_steps": 0,

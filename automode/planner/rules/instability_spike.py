@@ -58,7 +58,8 @@ def _signs(view: View) -> Iterator[tuple[str, str]]:
     suite = view.signals
     spike = view.policy.spike
     finite = suite.non_finite
-    if finite.status is NonFiniteState.NON_FINITE:
+    # A step that was left out never reached the weights: one batch is broken, and no way of training mends that.
+    if finite.status is NonFiniteState.NON_FINITE and finite.skipped_run == 0:
         bad = [
             name
             for name, good in (("loss", finite.loss_finite), ("gradient norm", finite.grad_norm_finite))

@@ -128,7 +128,7 @@ class SignalSuite:
         changed = lr is not None and lr != self._lr and self._lr_jumped(lr)
         if self.non_finite.update(loss, grad_norm, applied):
             changed = True
-        if not applied and isfinite(loss) and (grad_norm is None or isfinite(grad_norm)):
+        if not applied:
             # A batch that was left out says something of the data, and nothing of the run.
             return self._tell() if changed else None
         loss_z = self.loss_z

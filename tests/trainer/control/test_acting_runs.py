@@ -17,6 +17,7 @@ POLICY = Policy.model_validate(
     {
         "reasons": ["learning_rate_probe", "loss_plateau", "merge_cadence", "high_loss_tail"],
         "budget": "on_top",
+        "approval": {"ask": []},
         "trend": {"budget": 40, "gain": 0.95},
         "scan": {"every": 9, "probe": 32, "share": None, "tail_ratio": 1.01},
         "averages": {"finish_at": 0.7},

@@ -21,6 +21,7 @@ POLICY = Policy.model_validate(
         "trend": {"budget": 40, "gain": 0.9},
         "scan": {"every": 15, "probe": 64, "share": None, "tail_ratio": 1.01},
         "averages": {"finish_at": 0.6},
+        "approval": {"ask": []},
         "pacing": {
             "min_rung": 4,
             "warmup_steps": 0,

@@ -863,6 +863,7 @@ def test_the_rules_card_runs_by_itself_in_act_mode(play_run: Any, script: Any) -
         policy={
             "reasons": ["loss_plateau"],
             "trend": {"budget": 40},
+            "approval": {"ask": []},
             "pacing": {"min_rung": 4, "max_cards": 1},
             "budget": "on_top",
         },

@@ -35,6 +35,7 @@ torch.set_num_threads(1)
 POLICY = Policy.model_validate({
     "reasons": ["loss_plateau", "merge_cadence", "high_loss_tail"],
     "budget": "on_top",
+    "approval": {"ask": []},
     "trend": {"budget": 40, "gain": 0.9},
     "scan": {"every": 30, "probe": 64},
     "pacing": {"min_rung": 4, "warmup_steps": 0, "cooldown_steps": 5, "max_cards": 1000, "exploration_share": 1.0,

@@ -32,6 +32,7 @@ POLICY = {
     "averages": {"finish_at": 0.3},
 }
 PLATEAU = POLICY | {"reasons": ["loss_plateau"], "trend": {"budget": 40}}
+PLATEAU["approval"] = POLICY["approval"] | {"ask": []}
 PLATEAU["pacing"] = POLICY["pacing"] | {"min_rung": 4, "max_cards": 1}
 
 
