@@ -450,7 +450,7 @@ def changed(old: str, new: str) -> str:
         (
             "metric: accuracy",
             "metric: acuracy",
-            "acceptance.metric: expected one of utility, accuracy, nll, huber, mse, came the text 'acuracy', did you mean `accuracy`?",
+            "acceptance.metric: expected one of utility, accuracy, nll, huber, mse, log_score, came the text 'acuracy', did you mean `accuracy`?",
         ),
         (
             "kind: distill",
