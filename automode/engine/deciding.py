@@ -26,6 +26,7 @@ from automode.planner.events import (
 )
 from automode.planner.metrics import GIVEN_UP, NAMES, Metric, other_of
 from automode.planner.paired import PairedSummary
+from automode.planner.rules.base import Probed
 
 SLICE_Z = 1.64
 
@@ -41,31 +42,14 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
     candidates = _candidates(state, execution)
     control = execution.control_value
     best = max(candidates, key=lambda c: c.value, default=None)
-    if best is None or control is None or not best.value > control:
-        none = NOTHING_BETTER[execution.action]
-        told = none if best is None else f"{best.name} reaches {best.value:.4f}"
-        verdict = VerdictGiven(
-            card=execution.card,
-            verdict="inconclusive",
-            candidate=None if best is None else best.name,
-            n=0,
-            mean=float("nan"),
-            z=float("nan"),
-            lower=float("-inf"),
-            upper=float("inf"),
-            threshold=float("nan"),
-            alpha=0.0,
-            metric=_metric_of(state, execution),
-            why=f"no candidate beats the control on the first held-out half ({told}, the control {_shown(control)}), so the "
-            "second half was not looked at; the control is kept",
-        )
-        seq = out.fact(verdict)
-        lifecycle.finish(state, execution.card, CardState.INCONCLUSIVE, verdict.why, out, cause=seq)
+    better = best is not None and control is not None and best.value > control
+    if best is None or control is None or not (better or _first_probe(state, execution)):
+        _nothing_better(state, execution, best, out)
         return
     execution.chosen = best
     execution.look = (
         resuming.next_look(state, best.weights, control_weights(execution))
-        if execution.action == "fork"
+        if better and execution.action == "fork"
         else 0
     )
     out.command(
@@ -76,8 +60,64 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
             control=control_weights(execution),
             look=execution.look,
             metric=_metric_of(state, execution),
+            half="B" if better else "A",
         )
     )
+
+
+def _nothing_better(
+    state: State, execution: Execution, best: Candidate | None, out: Emission, apart: str = ""
+) -> None:
+    """Keep the control, because nothing is above it on val-A; ``apart`` says how far below the best is."""
+    told = NOTHING_BETTER[execution.action] if best is None else f"{best.name} reaches {best.value:.4f}"
+    verdict = VerdictGiven(
+        card=execution.card,
+        verdict="inconclusive",
+        candidate=None if best is None else best.name,
+        n=0,
+        mean=float("nan"),
+        z=float("nan"),
+        lower=float("-inf"),
+        upper=float("inf"),
+        threshold=float("nan"),
+        alpha=0.0,
+        metric=_metric_of(state, execution),
+        why=f"no candidate beats the control on the first held-out half ({told}, the control {_shown(execution.control_value)}{apart}), "
+        "so the second half was not looked at; the control is kept",
+    )
+    seq = out.fact(verdict)
+    lifecycle.finish(state, execution.card, CardState.INCONCLUSIVE, verdict.why, out, cause=seq)
+
+
+def _first_probe(state: State, execution: Execution) -> bool:
+    """Whether a longer trial may follow, so that it matters how far below the control the best is."""
+    card = state.cards[execution.card].card
+    return card.reason == "learning_rate_probe" and state.counts.get("learning_rate_probe", 0) == 1
+
+
+def _compared(state: State, execution: Execution, body: Evaluated, out: Emission) -> None:
+    """The best of a probe is below the control on val-A: by how many standard errors?"""
+    z = _summary(body.overall).z()
+    probed = _remember(state, execution, body.metric, z)
+    apart = f", {-z:.1f} standard errors above" if isfinite(z) else ""
+    if probed is not None and isfinite(probed.lost):
+        apart += f", {probed.lost:.0%} of what the run had learnt"
+    _nothing_better(state, execution, execution.chosen, out, apart)
+
+
+def _remember(state: State, execution: Execution, metric: Metric, z: float) -> Probed | None:
+    """Keep what a probe has shown, for the rule to decide whether it goes on."""
+    best, control = execution.chosen, execution.control_value
+    if best is None or best.variant is None or control is None:
+        return None
+    # Losses of one metric are to each other about as those of another: what has been learnt is known of the training loss alone.
+    now, first = state.suite.loss_z.median, state.guards.level.top
+    lost = float("nan")
+    if first is not None and 0.0 < now < first:
+        of_control = (1.0 if metric == "log_score" else 0.0) - control
+        lost = (control - best.value) / (of_control * (first / now - 1.0)) if of_control > 0.0 else lost
+    state.probed = Probed(variant=best.variant, z=z, lost=lost)
+    return state.probed
 
 
 def _metric_of(state: State, execution: Execution) -> Metric:
@@ -128,6 +168,9 @@ def evaluated(state: State, body: Evaluated, out: Emission) -> None:
     execution = state.executions.get(body.card)
     if execution is None or execution.look is None or execution.chosen is None:
         return
+    if body.half == "A":
+        _compared(state, execution, body, out)
+        return
     execution.evaluated = body
     card = state.cards[body.card].card
     slices = body.slices if card.acceptance.slices == "no_worse" else {}
@@ -161,6 +204,8 @@ def evaluated(state: State, body: Evaluated, out: Emission) -> None:
         case "rejected":
             lifecycle.finish(state, body.card, CardState.REJECTED, evidence.why, out, cause=seq)
         case "inconclusive":
+            if _first_probe(state, execution):
+                _remember(state, execution, body.metric, evidence.z)
             lifecycle.finish(state, body.card, CardState.INCONCLUSIVE, evidence.why, out, cause=seq)
 
 
@@ -256,6 +301,7 @@ def adopted(state: State, body: Adopted, out: Emission) -> None:
             f"{body.card}:t{execution.chosen.name.split(':')[0][1:]}" if execution.chosen.variant else node
         )
         state.adoptions += 1
+        state.probed = None
         before, state.lineage = state.lineage, f"trunk:{state.adoptions}"
         lifecycle.grow(
             state,

@@ -144,6 +144,7 @@ def view_of(state: State) -> View:
         clustered=state.clustered,
         counts=state.counts,
         first_loss=state.guards.level.top,
+        probed=state.probed,
         adopted=Counter(r.card.reason for r in state.cards.values() if r.state is CardState.ADOPTED),
     )
 

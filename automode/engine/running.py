@@ -88,7 +88,7 @@ def resolved(state: State, body: Resolved, out: Emission) -> None:
         candidates=len(body.variants),
         seed=(state.seed + card.step) & 0x7FFFFFFF,
         quota=True,
-        max_attempts=1 if execution.steps else ATTEMPTS,
+        max_attempts=ATTEMPTS if card.training_recipe.retry and not execution.steps else 1,
         budget=price.resource_steps,
     )
     started = out.fact(

@@ -29,7 +29,7 @@ from automode.planner.events import (
 from automode.planner.pacing import PacingState
 from automode.planner.policy import Policy
 from automode.planner.recipes import Variant
-from automode.planner.rules.base import Rule
+from automode.planner.rules.base import Probed, Rule
 from automode.planner.signals.suite import SignalSuite
 from automode.scheduler import ASHA, Ledger
 
@@ -150,6 +150,8 @@ class State:
     """Digest of the complete state at the best validation so far, where one is stored."""
     best_of: dict[str, str | None] = field(default_factory=dict)
     """Card to what :attr:`best` was when it was adopted; a rollback goes back to it."""
+    probed: Probed | None = None
+    """The best of the first probe of the rate, where it was not adopted."""
     trunk_ended: bool = False
     ended: bool = False
     counts: dict[str, int] = field(default_factory=dict)

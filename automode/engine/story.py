@@ -120,7 +120,8 @@ def _sentence(body: Any) -> str:  # noqa: C901 - one line per kind of event
         case Merged():
             return f"merged by {body.method}: {_metric(body)} {body.value:.4f} ({body.weights.choice}{_earlier(body)}){_told(body)}"
         case Evaluated():
-            return f"held-out evidence for {body.candidate}, {_metric(body)}: {_measured(body)}"
+            half = "held-out evidence" if body.half == "B" else "on the first held-out half"
+            return f"{half} for {body.candidate}, {_metric(body)}: {_measured(body)}"
         case VerdictGiven():
             return f"verdict {body.verdict}: {body.why}"
         case Adopted():

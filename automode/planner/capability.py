@@ -97,6 +97,7 @@ TABLE: Final[tuple[Ability, ...]] = (
     Ability("training_recipe.relabel", "given"),
     Ability("training_recipe.judged", "tail"),
     Ability("training_recipe.resources", "*"),
+    Ability("training_recipe.retry", "*"),
     Ability("adjustment.rate_factor", "*"),
     Ability("adjustment.clip_norm", "*"),
     Ability("gate_recipe", "switch_softmax"),

@@ -14,7 +14,7 @@ from automode.planner import card_view
 from automode.planner.cards import PlanCard
 from automode.planner.displays import Panel
 from automode.planner.policy import Policy
-from automode.planner.recipes import Cost, Variant
+from automode.planner.recipes import Cost, TrainingRecipe, Variant
 from automode.planner.schema_problems import describe, schema_of, validate
 from automode.planner.yaml_text import Problem, read
 from automode.planner.yaml_writer import block
@@ -196,6 +196,8 @@ def _spare(part: BaseModel) -> dict[str, Any]:
 def _goes_without_saying(part: BaseModel, name: str) -> bool:
     if isinstance(part, PlanCard):  # nothing is trained or proven by an adjustment
         return part.adjustment is not None and name in ("selection", "acceptance")
+    if isinstance(part, TrainingRecipe):
+        return name == "retry"
     return isinstance(part, Variant) and not (name == "sam_rho" and part.optimizer == "sam")
 
 

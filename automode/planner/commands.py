@@ -104,7 +104,7 @@ class Merge(Part):
 
 
 class Evaluate(Part):
-    """Look once at val-B: this candidate against the control."""
+    """Look once at val-B: this candidate against the control. Or at val-A, which they were chosen on, to see how far apart they are."""
 
     kind: Literal["evaluate"] = "evaluate"
     card: str
@@ -112,9 +112,10 @@ class Evaluate(Part):
     weights: Weights
     control: Weights
     look: int = Field(
-        ge=0, description="number of the session's look; 0: averages of the trunk, which spend none"
+        ge=0, description="number of the session's look; 0: averages of the trunk and val-A, which spend none"
     )
     metric: Metric = Field(default="utility", description="what to compare")
+    half: Literal["A", "B"] = Field(default="B", description="of the held-out data")
 
 
 class Adopt(Part):

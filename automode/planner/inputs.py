@@ -236,7 +236,7 @@ class Merged(Part):
 
 
 class Evaluated(Part):
-    """Answer to Evaluate: candidate against control on the second held-out half, as paired sums."""
+    """Answer to Evaluate: candidate against control on a held-out half, as paired sums."""
 
     kind: Literal["evaluated"] = "evaluated"
     card: str
@@ -244,6 +244,7 @@ class Evaluated(Part):
     overall: Group
     slices: dict[str, Group] = Field(default_factory=dict)
     metric: Metric = Field(default="utility", description="what the differences are of")
+    half: Literal["A", "B"] = Field(default="B", description="A: what the candidate was chosen on")
     guard: Group | None = Field(
         default=None,
         description="of the trunk's own states: differences of accuracy where the log score is compared, and the other way round",

@@ -21,7 +21,7 @@ from automode.planner.scans import Detail
 if TYPE_CHECKING:
     from automode.planner.displays import Panel
 
-PLANNER_VERSION: Final = 6
+PLANNER_VERSION: Final = 7
 """Part of the policy digest: raised whenever the same inputs may lead to another decision."""
 
 DEFAULT_REASONS: Final[tuple[Reason, ...]] = (

@@ -5,7 +5,7 @@ n. Rungs are measured in ordinary training steps, so a sharpness-aware step, whi
 no price of its own. The control costs nothing: it is the trunk itself.
 
 The worst case counts every rung at its quota (``max(1, n // eta)`` go on), the drain included, one repeat of the longest segment,
-every evaluation on val-A, the router, the merge and the one look at val-B. Specialists of parts are not repeated: one that fails is left
+every evaluation on val-A, the router, the merge and the one look at val-B (a probe may look at val-A in its place). Specialists of parts are not repeated: one that fails is left
 out, since how long the longest is depends on sizes that are not known yet. Whoever runs the ladder gives the scheduler the
 same limits, ``quota=True`` and ``budget=WorstCase.resource_steps``: then it is a bound and not an estimate.
 """
@@ -65,7 +65,7 @@ class WorstCase:
 
     Attributes:
         train: Every rung at its quota.
-        retry: One repeat of the longest segment; of parts, what a backend takes to check its arithmetic.
+        retry: One repeat of the longest segment; where there is none, what a backend takes to check its arithmetic.
         evaluate: Reports, snapshots and the look at val-B.
         resolve: Features of the training samples, where a selection needs them.
         gate: Experts' outputs on val-A and the router's own training.
@@ -144,7 +144,9 @@ def price_fork(
     counts = climbers(trials_of(recipe, selection), len(levels), reduction_factor)
     segments = [high - low for low, high in zip((0, *levels[:-1]), levels, strict=True)]
     train_steps = sum(n * segment for n, segment in zip(counts, segments, strict=True))
-    retry_steps = counts[0] * CHECK_STEPS if parts else max(segments)
+    repeated = recipe.retry and not parts
+    checked = counts[0] * CHECK_STEPS
+    retry_steps = checked if parts else max(segments) if repeated else min(max(segments), checked)
     tail = recipe.judged == "tail"
     states = 1 + (TRUNK_AVERAGES if run.averages and not tail else 0)
     own = 1 if any(v.ema is not None for v in recipe.variants) or recipe.search is not None else 0
@@ -169,11 +171,11 @@ def price_fork(
         evaluate=(sum(counts) + (0 if parts else 1) + (2 if annealed else 0)) * report
         + _chosen(states, run)
         + alone
-        + (looks + 1) * float(run.val_b + run.refresh),
+        + (looks + 1) * float((max(run.val_a, run.val_b) if tail else run.val_b) + run.refresh),
         resolve=_resolve(recipe, selection, run),
         gate=gate_passes,
         merge=_merge(merge, experts, run),
-        resource_steps=train_steps + (0 if parts else retry_steps),
+        resource_steps=train_steps + (retry_steps if repeated else 0),
         control_trial_steps=annealed,
         control_steps=together + ceil((gate_passes + taught) / per_step),
         copies=experts + 1 if taught or parts else 0,

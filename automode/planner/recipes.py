@@ -149,6 +149,10 @@ class TrainingRecipe(Part):
     resources: Resources | None = Field(
         default=None, description="what each trial needs, on a Ray cluster; null: what the backend was told"
     )
+    retry: bool = Field(
+        default=True,
+        description="whether a trial that failed is tried again; the card reserves its longest segment once more for that",
+    )
 
     @model_validator(mode="after")
     def _some_variants(self) -> TrainingRecipe:

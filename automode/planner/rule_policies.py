@@ -63,14 +63,21 @@ class ProbePolicy(Part):
 
     from_: Fraction = Field(default=0.05, alias="from", description="no probe before this share of the run")
     until: Fraction = Field(default=0.15, description="no probe after this share of the run")
-    share: Fraction = Field(default=0.04, description="most of the run's compute that a probe may take")
-    restart_share: Fraction = Field(
-        default=0.10,
-        description="the same where trials start from the first weights",
+    share: Fraction = Field(
+        default=0.025, description="most of the run's compute that each trial of a probe may take"
     )
+    restart_share: Fraction = Field(
+        default=0.08,
+        description="most that all of them may take where the loss has not come down",
+    )
+    longer_share: Fraction = Field(
+        default=0.12,
+        description="most that a longer trial may take, of a rate that the probe could not tell from the trunk's; 0: none",
+    )
+    longer_until: Fraction = Field(default=0.35, description="no longer trial after this share of the run")
     steps_share: Fraction = Field(
         default=0.08,
-        description="the same where it tries several steps on each batch, in a run that is too short for a trial of its rate",
+        description="most that several steps on each batch may take, tried in a run that is too short for a trial of its rate",
     )
 
     @model_validator(mode="after")

@@ -277,12 +277,12 @@ class Combiner:
     # The evidence.
 
     def evaluate(self, card: PlanCard, command: Evaluate) -> Evaluated:
-        """Compare candidate and control on val-B; for a run that is stopped, on all held-out data."""
-        part: Part | None = EVERYTHING if card.action == "stop" else "B"
+        """Compare candidate and control on a held-out half; for a run that is stopped, on all held-out data."""
+        part: Part | None = EVERYTHING if card.action == "stop" else command.half
         control, passes = self._scored(command.control, part)
         if command.candidate == "mixture":
             model: nn.Module = self.mixture(command.weights.checkpoint)
-            candidate = self._evidence.scores(model, "B")
+            candidate = self._evidence.scores(model, part)
             passes += candidate.n * (len(model.experts) if isinstance(model, MixtureOfExperts) else 1)
         else:
             candidate, spent = self._scored(command.weights, part)
@@ -297,6 +297,7 @@ class Combiner:
             overall=overall,
             slices=slices,
             metric=command.metric,
+            half=command.half,
             guard=guard,
             candidate_metrics=metrics_of(candidate),
             control_metrics=metrics_of(control),

@@ -137,7 +137,7 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
             )
         case Evaluated():
             return (
-                f"card {body.card}: {body.candidate} against the control on {body.overall.n} unseen held-out samples: "
+                f"card {body.card}: {body.candidate} against the control on {body.overall.n} {'unseen ' if body.half == 'B' else ''}held-out samples: "
                 f"{body.overall.mean:+.5f}"
             )
         case VerdictGiven():

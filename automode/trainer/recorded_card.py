@@ -103,7 +103,7 @@ def _take(found: RecordedCard, envelope: Envelope, asked: Any) -> None:
             found.gate = (asked, body)
         case Merged() as body, Merge():
             found.merge = (asked, body)
-        case Evaluated() as body, Evaluate():
+        case Evaluated() as body, Evaluate(half="B"):
             found.look = (asked, body)
         case _:
             found.failed += envelope.body.kind == "trial_failed"

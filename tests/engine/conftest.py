@@ -269,6 +269,7 @@ class World:
                     candidate=body.candidate,
                     overall=self.evidence,
                     metric=body.metric,
+                    half=body.half,
                     guard=self.guard,
                     passes=400,
                 )

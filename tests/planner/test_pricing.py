@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from automode.planner.cards import PlanCard
 from automode.planner.inputs import Run
 from automode.planner.pricing import (
+    CHECK_STEPS,
     CHOOSING,
     choosing_samples,
     climbers,
@@ -64,6 +65,17 @@ def test_a_ladder_priced_by_hand() -> None:
     assert worst.passes == 3000 + 1200 + 700
     assert worst.resource_steps == 140
     assert worst.control_steps == 60
+
+
+def test_a_recipe_without_a_second_try_reserves_what_checks_take_alone() -> None:
+    recipe = recipe_of(3).model_copy(update={"retry": False})
+    again, once = (
+        price_fork(recipe=r, levels=(20, 60), reduction_factor=3, run=run_of())
+        for r in (recipe_of(3), recipe)
+    )
+    assert once.retry == 3 * CHECK_STEPS * 30 < again.retry
+    assert again.resource_steps - once.resource_steps == 40
+    assert again.passes - once.passes == 40 * 30 - once.retry
 
 
 def test_averages_are_judged_beside_raw_weights() -> None:

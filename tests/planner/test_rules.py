@@ -16,9 +16,9 @@ from automode.planner.cards import PlanCard
 from automode.planner.inputs import Run, Validated
 from automode.planner.pacing import Funds, PacingState, admit, in_order
 from automode.planner.policy import Policy
-from automode.planner.recipes import Base
+from automode.planner.recipes import Base, Variant
 from automode.planner.rules import BUILT_IN, PRIORITY, chosen
-from automode.planner.rules.base import Proposal, Silence, View
+from automode.planner.rules.base import Probed, Proposal, Silence, View
 from automode.planner.scans import Clustered, Scanned
 from automode.planner.watching import signals_for, watch_validation
 
@@ -50,6 +50,12 @@ def script(series: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
             norm = None if part.get("no_grad_norm") else float(norms[i])
             rows.append({"loss": loss, "grad_norm": norm, "applied": i not in part.get("unapplied_at", ())})
     return rows
+
+
+def probed_of(asked: dict[str, Any] | None) -> Probed | None:
+    if asked is None:
+        return None
+    return Probed(variant=Variant.model_validate(asked["variant"]), z=asked["z"], lost=asked["lost"])
 
 
 def view_of(case: dict[str, Any]) -> View:
@@ -93,6 +99,7 @@ def view_of(case: dict[str, Any]) -> View:
         scanned=[Scanned.model_validate(s) for s in asked.pop("scanned", ())],
         clustered=[Clustered.model_validate(c) for c in asked.pop("clustered", ())],
         counts=asked.pop("counts", {}),
+        probed=probed_of(asked.pop("probed", None)),
         **asked,
     )
 

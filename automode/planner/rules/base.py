@@ -13,10 +13,33 @@ from automode.planner.cards import Action, Diagnostic, Reason, Risk
 from automode.planner.events import Clustered, Run, Scanned, Validated
 from automode.planner.metrics import Metric
 from automode.planner.policy import Policy
-from automode.planner.recipes import Adjustment, GateRecipe, MergeRecipe, SelectAll, Selection, TrainingRecipe
+from automode.planner.recipes import (
+    Adjustment,
+    GateRecipe,
+    MergeRecipe,
+    SelectAll,
+    Selection,
+    TrainingRecipe,
+    Variant,
+)
 
 if TYPE_CHECKING:
     from automode.planner.signals.suite import SignalSuite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """The best trial of a probe that kept the trunk as it was.
+
+    Attributes:
+        variant: What it trained with.
+        z: How far it is above the control, in standard errors, by the metric of the card.
+        lost: How far it is below the control, as a share of what the run had learnt by then; NaN where that is not known.
+    """
+
+    variant: Variant
+    z: float
+    lost: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +61,8 @@ class View:
     """How many of them were adopted."""
     first_loss: float | None = None
     """The run's first finite training loss; None before it, and where losses are 0 or below."""
+    probed: Probed | None = None
+    """The best of the first probe of the rate, where it was not adopted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

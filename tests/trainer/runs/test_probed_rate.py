@@ -97,8 +97,7 @@ def test_where_three_trials_do_not_fit_one_does_and_the_log_speaks_of_that_one(t
 
 def test_a_rate_that_is_about_right_is_left_alone(tmp_path: Path) -> None:
     probed = trained(tmp_path / "right", RATE, automode=True)
-    ((_, state, _),) = probes(probed)
-    assert state in ("inconclusive", "rejected")
+    assert {state for _, state, _ in probes(probed)} <= {"inconclusive", "rejected"}
     assert probed.history["learning_rate"][-1] == pytest.approx(RATE)
 
 
