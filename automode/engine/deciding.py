@@ -116,7 +116,7 @@ def _remember(state: State, execution: Execution, metric: Metric, z: float) -> P
     if first is not None and 0.0 < now < first:
         of_control = (1.0 if metric == "log_score" else 0.0) - control
         lost = (control - best.value) / (of_control * (first / now - 1.0)) if of_control > 0.0 else lost
-    state.probed = Probed(variant=best.variant, z=z, lost=lost)
+    state.probed = Probed(variant=best.variant, z=z, lost=lost, step=state.step, loss=now)
     return state.probed
 
 

@@ -91,13 +91,17 @@ def steps_left(state: State) -> int:
 
 
 def may_restart(state: State) -> bool:
-    """Whether a card may still ask for the run's first weights: within the probe's window, and while one that restarts waits."""
-    if state.run is None or state.step <= state.policy.probe.until * max(
-        state.run.total_steps, state.step + steps_left(state)
-    ):
+    """Whether a card may still ask for the run's first weights: within the probe's windows, and while one that restarts waits or runs."""
+    if state.run is None:
         return True
-    waiting = (record.card.training_recipe for record in state.cards.values() if record.state in OPEN)
-    return any(recipe is not None and recipe.restarts for recipe in waiting)
+    probe, probed = state.policy.probe, state.probed
+    until = probe.longer_until if probed is not None and probed.variant.restart else probe.until
+    if state.step <= until * max(state.run.total_steps, state.step + steps_left(state)):
+        return True
+    live = (
+        r.card.training_recipe for k, r in state.cards.items() if r.state in OPEN or k in state.executions
+    )
+    return any(recipe is not None and recipe.restarts for recipe in live)
 
 
 def base_of(state: State) -> Base:

@@ -71,7 +71,7 @@ class ProbePolicy(Part):
         description="most that all of them may take where the loss has not come down",
     )
     longer_share: Fraction = Field(
-        default=0.12,
+        default=0.17,
         description="most that a longer trial may take, of a rate that the probe could not tell from the trunk's; 0: none",
     )
     longer_until: Fraction = Field(default=0.35, description="no longer trial after this share of the run")

@@ -197,8 +197,8 @@ class Trunk:
         """
         if self.first is None:
             raise NotExecutableError(
-                "a card that restarts needs the run's first weights, which are kept until policy.probe.until of the run is over, and are not "
-                "there any more: submit it earlier, or leave restart out"
+                "a card that restarts needs the run's first weights, which are kept until policy.probe.until of the run is over (longer_until where a "
+                "probe of a restart is undecided), and are not there any more: submit it earlier, or leave restart out"
             )
         return {"first": self.first, "first_moments": self.first_moments}
 

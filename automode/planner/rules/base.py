@@ -35,11 +35,15 @@ class Probed:
         variant: What it trained with.
         z: How far it is above the control, in standard errors, by the metric of the card.
         lost: How far it is below the control, as a share of what the run had learnt by then; NaN where that is not known.
+        step: Trunk step at which that was seen.
+        loss: The trunk's training loss then, a running median.
     """
 
     variant: Variant
     z: float
     lost: float
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

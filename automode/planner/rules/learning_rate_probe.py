@@ -35,6 +35,9 @@ LEVEL_Z, NOISE_Z, LOST = -1.0, -5.0, 0.2
 """Above the first, in standard errors, a trial is level with the trunk. A higher rate may be as far below as the second, and lose the third of what the
 run has learnt so far, by its noise alone: one that is far too high loses most of it."""
 
+FALLS = 0.05
+"""Share of its loss that a run whose rate is about right loses while its steps double."""
+
 STANDS, LEARNT = 0.95, 0.75
 """A loss above the first multiple of the run's first one has not come down, one below the second has. Between them are sound runs on
 noisy targets (wrong labels, text) and networks that are half ruined, so that there as few trials have to do as can be."""
@@ -104,6 +107,9 @@ def _longer(view: View, total: int, made: int) -> Proposal | Silence:
     if view.step > last:
         why = f"step {view.step} of {total}: the longer trial comes until step {last}"
         return Silence(code="too_late", why=why)
+    if view.step < 2 * probed.step:
+        why = f"step {view.step}: whether the loss falls by itself can be told from step {2 * probed.step}"
+        return Silence(code="too_early", why=why)
     if view.signals.burst.active or view.signals.shift.active:
         return Silence(code="unstable", why="the run is unstable, which is another rule's business")
     variant, height = probed.variant, _height(view)
@@ -112,6 +118,10 @@ def _longer(view: View, total: int, made: int) -> Proposal | Silence:
         return Silence(code="come_down", why=why)
     if variant.updates > 1 or not (probed.z > LEVEL_Z or _noise_alone(probed)):
         return Silence(code="told_apart", why=f"the first probe told them apart (z {probed.z:+.1f})")
+    fallen = 1.0 - view.signals.loss_z.median / probed.loss if probed.loss > 0.0 else 1.0
+    if not fallen < FALLS:
+        why = f"the loss has fallen by {fallen:.1%} since the first probe, so that the rate is hardly far too low or far too high"
+        return Silence(code="falls", why=why)
     return if_executable(
         Proposal(
             reason="learning_rate_probe",
