@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import erfc, isfinite, sqrt
 from typing import Final
 
-from automode.engine import lifecycle, resuming
+from automode.engine import lifecycle, probing, resuming
 from automode.engine.emission import Emission
 from automode.engine.state import Candidate, Execution, State
 from automode.engine.trials import control_weights, experts_of, finished_trials, weights_of
@@ -26,7 +26,6 @@ from automode.planner.events import (
 )
 from automode.planner.metrics import GIVEN_UP, NAMES, Metric, other_of
 from automode.planner.paired import PairedSummary
-from automode.planner.rules.base import Probed
 
 SLICE_Z = 1.64
 
@@ -43,7 +42,7 @@ def choose(state: State, execution: Execution, out: Emission) -> None:
     control = execution.control_value
     best = max(candidates, key=lambda c: c.value, default=None)
     better = best is not None and control is not None and best.value > control
-    if best is None or control is None or not (better or _first_probe(state, execution)):
+    if best is None or control is None or not (better or probing.first(state, execution)):
         _nothing_better(state, execution, best, out)
         return
     execution.chosen = best
@@ -89,35 +88,14 @@ def _nothing_better(
     lifecycle.finish(state, execution.card, CardState.INCONCLUSIVE, verdict.why, out, cause=seq)
 
 
-def _first_probe(state: State, execution: Execution) -> bool:
-    """Whether a longer trial may follow, so that it matters how far below the control the best is."""
-    card = state.cards[execution.card].card
-    return card.reason == "learning_rate_probe" and state.counts.get("learning_rate_probe", 0) == 1
-
-
 def _compared(state: State, execution: Execution, body: Evaluated, out: Emission) -> None:
     """The best of a probe is below the control on val-A: by how many standard errors?"""
     z = _summary(body.overall).z()
-    probed = _remember(state, execution, body.metric, z)
+    probed = probing.remember(state, execution, body.metric, z)
     apart = f", {-z:.1f} standard errors above" if isfinite(z) else ""
     if probed is not None and isfinite(probed.lost):
         apart += f", {probed.lost:.0%} of what the run had learnt"
     _nothing_better(state, execution, execution.chosen, out, apart)
-
-
-def _remember(state: State, execution: Execution, metric: Metric, z: float) -> Probed | None:
-    """Keep what a probe has shown, for the rule to decide whether it goes on."""
-    best, control = execution.chosen, execution.control_value
-    if best is None or best.variant is None or control is None:
-        return None
-    # Losses of one metric are to each other about as those of another: what has been learnt is known of the training loss alone.
-    now, first = state.suite.loss_z.median, state.guards.level.top
-    lost = float("nan")
-    if first is not None and 0.0 < now < first:
-        of_control = (1.0 if metric == "log_score" else 0.0) - control
-        lost = (control - best.value) / (of_control * (first / now - 1.0)) if of_control > 0.0 else lost
-    state.probed = Probed(variant=best.variant, z=z, lost=lost, step=state.step, loss=now)
-    return state.probed
 
 
 def _metric_of(state: State, execution: Execution) -> Metric:
@@ -183,6 +161,8 @@ def evaluated(state: State, body: Evaluated, out: Emission) -> None:
         slice_z=SLICE_Z,
         least_z=least_z,
     )
+    if probing.first(state, execution):
+        evidence = probing.weighed(state, execution, evidence, body.metric)
     seq = out.fact(_verdict(execution, card.acceptance.metric, body, evidence))
     match evidence.verdict:
         case "accepted":
@@ -204,8 +184,8 @@ def evaluated(state: State, body: Evaluated, out: Emission) -> None:
         case "rejected":
             lifecycle.finish(state, body.card, CardState.REJECTED, evidence.why, out, cause=seq)
         case "inconclusive":
-            if _first_probe(state, execution):
-                _remember(state, execution, body.metric, evidence.z)
+            if probing.first(state, execution):
+                probing.remember(state, execution, body.metric, evidence.z)
             lifecycle.finish(state, body.card, CardState.INCONCLUSIVE, evidence.why, out, cause=seq)
 
 

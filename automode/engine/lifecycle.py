@@ -90,20 +90,6 @@ def steps_left(state: State) -> int:
     return max(0, int((ledger.remaining - later) // state.passes_per_step))
 
 
-def may_restart(state: State) -> bool:
-    """Whether a card may still ask for the run's first weights: within the probe's windows, and while one that restarts waits or runs."""
-    if state.run is None:
-        return True
-    probe, probed = state.policy.probe, state.probed
-    until = probe.longer_until if probed is not None and probed.variant.restart else probe.until
-    if state.step <= until * max(state.run.total_steps, state.step + steps_left(state)):
-        return True
-    live = (
-        r.card.training_recipe for k, r in state.cards.items() if r.state in OPEN or k in state.executions
-    )
-    return any(recipe is not None and recipe.restarts for recipe in live)
-
-
 def base_of(state: State) -> Base:
     """What a card made now is made against; the checkpoint is filled in when it starts."""
     return Base(step=state.step, policy=state.policy_digest, lineage=state.lineage)

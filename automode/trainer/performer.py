@@ -12,7 +12,8 @@ from zlib import crc32
 import numpy as np
 
 from automode.engine import State
-from automode.engine.lifecycle import KEEP_BEST, may_restart
+from automode.engine.lifecycle import KEEP_BEST
+from automode.engine.probing import may_restart
 from automode.errors import NotExecutableError, SessionError
 from automode.merges.moe_files import save as save_mixture
 from automode.merges.trajectory import DEFAULT_EVERY

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from automode.engine import fold
+from automode.engine.probing import may_restart
 from automode.planner.events import Group, TrialFailed
 from automode.planner.policy import Policy
 
@@ -18,10 +20,18 @@ def about(z: float, n: int = 200) -> Group:
     return Group(n=n, mean=0.01 * z, variance=n * 1e-4, effective_n=float(n))
 
 
+@pytest.fixture
+def shelf(to_rows: Any) -> Any:
+    """A loss that falls to about half and stays there."""
+    steps = np.arange(1, 2401)
+    noise = np.exp(0.05 * np.random.default_rng(0).standard_normal(len(steps)))
+    return to_rows(np.maximum(1.1, 2 * np.exp(-steps / 500)) * noise)
+
+
 def probed(make_world: Any, rows: Any, value: float, evidence: Group, **more: Any) -> Any:
     world = make_world(policy=POLICY, trial_value=lambda _t, _r: value, evidence=evidence, **more)
     world.start()
-    world.rows(rows[:2400])
+    world.rows(rows)
     world.end()
     return world
 
@@ -36,10 +46,10 @@ def cards(world: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("z", "follows"), [(-0.9, True), (-1.1, False)])
 def test_below_the_control_the_first_half_says_how_far(
-    z: float, follows: bool, make_world: Any, plateau_rows: Any
+    z: float, follows: bool, make_world: Any, shelf: Any
 ) -> None:
     # Losing .49 of .5 is more than noise may cost, so that the standard errors alone decide.
-    world = probed(make_world, plateau_rows, 0.01, about(z))
+    world = probed(make_world, shelf, 0.01, about(z))
     first, *longer = cards(world)
     assert [c.reason for c in longer] == ["learning_rate_probe"] * follows
     (look, *_), verdict = asked(world, "evaluate"), world.facts("verdict_given")[0]
@@ -55,10 +65,8 @@ def test_below_the_control_the_first_half_says_how_far(
     assert fold(world.log).differences == 0
 
 
-def test_above_the_control_but_not_certainly_it_is_tried_for_longer(
-    make_world: Any, plateau_rows: Any
-) -> None:
-    world = probed(make_world, plateau_rows, 0.6, about(0.5))
+def test_above_the_control_but_not_certainly_it_is_tried_for_longer(make_world: Any, shelf: Any) -> None:
+    world = probed(make_world, shelf, 0.6, about(0.5))
     assert [c.reason for c in cards(world)] == ["learning_rate_probe"] * 2
     assert [(e.half, e.look) for e in asked(world, "evaluate")] == [("B", 1), ("B", 2)]
     assert fold(world.log).differences == 0
@@ -66,30 +74,28 @@ def test_above_the_control_but_not_certainly_it_is_tried_for_longer(
 
 @pytest.mark.parametrize(("value", "z"), [(0.6, -2.0), (0.6, 9.0)])
 def test_what_is_rejected_or_adopted_is_not_tried_again(
-    value: float, z: float, make_world: Any, plateau_rows: Any
+    value: float, z: float, make_world: Any, shelf: Any
 ) -> None:
-    world = probed(make_world, plateau_rows, value, about(z))
+    world = probed(make_world, shelf, value, about(z))
     assert len(cards(world)) == 1
     assert world.state.probed is None
 
 
 @pytest.mark.parametrize(("lost", "follows"), [(0.19, True), (0.21, False)])
 def test_a_higher_rate_may_lose_a_part_of_what_was_learnt(
-    lost: float, follows: bool, make_world: Any, plateau_rows: Any
+    lost: float, follows: bool, make_world: Any, shelf: Any
 ) -> None:
-    told = probed(make_world, plateau_rows, 0.0, about(-3.0)).facts("verdict_given")[0].why
+    told = probed(make_world, shelf, 0.0, about(-3.0)).facts("verdict_given")[0].why
     of_all = int(told.split("% of what the run")[0].rsplit(" ", 1)[1]) / 100
     value = 0.5 - 0.5 * lost / of_all
-    world = probed(make_world, plateau_rows, value, about(-3.0))
+    world = probed(make_world, shelf, value, about(-3.0))
     assert len(cards(world)) == 1 + follows
 
 
-def test_a_probe_reserves_no_repeat_and_a_trial_that_fails_ends_it(
-    make_world: Any, plateau_rows: Any
-) -> None:
+def test_a_probe_reserves_no_repeat_and_a_trial_that_fails_ends_it(make_world: Any, shelf: Any) -> None:
     world = make_world(policy=POLICY, hold={"start_trial"})
     world.start()
-    world.rows(plateau_rows[:600])
+    world.rows(shelf[:600])
     start = next(e for e in world.log if getattr(e, "role", "") == "command" and e.body.kind == "start_trial")
     failed = TrialFailed(
         card=start.body.card,
@@ -104,3 +110,26 @@ def test_a_probe_reserves_no_repeat_and_a_trial_that_fails_ends_it(
     assert world.states_of(start.body.card)[-1] == "inconclusive"
     assert len(asked(world, "start_trial")) == 1
     assert len(cards(world)) == 1
+
+
+def test_a_loss_that_falls_by_itself_needs_no_longer_trial(make_world: Any, plateau_rows: Any) -> None:
+    world = probed(make_world, plateau_rows[:2400], 0.6, about(0.5))
+    assert len(cards(world)) == 1
+    assert world.state.probed is not None
+    assert "falls" in {r.code for r in world.facts("rule_evaluated") if r.rule == "learning_rate_probe"}
+
+
+@pytest.mark.parametrize(("z", "kept"), [(0.5, True), (-2.0, False)])
+def test_first_weights_are_kept_for_a_restart_that_is_undecided(
+    z: float, kept: bool, make_world: Any, to_rows: Any
+) -> None:
+    noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(960))
+    run = make_world().run.model_copy(update={"why_no_restart": None})
+    world = make_world(policy=POLICY, run=run, trial_value=lambda _t, _r: 0.6, evidence=about(z))
+    world.start()
+    world.rows(to_rows(2.0 * noise))  # the loss stands where it began
+    (card,) = cards(world)
+    assert card.training_recipe.restarts
+    assert world.states_of(card.id)[-1] == ("inconclusive" if kept else "rejected")
+    assert world.state.step > POLICY.probe.until * run.total_steps
+    assert may_restart(world.state) is kept

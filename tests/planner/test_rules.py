@@ -55,7 +55,9 @@ def script(series: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
 def probed_of(asked: dict[str, Any] | None) -> Probed | None:
     if asked is None:
         return None
-    return Probed(variant=Variant.model_validate(asked["variant"]), z=asked["z"], lost=asked["lost"])
+    return Probed(
+        **{"step": 100, "loss": 1.2} | asked | {"variant": Variant.model_validate(asked["variant"])}
+    )
 
 
 def view_of(case: dict[str, Any]) -> View:
