@@ -133,3 +133,20 @@ def test_first_weights_are_kept_for_a_restart_that_is_undecided(
     assert world.states_of(card.id)[-1] == ("inconclusive" if kept else "rejected")
     assert world.state.step > POLICY.probe.until * run.total_steps
     assert may_restart(world.state) is kept
+
+
+@pytest.mark.parametrize(("lead", "adopted"), [(0.06, False), (0.12, True)])
+def test_a_higher_rate_that_leads_by_little_is_not_adopted_at_once(
+    lead: float, adopted: bool, make_world: Any, shelf: Any
+) -> None:
+    # .5 is left of the log score, and four fifths of that were learnt.
+    certain = Group(n=200, mean=lead, variance=1e-4, effective_n=200.0)
+    world = probed(make_world, shelf, 0.6, certain)
+    first, second = world.facts("verdict_given")[0], cards(world)[1:]
+    assert first.verdict == ("accepted" if adopted else "inconclusive")
+    assert f"it takes {lead / 0.5:.0%} of the loss that is left" in first.why
+    assert ("any higher rate may lead by less than 20% so early" in first.why) is not adopted
+    # The longer trial is judged by its evidence alone.
+    assert len(second) == 1 - adopted
+    assert world.facts("verdict_given")[-1].verdict == "accepted"
+    assert fold(world.log).differences == 0
