@@ -44,10 +44,17 @@ def remember(state: State, execution: Execution, metric: Metric, z: float) -> Pr
     best, control = execution.chosen, execution.control_value
     if best is None or best.variant is None or control is None:
         return None
+    asha = state.cards[execution.card].card.asha
+    assert asha is not None
     left = _left(state, metric, control)
     lost = (control - best.value) / (left * _learnt(state)) if left > 0.0 else float("nan")
     state.probed = Probed(
-        variant=best.variant, z=z, lost=lost, step=state.step, loss=state.suite.loss_z.median
+        variant=best.variant,
+        z=z,
+        lost=lost,
+        steps=asha.max_steps,
+        step=state.step,
+        loss=state.suite.loss_z.median,
     )
     return state.probed
 

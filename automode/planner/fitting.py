@@ -171,6 +171,9 @@ def choose_ladder(
     shortest = ceil(pacing.min_rung / min((v.updates for v in recipe.variants), default=1))
     longer = [] if recipe.per_part else [(need + 1, 2 * shortest)]
 
+    def least_first(first: int, count: int) -> int:
+        return max(first, ceil(proposal.least_steps / eta ** (count - 1)))
+
     def priced(first: int, count: int) -> WorstCase:
         return price_fork(
             recipe=recipe,
@@ -188,7 +191,8 @@ def choose_ladder(
             worst, view.remaining, view.run, view.policy
         )
 
-    for count, least in (*longer, (need, shortest)):
+    shortest = least_first(shortest, need)
+    for count, least in (*((n, least_first(first, n)) for n, first in longer), (need, shortest)):
         high = view.planning_budget // eta ** (count - 1)
         if high < least or misfit(least, count) is not None:
             continue

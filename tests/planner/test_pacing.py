@@ -67,9 +67,19 @@ def view_of(
 
 
 def fork(
-    reason: Reason = "loss_plateau", recipe: TrainingRecipe = THREE, share: float | None = None
+    reason: Reason = "loss_plateau",
+    recipe: TrainingRecipe = THREE,
+    share: float | None = None,
+    least_steps: int = 0,
 ) -> Proposal:
-    return Proposal(reason=reason, action="fork", because="1 %.", training_recipe=recipe, share=share)
+    return Proposal(
+        reason=reason,
+        action="fork",
+        because="1 %.",
+        training_recipe=recipe,
+        share=share,
+        least_steps=least_steps,
+    )
 
 
 MERGE = Proposal(reason="merge_cadence", action="merge", because="75 %.", merge_recipe=MergeSwa())
@@ -166,6 +176,16 @@ def test_a_proposal_s_own_share_of_the_run_holds_below_the_policy_s_caps(share: 
         assert shortest.passes > floor(share * 4000 * 96)
     else:
         assert answer.cost.sample_passes <= share * 4000 * 96
+
+
+def test_a_ladder_that_cannot_be_as_long_as_its_rule_asks_is_not_climbed() -> None:
+    top = made(try_admit(fork(), view_of())).asha
+    assert top is not None
+    card = made(try_admit(fork(least_steps=top.max_steps), view_of()))
+    assert card.asha == top
+    answer = held(try_admit(fork(least_steps=2 * top.max_steps), view_of()))
+    assert answer.code == "over_cap"
+    assert f"3 trials, {ceil(2 * top.max_steps / 3)} to " in answer.why
 
 
 def test_what_does_not_fit_is_held_with_the_numbers() -> None:

@@ -56,7 +56,9 @@ def probed_of(asked: dict[str, Any] | None) -> Probed | None:
     if asked is None:
         return None
     return Probed(
-        **{"step": 100, "loss": 1.2} | asked | {"variant": Variant.model_validate(asked["variant"])}
+        **{"steps": 40, "step": 100, "loss": 1.2}
+        | asked
+        | {"variant": Variant.model_validate(asked["variant"])}
     )
 
 

@@ -35,6 +35,7 @@ class Probed:
         variant: What it trained with.
         z: How far it is above the control, in standard errors, by the metric of the card.
         lost: How far it is below the control, as a share of what the run had learnt by then; NaN where that is not known.
+        steps: Length of the trial, in steps.
         step: Trunk step at which that was seen.
         loss: The trunk's training loss then, a running median.
     """
@@ -42,6 +43,7 @@ class Probed:
     variant: Variant
     z: float
     lost: float
+    steps: int
     step: int
     loss: float
 
@@ -76,6 +78,7 @@ class Proposal:
     Attributes:
         metric: What candidates and the control are compared by.
         share: Most of the whole run's compute that the card may take, below the policy's caps; None: they alone hold.
+        least_steps: Length of the longest trial, in steps, below which none is worth running.
         cheaper: The same with fewer trials, each tried where what stands before it does not fit.
     """
 
@@ -90,6 +93,7 @@ class Proposal:
     risk: Risk = "low"
     metric: Metric = "utility"
     share: float | None = None
+    least_steps: int = 0
     cheaper: tuple[Proposal, ...] = ()
     diagnostics: Mapping[str, Diagnostic] = field(default_factory=dict)
 

@@ -35,6 +35,9 @@ LEVEL_Z, NOISE_Z, LOST = -1.0, -5.0, 0.2
 """Above the first, in standard errors, a trial is level with the trunk. A higher rate may be as far below as the second, and lose the third of what the
 run has learnt so far, by its noise alone: one that is far too high loses most of it."""
 
+LONGER = 2
+"""Least length of a longer trial, in lengths of the first."""
+
 FALLS = 0.05
 """Share of its loss that a run whose rate is about right loses while its steps double."""
 
@@ -134,6 +137,7 @@ def _longer(view: View, total: int, made: int) -> Proposal | Silence:
             training_recipe=TrainingRecipe(variants=(variant,), judged="tail", retry=False),
             metric=_metric_of(view),
             share=probe.longer_share,
+            least_steps=LONGER * probed.steps,
             diagnostics={"step": view.step, "total": total, "factors": (variant.lr_mul,)},
         ),
         view,
