@@ -172,7 +172,8 @@ def choose_ladder(
     longer = [] if recipe.per_part else [(need + 1, 2 * shortest)]
 
     def least_first(first: int, count: int) -> int:
-        return max(first, ceil(proposal.least_steps / eta ** (count - 1)))
+        rungs_up: int = eta ** (count - 1)
+        return max(first, ceil(proposal.least_steps / rungs_up))
 
     def priced(first: int, count: int) -> WorstCase:
         return price_fork(
