@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/automode-setup.stamp
 KEY = { cat pyproject.toml constraints.txt Makefile; pwd; } | cksum
 
-.PHONY: help setup demo test nightly check format bench clean distclean
+.PHONY: help setup demo test coverage nightly check format bench clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 20
@@ -39,8 +39,11 @@ demo: setup  ## train on real data with automode on, and replay every decision
 	$(PY) examples/digits_automode.py
 	$(VENV)/bin/automode replay last
 
-test: setup  ## run every test, with coverage
-	$(PY) -m pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+test: setup  ## run every test, with the coverage of those that do not repeat one another
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+coverage: setup  ## the same, with the coverage of every test (twice as long)
+	AUTOMODE_COVERAGE=all $(PY) -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 nightly: setup  ## run the tests that take too long for every time: every cut, hundreds of kills, new examples
 	$(PY) -m pytest -n $(WORKERS) -m nightly $(PYTEST_ARGS)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,6 +30,30 @@ if threading.current_thread() is threading.main_thread():
     for name in ("SIGQUIT", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
             signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+WHOLE_RUNS = ("trainer/runs", "trainer/control", "trainer/watched", "backends/stacked")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the order is drawn
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave tests that repeat untraced, so that coverage, which doubles what a traced test takes, costs little.
+
+    A line counts once, however often it runs. So a test that draws many examples is not traced, nor is one that takes long, nor the
+    same function on other parameters, and of whole training runs every third function of a file is. Their fixtures are, of all.
+    A line that nothing traced reaches is reported as missed, never the other way round. `make coverage` traces everything.
+    """
+    if os.environ.get("AUTOMODE_COVERAGE") == "all":
+        return
+    traced: dict[Path, set[object]] = {}
+    for item in items:
+        function = getattr(item, "function", None)
+        seen = traced.setdefault(item.path, set())
+        third = item.path.parent.as_posix().endswith(WHOLE_RUNS) and len(seen) % 3 != 0
+        drawn = getattr(function, "is_hypothesis_test", False)
+        if function in seen or third or drawn or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.no_cover)
+        seen.add(function)
 
 
 def pytest_runtest_setup() -> None:

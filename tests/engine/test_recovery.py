@@ -47,6 +47,7 @@ def values(to_rows) -> np.ndarray:
     return to_rows(np.maximum(0.4, 2 * np.exp(-steps / 300)) * np.exp(0.1 * rng.standard_normal(6000)))
 
 
+@pytest.mark.no_cover
 def test_a_log_cut_at_every_event_of_a_card_leads_to_the_same_decisions(make_world, values):
     whole = whole_run(make_world, values)
     events = [i for i, item in enumerate(whole.log) if isinstance(item, Envelope)]

@@ -206,6 +206,7 @@ def test_two_groups_joined_are_summarised_as_one(n: int, m: int, seed: int) -> N
     assert joined.variance == pytest.approx(whole.variance, nan_ok=True, abs=1e-12)
 
 
+@pytest.mark.no_cover
 def test_the_false_acceptance_rate_under_the_null_is_alpha() -> None:
     # 6000 normal null data sets of 60: with the effective df the true rate is at most alpha = 0.05; 390 acceptances
     # (5.3 standard deviations above 300) or more have probability below 1e-6.
@@ -215,6 +216,7 @@ def test_the_false_acceptance_rate_under_the_null_is_alpha() -> None:
     assert 150 < accepted < 390
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("flips", [0.003, 0.006, 0.015])
 def test_few_samples_that_differ_do_not_look_like_many(flips: float) -> None:
     # 3000 null data sets of 1000 samples, of which only a handful differ, by +-0.8 at equal odds. At alpha = 0.05 more than 210
@@ -400,6 +402,7 @@ def test_random_signs_of_nothing_are_refused(alpha: float, n: int) -> None:
         upper_sign_quantile(alpha, n)
 
 
+@pytest.mark.no_cover
 def test_few_differing_samples_are_not_taken_for_many() -> None:
     # Enumerated, no chance involved. What is left above alpha is the coarseness of whole signs, and shrinks from look to look.
     worst: dict[bool, list[float]] = {True: [], False: []}
@@ -452,6 +455,7 @@ def test_looks_are_counted_from_one() -> None:
         AlphaSpending().alpha(0)
 
 
+@pytest.mark.no_cover
 def test_a_session_of_cards_that_are_no_better_keeps_its_control() -> None:
     # 400 sessions of 20 looks; one accepts anything with probability at most 0.05. 45 or more (5.7 sd above 20) of them
     # have probability below 1e-6.

@@ -63,6 +63,7 @@ def test_mistakes_of_an_unsure_network_are_no_wrong_labels() -> None:
     assert noise_at_most(everywhere, sure) > 0.2
 
 
+@pytest.mark.no_cover
 def test_the_bound_holds_as_often_as_it_says() -> None:
     # 2000 draws with every tenth label wrong: the bound fails in 5 % of them at the most (exact binomial), so that more than 6.5 %
     # would come by chance once in a thousand times.

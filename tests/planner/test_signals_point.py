@@ -222,6 +222,7 @@ def test_a_lower_value_is_never_a_spike() -> None:
     assert signal.z < -50.0
 
 
+@pytest.mark.no_cover
 def test_the_threshold_follows_the_tail_of_the_run_and_decays_with_a_half_life_of_3000() -> None:
     signal = fed(noise(200), base=2.0)
     assert signal.threshold > 2.0

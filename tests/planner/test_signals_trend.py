@@ -254,6 +254,7 @@ def test_a_noisy_plateau_is_settled_by_the_last_four_budgets_in_blocks_twice_as_
     assert signal.best_execute == pytest.approx(-0.5 * every[low] * ahead / signal.level)
 
 
+@pytest.mark.no_cover
 def test_the_longer_window_declares_no_plateau_where_the_last_two_budgets_improve() -> None:
     kink = np.concatenate([np.ones(3200), 1.0 - 0.05 * np.arange(1600) / 1600.0])
     for seed in range(8):
@@ -289,6 +290,7 @@ def test_a_state_is_exactly_at_its_threshold() -> None:
     assert beyond.status is not TrendState.IMPROVING
 
 
+@pytest.mark.no_cover
 def test_what_is_executed_needs_at_least_the_confidence_of_what_is_advised() -> None:
     # At every look of a loss that flattens: firm is never a plateau where the advice is not.
     signal = BlockTrend()
@@ -298,6 +300,7 @@ def test_what_is_executed_needs_at_least_the_confidence_of_what_is_advised() -> 
             assert signal.status is TrendState.PLATEAU
 
 
+@pytest.mark.no_cover
 def test_an_improving_run_is_rarely_called_a_plateau() -> None:
     # 60 runs that truly gain 5 to 20 % over the next B; the study's rate is at most 0.01 at z 1.645 on such curves:
     # 5 or more of 60 have probability below 1e-3 at that rate, and this seed is fixed.
@@ -312,6 +315,7 @@ def test_an_improving_run_is_rarely_called_a_plateau() -> None:
     assert wrong < 5
 
 
+@pytest.mark.no_cover
 def test_slow_divergence_is_told_before_the_loss_has_doubled() -> None:
     # Flat for 1600 steps, then doubling every 800 under 10 % noise, 30 runs: all warned, well before the doubling.
     leads = []
@@ -467,6 +471,7 @@ def test_one_look_that_shows_a_rise_is_not_enough() -> None:
     assert before >= 0.10, "the look before this one showed the rise already"
 
 
+@pytest.mark.no_cover
 def test_a_divergence_faster_than_the_budget_is_seen_in_half_of_it() -> None:
     """A loss that doubles within 300 steps, half of them bent: the window of B alone is late."""
     warned = 0
