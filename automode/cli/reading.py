@@ -15,7 +15,6 @@ from automode.cli.sessions import card_argument, card_of, find_card, session_arg
 from automode.cli.tables import duration, local_time, safe, table
 from automode.cli.tree import tree
 from automode.errors import UsageError
-from automode.planner.card_text import from_yaml
 from automode.planner.cards import CardState
 from automode.planner.yaml_text import shown
 from automode.planner.yaml_writer import flow
@@ -173,7 +172,7 @@ def _gist(body: dict[str, Any]) -> str:
 def trials(session: Path) -> None:
     """Show each card's ladder: what the trials reported, who was promoted and why, and who trained otherwise."""
     with Session.open(session) as opened:
-        reasons = {row.card_id: card_reason(row.body) for row in opened.cards()}
+        reasons = {row.card_id: row.reason for row in opened.cards()}
         ladders, notes = _ladders(opened), notes_on(opened)
     if not ladders:
         click.echo("no trials")
@@ -184,11 +183,6 @@ def trials(session: Path) -> None:
         click.echo(table(head, rows, right=(0, 2, 3, 6)))
         for line in notes.get(card, []):
             click.echo(f"  {line}")
-
-
-def card_reason(text: str) -> str:
-    """Return a stored card's reason."""
-    return from_yaml(text).reason
 
 
 def _ladders(session: Session) -> dict[str, list[list[str]]]:

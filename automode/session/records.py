@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from automode.errors import SessionCorruptError, UsageError
+from automode.planner.card_text import from_yaml
+from automode.planner.cards import PlanCard, Reason
 
 Role = Literal["input", "fact", "command"]
 
@@ -80,6 +82,20 @@ class CardRow:
     state: str
     body: str
     seq: int
+
+    @property
+    def card(self) -> PlanCard:
+        """The card, read from its text.
+
+        Raises:
+            CardError: It was written by another version, with fields that this one does not know.
+        """
+        return from_yaml(self.body)
+
+    @property
+    def reason(self) -> Reason:
+        """Why the card was made."""
+        return self.card.reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
