@@ -13,7 +13,7 @@ from automode.merges.norm_statistics import norm_layers, recompute
 from automode.planner.events import Weights
 from automode.trainer.random_state import seeded_rng
 from automode.trainer.stored_states import Checkpoints
-from automode.trainer.trunk import Trunk, without_gradients
+from automode.trainer.trunk import Trunk, model_copy_of
 
 REFRESH_SEED = 0
 """Of what training data draw at random while norm statistics are refreshed."""
@@ -34,9 +34,12 @@ class States:
         self._refresh = refresh
 
     def shell(self) -> nn.Module:
-        """A copy of the trunk's network, to load states into."""
-        with without_gradients(self._trunk.parameters):
-            return copy.deepcopy(self._trunk.model)
+        """A copy of the trunk's network, to load states into.
+
+        Raises:
+            NotExecutableError: It cannot be copied.
+        """
+        return model_copy_of(self._trunk)
 
     def load(self, reference: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state dict that a reference means, norm statistics as stored, and the rest of its checkpoint.

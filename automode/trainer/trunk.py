@@ -24,6 +24,7 @@ from automode.trainer.held_back import HeldBack
 from automode.trainer.ids import RecordedLoader
 from automode.trainer.new_labels import NewLabels
 from automode.trainer.sample_source import Ids
+from automode.trainer.trees import tensors_in
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Judged = Literal["tail"] | None
@@ -284,7 +285,7 @@ def copy_of(trunk: Trunk) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     """
     with without_gradients(trunk.parameters):
         try:
-            model, optimizer = copy.deepcopy((trunk.model, trunk.optimizer))
+            model, optimizer = copy.deepcopy((trunk.model, trunk.optimizer), kept_activations(trunk.model))
             scheduler = (
                 copy.deepcopy(trunk.scheduler, {id(trunk.optimizer): optimizer})
                 if trunk.scheduler is not None
@@ -296,6 +297,32 @@ def copy_of(trunk: Trunk) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
                 "trained beside the run; remove what cannot be deep-copied (open files, locks, generators) from the model"
             ) from error
     return model, optimizer, scheduler
+
+
+def model_copy_of(trunk: Trunk) -> nn.Module:
+    """Copy the model alone.
+
+    Raises:
+        NotExecutableError: It cannot be copied.
+    """
+    with without_gradients(trunk.parameters):
+        try:
+            return copy.deepcopy(trunk.model, kept_activations(trunk.model))
+        except Exception as error:
+            raise NotExecutableError(
+                f"the model cannot be copied ({type(error).__name__}: {error}), so no other weights can be judged; remove what "
+                "cannot be deep-copied (open files, locks, generators) from the model"
+            ) from error
+
+
+def kept_activations(model: nn.Module) -> dict[int, Any]:
+    """What a ``deepcopy`` is to take for the outputs of a forward pass that modules keep (attention maps, hidden states).
+
+    Torch refuses to copy them, as their graph belongs to the model's own parameters; a copy has their values without it.
+    """
+    own = ("_parameters", "_buffers", "_modules")
+    values = [value for m in model.modules() for name, value in vars(m).items() if name not in own]
+    return {id(kept): kept.detach().clone() for kept in tensors_in(values) if not kept.is_leaf}
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from automode.testing.bench import (
 )
 from automode.trainer.random_state import forked_rng
 from automode.trainer.sample_source import BatchPlan
+from automode.trainer.trunk import copy_of, model_copy_of
 
 PLAIN = Variant(name="plain")
 
@@ -174,6 +175,47 @@ def test_a_model_that_cannot_be_copied_is_refused_with_what_to_do(tmp_path: Path
         NotExecutableError, match=r"cannot be copied .*cannot pickle.*remove what cannot be deep-copied"
     ):
         bench.runner.open(bench.job(PLAIN))
+
+
+class Remembers(nn.Module):
+    """Keeps what its forward pass gave, as models do that show their attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small_network()
+        self.kept: dict[str, Any] = {}
+        self.last: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.last = self.body(inputs)
+        self.kept = {"maps": [self.last * 2.0]}
+        return self.last
+
+
+def test_a_model_that_keeps_outputs_of_its_forward_pass_is_copied_with_their_values(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path)
+    model = bench.trunk.model = Remembers()
+    bench.trunk.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bench.trunk.follow()
+    outputs = model(torch.randn(3, FEATURES))
+    for copied in (copy_of(bench.trunk)[0], model_copy_of(bench.trunk)):
+        assert isinstance(copied, Remembers)
+        assert copied.last is not None
+        assert copied.last is not model.last
+        assert torch.equal(copied.last, outputs)
+        assert torch.equal(copied.kept["maps"][0], outputs * 2.0)
+        assert not copied.last.requires_grad
+    outputs.sum().backward()  # the user's own graph is as it was
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_model_that_cannot_be_copied_is_judged_by_nothing_with_what_to_do(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path)
+    bench.trunk.model.lock = threading.Lock()
+    with pytest.raises(
+        NotExecutableError, match=r"the model cannot be copied .*lock.*remove what cannot be deep-copied"
+    ):
+        model_copy_of(bench.trunk)
 
 
 # Resuming.
