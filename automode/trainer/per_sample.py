@@ -11,7 +11,8 @@ A sample with several loss elements (a sequence, several targets) has their mean
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from automode.errors import DataError
+from automode.trainer.loss_meaning import is_meant
 from automode.trainer.loss_twins import LossFn, Twin, base_of, twins_of
 from automode.trainer.random_state import RandomState
 from automode.trainer.tasks import Task, scores_are, task_of
@@ -86,6 +88,8 @@ class PerSampleLoss:
         self._of_values = base in _OF_VALUES
         of_torch = str(getattr(base, "__module__", "")).startswith("torch.nn")
         self._of_scores = of_torch and base not in _OF_DISTANCES
+        self._unknown = None if of_torch else loss_fn  # what its outputs mean has to be asked of it
+        self._meant: dict[str, bool] = {}
 
     @property
     def exact(self) -> bool:
@@ -133,11 +137,37 @@ class PerSampleLoss:
 
         A squared error on targets that happen to be 0 and 1 is a regression: its outputs are no logits. A loss of scores
         (cross entropy on several labels, or on soft ones) is none: how far logits are from their targets says nothing.
+        A loss of the user's own is asked (:mod:`automode.trainer.loss_meaning`), once.
         """
         found = task_of(outputs, targets)
         if found == "binary" and self._of_values:
             found = "regression"
+        if found in ("classification", "regression") and self._unknown is not None:
+            if found not in self._meant:
+                self._meant[found] = self._asked(found, outputs, targets)
+            return found if self._meant[found] else "unknown"
         return "unknown" if found == "regression" and self._of_scores else found
+
+    def _asked(self, found: Task, outputs: Tensor, targets: Tensor) -> bool:
+        """Ask the user's loss what outputs mean; where it cannot be asked, they mean what they look like."""
+        before = RandomState.capture()
+        try:
+            with torch.no_grad():
+                return is_meant(self._ask(), found, _widened(outputs), targets)
+        except Exception:  # whatever a user's loss raises on outputs that no network gave
+            return True
+        finally:
+            if not RandomState.capture().same_as(before):
+                before.restore()
+
+    def _ask(self) -> Callable[[Tensor, Any], Tensor]:
+        """The losses of single samples where they are exact, else that of the batch, by a copy of what may keep state."""
+        if self._twin is not None and self.reason is None:
+            twin = self._twin
+            return lambda outputs, targets: twin.call(outputs, targets).reshape(len(targets), -1).mean(1)
+        loss_fn: Any = self._unknown
+        whole = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
+        return lambda outputs, targets: whole(outputs, targets).reshape(1)
 
     def check(self, outputs: Any, targets: Any, loss: Tensor | float) -> bool:
         """Compare with a training loss, and on the first finite one choose the twin.
@@ -196,6 +226,7 @@ class PerSampleLoss:
             "reason": self.reason,
             "probabilities": self.probabilities,
             "of_values": self._of_values,
+            "meant": dict(self._meant),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -207,6 +238,7 @@ class PerSampleLoss:
         self._tolerance = float(state["tolerance"])
         self.reason = state["reason"]
         self.probabilities, self._of_values = bool(state["probabilities"]), bool(state["of_values"])
+        self._meant = dict(state.get("meant", {}))  # runs of before have not asked
 
     def refuse(self, reason: str) -> None:
         """Give up per-sample losses for good; the first reason stays."""

@@ -323,6 +323,102 @@ def test_distances_of_logits_from_their_labels_are_no_regression(
     assert per_sample_twin(loss_fn).task(torch.randn(2, 3), targets) == task
 
 
+def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A supervised contrastive loss: outputs are embeddings, and labels say which of them belong together."""
+    unit = F.normalize(outputs)
+    alone = torch.eye(len(unit), dtype=torch.bool)
+    logs = (unit @ unit.T / 0.2).masked_fill(alone, -1e9).log_softmax(1)
+    same = (targets[:, None] == targets) & ~alone
+    return -(logs * same).sum(1).div(same.sum(1).clamp(min=1)).mean()
+
+
+def focal(outputs: Tensor, targets: Tensor) -> Tensor:
+    log_p = F.log_softmax(outputs, 1).gather(1, targets[:, None])
+    return -((1 - log_p.exp()) ** 2 * log_p).mean()
+
+
+def by_prototypes(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss that holds the class weights, so that outputs are features of as many numbers as there happen to be."""
+    weights = torch.randn(outputs.shape[1], outputs.shape[1], generator=generator(1))
+    return F.cross_entropy(F.normalize(outputs) @ weights, targets)
+
+
+def shares() -> tuple[Tensor, Tensor]:
+    outputs, targets = features()
+    return outputs, targets.sigmoid()
+
+
+def quantile(outputs: Tensor, targets: Tensor) -> Tensor:
+    return torch.maximum(0.9 * (targets - outputs), -0.1 * (targets - outputs)).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "data", "task"),
+    [
+        (lambda o, t: 2.0 * F.cross_entropy(o, t), classes, "classification"),
+        (lambda o, t: F.cross_entropy(o, t, label_smoothing=0.2, weight=WEIGHT), classes, "classification"),
+        (focal, classes, "classification"),
+        (lambda o, t: -o.gather(1, t[:, None]).log().mean(), classes, "classification"),  # of probabilities
+        (lambda o, t: 2.0 * F.multi_margin_loss(o, t), classes, "classification"),
+        (contrastive, classes, "unknown"),
+        (by_prototypes, classes, "unknown"),
+        (lambda o, t: o.pow(2).mean() + 0.0 * t.sum(), classes, "unknown"),
+        (lambda o, t: F.mse_loss(o, t) + 3.0, features, "regression"),
+        (lambda o, t: (o - t).cosh().log().mean(), features, "regression"),
+        (lambda o, t: F.mse_loss(o, t).sqrt(), features, "regression"),
+        (quantile, features, "unknown"),
+        (lambda o, t: 2.0 * F.binary_cross_entropy_with_logits(o, t), shares, "unknown"),
+        (lambda o, t: 2.0 * F.poisson_nll_loss(o, t), shares, "unknown"),
+    ],
+)
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_loss_of_the_users_own_is_asked_what_outputs_mean(
+    loss_fn: Any, data: Any, task: str, checked: bool
+) -> None:
+    outputs, targets = data()
+    twin = per_sample_twin(loss_fn)
+    if checked:
+        twin.check(outputs, targets, loss_fn(outputs, targets))
+    state = torch.get_rng_state()
+    assert twin.task(outputs, targets) == task
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_loss_is_asked_once_and_a_run_that_is_taken_up_remembers_the_answer() -> None:
+    asked: list[int] = []
+
+    def counted(outputs: Tensor, targets: Tensor) -> Tensor:
+        asked.append(1)
+        return contrastive(outputs, targets)
+
+    first, again = per_sample_twin(counted), per_sample_twin(counted)
+    assert first.task(*classes()) == "unknown"
+    asked.clear()
+    again.load(first.state())
+    assert first.task(*classes(1)) == again.task(*classes(2)) == "unknown"
+    assert asked == []
+
+
+def test_a_loss_that_cannot_be_asked_means_what_it_looks_like_and_keeps_its_state() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            self.calls += 1
+            torch.rand(1)
+            if self.calls > 1:
+                raise ValueError("these are no outputs of mine")
+            return F.cross_entropy(outputs, targets)
+
+    loss_fn = Picky()
+    state = torch.get_rng_state()
+    assert per_sample_twin(loss_fn).task(*classes()) == "classification"
+    assert loss_fn.calls == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_margin_is_the_true_score_less_the_best_other() -> None:
     scores = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [0.0, 0.0, -1.0], [1.0, 2.0, 3.0]])
     found = margins(scores, torch.tensor([0, 1, 0, -100]))
