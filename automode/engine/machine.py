@@ -165,7 +165,7 @@ def _dispatch(state: State, body: Input, event: Envelope, out: Emission) -> None
         case Resumed() | LengthSet():
             resuming.told(state, body, out)
         case TrunkEnded():
-            lifecycle.trunk_ended(state, body, out)
+            observing.trunk_ended(state, body, out)
         case RunEnded():
             lifecycle.run_ended(state, body, out)
         case _:

@@ -14,7 +14,7 @@ from automode.errors import ReplayDifferenceError
 from automode.planner.approval import Lifetime, sweep
 from automode.planner.cards import CardState, PlanCard
 from automode.planner.diagnostics import summary
-from automode.planner.events import ReadingChanged, Rows, RuleEvaluated
+from automode.planner.events import ReadingChanged, Rows, RuleEvaluated, TrunkEnded
 from automode.planner.pacing import Held, admit, held_back, in_order
 from automode.planner.rules.base import Proposal, Silence, View
 from automode.planner.signals.readings import Reading
@@ -91,6 +91,27 @@ def look(state: State, out: Emission) -> None:
     made: str | None = None
     for proposal in in_order(proposals):
         made = _consider(state, proposal, view, out, made) or made
+
+
+def trunk_ended(state: State, body: TrunkEnded, out: Emission) -> None:
+    """Nothing more is trained; where the run was ended before its length, by whoever means it to be over, its finish comes now."""
+    if body.early:
+        _finish(state, out)
+    lifecycle.trunk_ended(state, body, out)
+
+
+def _finish(state: State, out: Emission) -> None:
+    stops = any(execution.action == "stop" for execution in state.executions.values())
+    if not state.started or state.mode != "act" or state.ended or state.run is None or stops:
+        return
+    view = replace(view_of(state), ending=True)
+    for rule in state.rules:
+        if rule.id == "merge_cadence":
+            match rule.propose(view):
+                case Silence() as silence:
+                    _note(state, out, rule.id, "silent", silence.code, silence.why)
+                case Proposal() as proposal:
+                    _consider(state, proposal, view, out, None)
 
 
 def _consider(

@@ -321,6 +321,10 @@ class TrunkEnded(Part):
     kind: Literal["trunk_ended"] = "trunk_ended"
     step: int
     why: str
+    early: bool = Field(
+        default=False,
+        description="whoever wrote the script ended the run before its length, and the finish has not come yet",
+    )
 
 
 class RunEnded(Part):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from automode.trainer.logger_choice import EVERY
+from automode.trainer.observer import BY_CALLBACK
 from automode.trainer.run_parts import RunParts
 
 
@@ -94,7 +95,7 @@ class RunView:
     @should_stop.setter
     def should_stop(self, wanted: bool) -> None:
         if wanted and self._stoppable.stop_requested is None:
-            self._stoppable.stop_requested = "a callback asked for it"
+            self._stoppable.stop_requested = BY_CALLBACK
 
     @property
     def current_epoch(self) -> int:

@@ -329,13 +329,13 @@ class Driver:
             self.scribe.feed(body)
             self._settle(step)
 
-    def finish(self, step: int, why: str) -> None:
-        """The trunk took its last step: end what is pending, finish merges, close the log.
+    def finish(self, step: int, why: str, *, early: bool = False) -> None:
+        """The trunk took its last step: end what is pending, finish merges (``early``: also one that was not due yet), close the log.
 
         Raises:
             SessionError: The end of the log could not be written; the model is complete all the same.
         """
-        self.scribe.feed(TrunkEnded(step=step, why=why))
+        self.scribe.feed(TrunkEnded(step=step, why=why, early=early and step < self.limit))
         ending = self._agenda.end()
         self._settle(step)
         for command in ending:

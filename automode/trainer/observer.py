@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from automode.planner.events import Mode
 from automode.trainer.evaluation import PerSampleScores
 from automode.trainer.observation_block import Block
+
+BY_CALLBACK: Final = "a callback asked for it"
+"""Why a run ends that a callback has ended, before its length and for good."""
 
 
 class Observer(Protocol):
@@ -76,8 +79,8 @@ class Observer(Protocol):
         """Know the scores of all validation samples."""
         ...
 
-    def finish(self, step: int, why: str) -> None:
-        """Know that the trunk took its last step; bring what is pending to an end."""
+    def finish(self, step: int, why: str, *, early: bool = False) -> None:
+        """Know that the trunk took its last step, ``early`` where the script ended it for good; bring what is pending to an end."""
         ...
 
     def abort(self, step: int, error: BaseException) -> None:

@@ -23,7 +23,7 @@ from automode.trainer.executing import leave, ordered
 from automode.trainer.fit_request import FitRequest
 from automode.trainer.loggers import Loggers
 from automode.trainer.loop import Loop
-from automode.trainer.observer import Observer
+from automode.trainer.observer import BY_CALLBACK, Observer
 from automode.trainer.random_state import forked_rng
 from automode.trainer.result import FitResult
 from automode.trainer.resuming import Found, find, longer_by, put_back, put_loop, tell
@@ -212,7 +212,7 @@ def _train(
                 return commander.switch
         loop.companions.end()
         with forked_rng():
-            observer.finish(trunk.step, loop.reason)
+            observer.finish(trunk.step, loop.reason, early=loop.reason == BY_CALLBACK)
     except BaseException as error:
         loop.companions.failed(error)
         if keeper is not None:

@@ -249,7 +249,7 @@ class WatchedLoop:
         self.hooks.close()
         try:
             with self._undisturbed(), forked_rng():
-                self.driver.finish(self._trunk.step, self.driver.stop_requested or why)
+                self.driver.finish(self.step, self.driver.stop_requested or why, early=bool(self._total))
             self.parts.console.event(f"session: {self.parts.session_path}")
         finally:
             self.parts.console.close()

@@ -165,9 +165,9 @@ class World:
             i += 1
             self._answer_all()
 
-    def end(self) -> None:
+    def end(self, *, early: bool = False) -> None:
         self.scheduled.clear()
-        self.feed(TrunkEnded(step=self.state.step, why="done"))
+        self.feed(TrunkEnded(step=self.state.step, why="done", early=early))
         for command in self.at_end:
             self._answer(command)
         self._answer_all()

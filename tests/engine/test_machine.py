@@ -232,6 +232,37 @@ def test_a_finishing_merge_without_a_better_average_spends_no_look_and_says_so(m
     assert "no average and no earlier state is above the raw weights" in verdict.why
 
 
+def test_a_run_that_is_ended_before_its_length_has_its_finish_then(make_world, plateau_rows):
+    worlds = {}
+    for early in (False, True):
+        worlds[early] = world = make_world(policy=Policy(reasons=("merge_cadence",)))
+        world.start()
+        world.rows(plateau_rows[:1000])
+        world.end(early=early)
+    assert not worlds[False].facts("card_proposed")
+    card = worlds[True].facts("card_proposed")[0].card
+    assert worlds[True].states_of(card.id) == ["approved", "running", "accepted", "adopted"]
+    assert f"Step 1000 of {worlds[True].state.run.total_steps} (the run was ended here)" in card.because
+    assert fold(worlds[True].log).differences == 0
+
+
+def test_only_the_finish_comes_at_an_early_end_and_only_where_it_may_run_by_itself(make_world, plateau_rows):
+    for mode, reasons in (("act", ("loss_plateau",)), ("propose", ("merge_cadence",))):
+        world = make_world(policy=Policy(reasons=reasons), mode=mode)
+        world.start()
+        world.rows(plateau_rows[:300])
+        world.end(early=True)
+        assert not world.facts("card_proposed")
+
+
+def test_a_finish_that_was_made_already_is_not_made_again_at_an_early_end(make_world, plateau_rows):
+    world = make_world(policy=Policy(reasons=("merge_cadence",)))
+    world.start()
+    world.rows(plateau_rows)
+    world.end(early=True)
+    assert len(world.facts("card_proposed")) == 1
+
+
 def test_a_run_that_ends_first_leaves_a_fork_inconclusive(make_world, plateau_rows):
     world = make_world(policy=plateau_policy(), hold={"start_trial"})
     world.start()

@@ -68,7 +68,7 @@ class RecordingObserver:
     def validated(self, step: int, scores: PerSampleScores) -> None:
         self.calls.append(("validated", step, scores))
 
-    def finish(self, step: int, why: str) -> None:
+    def finish(self, step: int, why: str, *, early: bool = False) -> None:
         self.calls.append(("finish", step, why))
 
     def abort(self, step: int, error: BaseException) -> None:

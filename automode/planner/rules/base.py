@@ -69,6 +69,8 @@ class View:
     """The run's first finite training loss; None before it, and where losses are 0 or below."""
     probed: Probed | None = None
     """The best of the first probe of the rate, where it was not adopted."""
+    ending: bool = False
+    """Whether the run ends here, before its length: what is due at the end is due now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

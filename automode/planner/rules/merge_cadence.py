@@ -13,7 +13,7 @@ from automode.planner.rules.execution import if_executable
 
 @dataclass(frozen=True, slots=True)
 class MergeCadence:
-    """Propose the averages that the trunk carries and its best validated state, once, at ``policy.averages.finish_at`` of the run."""
+    """Propose the averages that the trunk carries and its best validated state, once: at ``policy.averages.finish_at`` of the run, or where it is ended before."""
 
     id: Reason = "merge_cadence"
 
@@ -27,18 +27,23 @@ class MergeCadence:
         total = view.step + view.remaining
         share = view.policy.averages.finish_at
         first = ceil(share * total)
-        if view.step < first:
+        if view.step < first and not view.ending:
             return Silence(
                 code="too_early",
                 why=f"step {view.step} of {total}: the finish comes from step {first} ({share:.0%})",
             )
         earlier = ", and its best validated state," if view.run.keeps_best else ""
+        due = (
+            "the run was ended here"
+            if view.ending
+            else f"{view.step / total:.0%}; the finish is due at {share:.0%}"
+        )
         return if_executable(
             Proposal(
                 reason=self.id,
                 action="merge",
                 because=(
-                    f"Step {view.step} of {total} ({view.step / total:.0%}; the finish is due at {share:.0%}): the trunk's exponential "
+                    f"Step {view.step} of {total} ({due}): the trunk's exponential "
                     f"and tail averages{earlier} stand ready to replace its raw weights."
                 ),
                 merge_recipe=MergeSwa(),

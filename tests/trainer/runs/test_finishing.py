@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from automode import TensorLoader, Trainer, replay
+from automode import Callback, TensorLoader, Trainer, replay
 from automode.engine.story import story
 from automode.session import Session
 from automode.session.replaying import to_envelope
@@ -78,6 +78,35 @@ def test_the_run_ends_with_the_best_state_that_it_was_in(finished: Any) -> None:
     assert identical(weights, finished.after[merged["best_step"] - 1])
     if merged["weights"]["choice"] == "raw":
         assert identical(finished.final, weights)
+
+
+class StopsAt(Callback):
+    """Ends the run as an early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_train_batch_end(self, trainer: Any, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = trainer.global_step >= self._step
+
+
+def test_a_run_that_a_callback_ends_has_its_finish_there(run_once: Play, few: Any, tmp_path: Path) -> None:
+    stopped = run_once(
+        tmp_path / "run",
+        automode="act",
+        script=FewSamples(few),
+        policy=terms(),
+        steps=2 * STEPS,
+        callbacks=[StopsAt(STEPS)],
+        val_every_n_epochs=1,
+        checkpoint_every=None,
+    )
+    with Session.open(stopped.path) as session:
+        (card,) = session.cards()
+    (merged,), (adopted,) = stopped.bodies("merged"), stopped.bodies("adopted")
+    assert (card.reason, card.state) == ("merge_cadence", "adopted")
+    assert merged["step"] == adopted["step"] == stopped.result.steps == STEPS
+    assert identical(stopped.final, stopped.checkpoint(adopted["checkpoint"])[0])
 
 
 def test_the_card_says_by_which_metric_and_why(finished: Any) -> None:

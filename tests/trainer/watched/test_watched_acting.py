@@ -305,6 +305,25 @@ def test_averages_that_held_out_data_prefer_are_in_the_model_when_the_watch_is_c
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("early", [True, False])
+def test_a_loop_that_breaks_off_before_its_length_has_its_finish_when_the_watch_is_closed(
+    script: Any, acting: Any, soundness: Any, early: bool
+) -> None:
+    made = script(optimizer="sgd")
+    total = 2000 if early else 100
+    policy = AVERAGES | {"averages": {"finish_at": 1.0, "z": 0.0}, "budget": "on_top"}
+    watch = acting(
+        made, policy=policy, loss_fn=made.loss_fn, train=made.loader, val=made.held_out, total_steps=total
+    )
+    loop(made, watch, 100, thrown_off(made, 99))
+    watch.close()
+    events = soundness(watch.path)
+    (ended,) = bodies(events, "trunk_ended")
+    assert ended["early"] is early
+    assert (states(events)[-1:] == ["adopted"]) is early
+
+
+@pytest.mark.torch
 def test_averages_handed_in_by_a_person_are_adopted_between_two_steps_and_can_be_rolled_back(
     script: Any, acting: Any, equal: Any, soundness: Any
 ) -> None:
