@@ -7,12 +7,13 @@ import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -368,39 +369,64 @@ def test_a_disk_that_keeps_something_else_is_found_before_the_checkpoint_counts(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its writers")
 def test_a_kill_while_saving_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
+    # One process loads torch and forks a writer for each line that it reads: four kills cost one import.
     code = """
-import sys
+import os, sys
 import torch
 from automode.session.checkpoints import CheckpointStore
-store = CheckpointStore(sys.argv[1])
-print("ready", flush=True)
-i = 0
-while True:
-    digest = store.save({"w": torch.full((400_000,), float(i))}, {"i": i}, {"i": i})
-    print(digest, flush=True)
-    i += 1
+torch.set_num_threads(1)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        store = CheckpointStore(sys.argv[1])
+        print(os.getpid(), flush=True)
+        i = 0
+        while True:
+            digest = store.save({"w": torch.full((400_000,), float(i))}, {"i": i}, {"i": i})
+            print(digest, flush=True)
+            i += 1
+    _, status = os.waitpid(pid, 0)
+    print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
 """
     seed = random.SystemRandom().randrange(2**32)
     chance = random.Random(seed)
     store = CheckpointStore(tmp_path)
     acknowledged: set[str] = set()
-    for _ in range(4):
-        with subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        ) as child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == "ready\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        for _ in range(4):
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+            writer = int(parent.stdout.readline())
             time.sleep(chance.uniform(0.01, 0.3))
-            child.kill()
-            acknowledged |= {line.strip() for line in child.stdout if len(line) == 72}
-        store.sweep()
-        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".tmp")], f"seed {seed}"
-        assert acknowledged <= set(store.digests()), f"seed {seed}"
-        for digest in store.digests():
-            weights, rest, manifest = store.load(digest)
-            assert rest == manifest
-            assert weights["w"].unique().tolist() == [float(rest["i"])]
+            os.kill(writer, signal.SIGKILL)
+            *said, end = lines_until(parent.stdout, "ended")
+            assert end == f"ended {-signal.SIGKILL}", f"seed {seed}"
+            acknowledged |= {line for line in said if len(line) == 71}
+            store.sweep()
+            assert not [p for p in tmp_path.iterdir() if p.name.startswith(".tmp")], f"seed {seed}"
+            assert acknowledged <= set(store.digests()), f"seed {seed}"
+            for digest in store.digests():
+                weights, rest, manifest = store.load(digest)
+                assert rest == manifest
+                assert weights["w"].unique().tolist() == [float(rest["i"])]
+        parent.stdin.close()
+
+
+def lines_until(lines: Iterable[str], last: str) -> Iterator[str]:
+    """Give lines up to the first that holds this: a killed writer's last line may lack its end."""
+    for line in lines:
+        said, found, rest = line.strip().partition(last)
+        if said:
+            yield said
+        if found:
+            yield found + rest
+            return
 
 
 def test_a_state_that_was_loaded_has_the_digest_of_the_one_that_it_equals(tmp_path: Path) -> None:
