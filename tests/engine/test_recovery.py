@@ -48,7 +48,9 @@ def values(to_rows) -> np.ndarray:
 
 
 @pytest.mark.no_cover
-def test_a_log_cut_at_every_event_of_a_card_leads_to_the_same_decisions(make_world, values):
+@pytest.mark.parametrize("offset", [0, pytest.param(1, marks=pytest.mark.nightly)])
+def test_a_log_cut_at_every_event_of_a_card_leads_to_the_same_decisions(offset, make_world, values):
+    """Every second event every time, the others nightly."""
     whole = whole_run(make_world, values)
     events = [i for i, item in enumerate(whole.log) if isinstance(item, Envelope)]
     first = next(i for i in events if whole.log[i].body.kind == "card_proposed") - 3
@@ -56,7 +58,7 @@ def test_a_log_cut_at_every_event_of_a_card_leads_to_the_same_decisions(make_wor
     cuts = [i for i in events if first <= i <= last and whole.log[i].body.kind != "run_ended"]
     assert len(cuts) > 40
     expected = decisions(whole)
-    for cut in cuts[:: max(1, len(cuts) // 45)]:
+    for cut in cuts[offset::2]:
         log = whole.log[: cut + 1]
         if any(isinstance(e, Envelope) and e.body.kind == "trunk_ended" for e in log):
             continue  # what follows the trunk's end is answered by the ending run itself
