@@ -132,7 +132,7 @@ def test_a_run_that_dies_at_its_end_stops_again_when_it_is_taken_up(
     kept: list[Any] = []
     finish = Driver.finish
 
-    def dies(self: Driver, step: int, why: str) -> None:
+    def dies(self: Driver, step: int, why: str, *, early: bool = False) -> None:
         raise RuntimeError("the machine went down")
 
     monkeypatch.setattr(Driver, "finish", dies)
