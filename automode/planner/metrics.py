@@ -49,7 +49,7 @@ FLOOR: Final = 0.001
 GIVEN_UP: Final = 0.005
 """Accuracy that a better log score may cost: half a point."""
 
-LEAST_GAIN: Final = 0.10
+LEAST_GAIN: Final = 0.15
 """Share of the log score's shortfall that an earlier state must take to be chosen over a last one of higher utility."""
 
 CONFIDENCE: Final = 0.95

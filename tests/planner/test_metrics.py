@@ -89,8 +89,8 @@ def test_the_log_score_is_for_labels_that_are_shown_to_be_clean(at_most: float |
         (0.93, 0.86, False),  # ahead by both
         (0.93, 0.85, False),  # level by utility
         (0.926, 0.84, True),  # .006 of a shortfall of .08 is too little for what it costs
-        (0.928 + 1e-9, 0.84, False),  # a tenth of it
-        (0.928 - 1e-6, 0.84, True),
+        (0.932 + 1e-9, 0.84, False),  # .15 of it
+        (0.932 - 1e-6, 0.84, True),
         (float("-inf"), 0.84, True),
     ],
 )
