@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from automode.backends.base import Backend
@@ -28,6 +27,7 @@ from automode.session.ledger_file import forget_later
 from automode.session.logs import SessionLog
 from automode.session.replaying import recovered
 from automode.trainer.backing import backend_of
+from automode.trainer.batch_size import batch_size_of
 from automode.trainer.best_state import BestState, keeps_best
 from automode.trainer.combining import Combiner
 from automode.trainer.diagnosing import diagnoser_of
@@ -245,21 +245,6 @@ def _router_size(model: torch.nn.Module) -> float:
 def _functions(parts: RunParts) -> dict[str, SliceFn]:
     """Slices that are functions, and so know the training samples too."""
     return {name: part for name, part in (parts.request.slices or {}).items() if callable(part)}
-
-
-def batch_size_of(parts: RunParts, unknown: float = 1.0) -> float:
-    """Mean samples a step; ``unknown`` where the loader does not say."""
-    if parts.batch is not None:
-        return parts.batch
-    loader, steps = parts.request.train_loader, parts.plan.steps_per_epoch
-    size = getattr(loader, "batch_size", None)
-    if isinstance(size, int):
-        n = len(loader.dataset) if steps and hasattr(loader.dataset, "__len__") else 0  # type: ignore[attr-defined]
-        mean = n / steps if n and steps and not getattr(loader, "drop_last", False) else float(size)
-        return mean if parts.trunk.held is None else mean * parts.trunk.held.trained
-    if isinstance(loader, list | tuple) and loader and isinstance(loader[0], list | tuple):
-        return float(np.mean([len(batch[0]) for batch in loader]))
-    return unknown
 
 
 def performer_of(

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from automode.errors import ConflictError
 from automode.planner.policy import Policy
 from automode.session import Session
-from automode.trainer.assembly import batch_size_of, open_driver, resume_driver
+from automode.trainer.assembly import open_driver, resume_driver
+from automode.trainer.batch_size import batch_size_of
 from automode.trainer.callback_view import RunView
 from automode.trainer.callbacks import Callbacks
 from automode.trainer.captured_logs import captured

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from automode.errors import NotExecutableError
 from automode.merges.batches import map_tensors, move
 from automode.planner.controls import Verdict
-from automode.trainer.assembly import batch_size_of
+from automode.trainer.batch_size import batch_size_of
 from automode.trainer.first_look import source_of
 from automode.trainer.live_state import LiveState
 from automode.trainer.loop import Loop
