@@ -171,10 +171,21 @@ def _line(body: Any) -> str | None:  # noqa: C901 - one line per kind of event
             return f"request {body.verb} refused: {body.why}"
         case ModeChanged():
             return f"mode {body.before} -> {body.after} by {body.actor}"
-        case SessionStarted(why_mode=str(why)) if body.mode != body.asked_mode:
-            return f"mode is {body.mode}, not {body.asked_mode}: {why}"
+        case SessionStarted():
+            return _started(body)
         case _:
             return None
+
+
+def _started(body: SessionStarted) -> str | None:
+    if body.why_mode is not None and body.mode != body.asked_mode:
+        return f"mode is {body.mode}, not {body.asked_mode}: {body.why_mode}"
+    why = body.run.why_no_evidence
+    if body.mode != "act" or why is None:
+        return None
+    return (
+        f"automode will try nothing in this run, since nothing could be proven ({why}); its safeguards watch"
+    )
 
 
 def _diagnosed(body: Diagnosed) -> str:

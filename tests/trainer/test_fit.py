@@ -82,6 +82,20 @@ def test_every_fit_makes_a_session_of_its_own_and_says_where(
     assert f"session: {second.path}" in said
 
 
+@pytest.mark.parametrize(
+    ("mode", "validates", "told"), [(True, False, True), (True, True, False), ("observe", False, False)]
+)
+def test_an_acting_run_in_which_nothing_can_be_proven_says_so_as_it_begins(
+    mode: Any, validates: bool, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = script(validates=validates)
+    made.pop("test_loader", None)
+    Trainer(session_dir=tmp_path, progress=False, automode=mode).fit(**made)
+    said = capsys.readouterr().out
+    assert ("will try nothing in this run" in said) is told
+    assert ("(there is no validation loader); its safeguards watch" in said) is told
+
+
 def test_a_session_seed_is_drawn_and_recorded_where_none_is_given(tmp_path: Path) -> None:
     trainer = Trainer(session_dir=tmp_path, **QUIET)
     seeds = {trainer.fit(**script(validates=False)).session.header["seed"] for _ in range(3)}
