@@ -32,8 +32,8 @@ Floats = npt.NDArray[np.float64]
 See = Callable[[Any, Any], None]
 HUBER_SIGMAS = 1.0
 
-_Scored = tuple[Floats, Floats, Floats | None, Floats | None, Floats | None, Floats | None]
-"""Loss, utility, whether right, p(y), p of the most probable class, squared error."""
+_Scored = tuple[Floats, Floats, Floats | None, Floats | None, Floats | None, Floats | None, Floats | None]
+"""Loss, utility, whether right, p(y), p of the most probable class, squared error, weight of the class."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,7 @@ class PerSampleScores:
         p_true: Probability of the true class [n]; None likewise.
         p_top: Probability of the most probable class [n]; None likewise.
         squared: Squared error [n], the mean over a sample's values; None where there are no values.
+        weight: How much the training loss weighs each sample's class [n]; None: all alike.
     """
 
     ids: Ids
@@ -57,6 +58,7 @@ class PerSampleScores:
     p_true: Floats | None = None
     p_top: Floats | None = None
     squared: Floats | None = None
+    weight: Floats | None = None
 
     @property
     def n(self) -> int:
@@ -73,14 +75,21 @@ class PerSampleScores:
             p_true=None if self.p_true is None else self.p_true[mask],
             p_top=None if self.p_top is None else self.p_top[mask],
             squared=None if self.squared is None else self.squared[mask],
+            weight=None if self.weight is None else self.weight[mask],
         )
 
     def by(self, metric: Metric) -> Floats:
-        """What this metric makes of each sample [n], higher is better.
+        """What this metric makes of each sample [n], higher is better; samples of a class count as the training loss weighs it.
 
         Raises:
             UsageError: The metric is of classes or of values, and these samples have none.
         """
+        values = self._alike(metric)
+        if self.weight is None or not self.weight.sum() > 0.0:
+            return values
+        return np.asarray(values * (self.weight / self.weight.mean()), dtype=np.float64)
+
+    def _alike(self, metric: Metric) -> Floats:
         match metric:
             case "utility":
                 return self.utility
@@ -159,6 +168,7 @@ class Evaluator:
             p_true=_joined([row[3] for _, row in found]),
             p_top=_joined([row[4] for _, row in found]),
             squared=_joined([row[5] for _, row in found]),
+            weight=_joined([row[6] for _, row in found]),
         )
 
     def state(self) -> dict[str, Any]:
@@ -199,11 +209,13 @@ class Evaluator:
                     outputs, targets, self.task, probabilities=self.per_sample.probabilities
                 )
                 utility = utility_classification(right, np.clip(np.nan_to_num(p), 0.0, 1.0))
-                return losses, utility, right, p, top, None
+                weight = self.per_sample.class_weights(targets)
+                return losses, utility, right, p, top, None, weight
             case "regression":
-                return losses, -self._huber(outputs, targets), None, None, None, _squared(outputs, targets)
+                squared = _squared(outputs, targets)
+                return losses, -self._huber(outputs, targets), None, None, None, squared, None
             case _:
-                return losses, -losses, None, None, None, None
+                return losses, -losses, None, None, None, None, None
 
     def _losses(self, loss: Tensor, outputs: Any, targets: Any, n: int) -> Floats:
         if self.per_sample.exact or self.per_sample.check(outputs, targets, loss):

@@ -102,7 +102,7 @@ class Evidence:
         if candidate.correct is None or control.correct is None:
             return None
         if metric == "log_score":
-            return _group(candidate.correct - control.correct)
+            return _group(candidate.by("accuracy") - control.by("accuracy"))
         return _group(candidate.by("log_score") - control.by("log_score"))
 
     def validated(self, step: int, scores: PerSampleScores) -> Validated:

@@ -175,8 +175,7 @@ def as_often_right(scores: Mapping[str, PerSampleScores], metric: Metric) -> dic
 
 
 def _accuracy(scores: PerSampleScores) -> float:
-    assert scores.correct is not None  # a log score is of classes
-    return float(np.mean(scores.correct))
+    return float(np.mean(scores.by("accuracy")))  # a log score is of classes
 
 
 def _best_of(values: Mapping[str, float]) -> str:

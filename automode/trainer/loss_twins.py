@@ -123,6 +123,30 @@ def _weigher(loss_fn: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     return weigh
 
 
+def class_weights(loss_fn: Any, targets: Tensor) -> Tensor | None:
+    """How much a loss of torch's weighs each target's class; None where it weighs all alike.
+
+    Args:
+        loss_fn: The loss.
+        targets: Classes [n], or one 0 or 1 a sample.
+    """
+    if isinstance(loss_fn, nn.BCEWithLogitsLoss):
+        more = loss_fn.pos_weight
+        if more is None or more.numel() != 1:
+            return None
+        return torch.where(targets.reshape(-1) > 0.5, more.detach().reshape(()), 1.0)
+    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        weight = loss_fn.weight
+    elif base_of(loss_fn) in (F.cross_entropy, F.nll_loss) and isinstance(loss_fn, functools.partial):
+        weight = loss_fn.keywords.get("weight")
+    else:
+        return None
+    if weight is None or targets.is_floating_point():
+        return None
+    found: Tensor = weight.detach()[targets.clamp(0, len(weight) - 1)]
+    return found
+
+
 def _vectorised(loss_fn: LossFn) -> LossFn:
     @functools.cache
     def shell() -> nn.Module:

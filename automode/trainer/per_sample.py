@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from automode.errors import DataError
 from automode.trainer.loss_meaning import is_meant
-from automode.trainer.loss_twins import LossFn, Twin, base_of, twins_of
+from automode.trainer.loss_twins import LossFn, Twin, base_of, class_weights, twins_of
 from automode.trainer.random_state import RandomState
 from automode.trainer.tasks import Task, scores_are, task_of
 from automode.trainer.trees import map_tensors, rows_in, tensors_in
@@ -88,6 +88,7 @@ class PerSampleLoss:
         self._of_values = base in _OF_VALUES
         of_torch = str(getattr(base, "__module__", "")).startswith("torch.nn")
         self._of_scores = of_torch and base not in _OF_DISTANCES
+        self._loss_fn = loss_fn
         self._unknown = None if of_torch else loss_fn  # what its outputs mean has to be asked of it
         self._meant: dict[str, bool] = {}
 
@@ -147,6 +148,11 @@ class PerSampleLoss:
                 self._meant[found] = self._asked(found, outputs, targets)
             return found if self._meant[found] else "unknown"
         return "unknown" if found == "regression" and self._of_scores else found
+
+    def class_weights(self, targets: Tensor) -> npt.NDArray[np.float64] | None:
+        """How much the loss weighs the class of each target [n]; None where it weighs all alike, or does not say."""
+        weights = class_weights(self._loss_fn, targets)
+        return None if weights is None else np.asarray(weights.double().cpu().numpy(), dtype=np.float64)
 
     def _asked(self, found: Task, outputs: Tensor, targets: Tensor) -> bool:
         """Ask the user's loss what outputs mean; where it cannot be asked, they mean what they look like."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -208,6 +209,46 @@ def test_each_metric_is_of_the_sample_itself_and_higher_where_the_model_is_bette
     for metric in ("huber", "mse"):
         with pytest.raises(UsageError, match="of values, and these samples have none"):
             scores.by(metric)
+
+
+def test_samples_of_a_class_count_as_the_loss_weighs_it() -> None:
+    dataset, weight = classes(), torch.tensor([1.0, 20.0, 0.0, 3.0])
+    model = Net(C)
+    plain = evaluator(dataset, nn.CrossEntropyLoss()).scores(model, "A")
+    for loss_fn in (nn.CrossEntropyLoss(weight=weight), functools.partial(F.cross_entropy, weight=weight)):
+        found = evaluator(dataset, loss_fn).scores(model, "A")
+        assert found.correct is not None
+        assert np.array_equal(found.correct, plain.by("accuracy"))  # what is known of a sample stays as it is
+        weights = weight[dataset.tensors[1][found.ids]].double().numpy()
+        for metric in ("accuracy", "utility", "log_score", "nll"):
+            expected = np.average(plain.by(metric), weights=weights)
+            assert found.by(metric).mean() == pytest.approx(expected)
+            assert not np.isclose(expected, plain.by(metric).mean(), rtol=1e-3)
+        some = found.ids % 2 == 0
+        assert found.where(some).weight is not None
+        expected = np.average(plain.utility[some], weights=weights[some])
+        assert found.where(some).by("utility").mean() == pytest.approx(expected)
+
+
+def test_classes_that_all_weigh_alike_or_nothing_change_no_score() -> None:
+    dataset, model = classes(), Net(C)
+    plain = evaluator(dataset, nn.CrossEntropyLoss()).scores(model, None)
+    assert plain.weight is None
+    for weight in (torch.ones(C), torch.zeros(C)):
+        found = evaluator(dataset, nn.CrossEntropyLoss(weight=weight)).scores(model, None)
+        assert np.array_equal(found.by("utility"), plain.by("utility"))
+
+
+def test_positives_count_as_their_weight_says() -> None:
+    torch.manual_seed(0)
+    dataset = TensorDataset(torch.randn(N, 6), torch.randint(0, 2, (N, 1)).float())
+    model = Net(1)
+    plain = evaluator(dataset, nn.BCEWithLogitsLoss()).scores(model, None)
+    found = evaluator(dataset, nn.BCEWithLogitsLoss(pos_weight=torch.tensor([9.0]))).scores(model, None)
+    weights = 1.0 + 8.0 * dataset.tensors[1][found.ids, 0].numpy()
+    expected = np.average(plain.by("utility"), weights=weights)
+    assert found.by("utility").mean() == pytest.approx(expected)
+    assert plain.weight is None
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
