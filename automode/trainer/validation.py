@@ -90,9 +90,11 @@ def check_batches(held_out: HeldOut, name: str) -> None:
     if first is None:
         raise DataError(f"{name} is empty")
     if not isinstance(first[0], list | tuple) or len(first[0]) != 2:
+        of = f" of {len(first[0])}" if isinstance(first[0], list | tuple) else ""
         raise DataError(
-            f"{name} yields a {type(first[0]).__name__}, but must yield (inputs, targets), which evaluation reads "
-            "also where you train with a step of your own"
+            f"{name} yields a {type(first[0]).__name__}{of}, but must yield (inputs, targets), which evaluation reads "
+            "also where you train with a step of your own; give it a collate_fn that makes such pairs (inputs may be a dict "
+            f"or a tuple, as the model takes them), or leave {name} out"
         )
 
 

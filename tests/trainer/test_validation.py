@@ -158,5 +158,7 @@ def test_a_held_out_set_that_cannot_be_read_shows_before_training(
         trainer.fit(**script(**{name: []}))
     with pytest.raises(DataError, match=f"{name} yields a dict, but must yield"):
         trainer.fit(**script(**{name: [{"x": torch.zeros(2, 4)}]}))
+    with pytest.raises(DataError, match=rf"{name} yields a tuple of 3, .* collate_fn .* or leave {name} out"):
+        trainer.fit(**script(**{name: [(torch.zeros(2, 4), torch.zeros(2), torch.zeros(2))]}))
     assert observers == []
     assert list(tmp_path.iterdir()) == []
