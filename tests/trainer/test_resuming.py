@@ -203,7 +203,7 @@ def test_a_run_that_was_cut_after_its_last_step_only_ends(
     np.testing.assert_array_equal(result.frame("loss"), whole.frame("loss"))
 
 
-def raising(*_: Any) -> None:
+def raising(*_: Any, **__: Any) -> None:
     raise Cut
 
 

@@ -44,7 +44,7 @@ class FewSamples:
 
 @pytest.fixture(scope="session")
 def few(scripts: Any) -> Any:
-    return scripts(rate=0.02, optimizer="adam", train=96, held_out=400, norm=False, dropout=0.0)
+    return scripts(rate=0.03, optimizer="adam", train=64, held_out=400, norm=False, dropout=0.0)
 
 
 def terms(**averages: Any) -> dict[str, Any]:
