@@ -42,7 +42,7 @@ demo: setup  ## train on real data with automode on, and replay every decision
 test: setup  ## run every test, with the coverage of those that do not repeat one another
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
-coverage: setup  ## the same, with the coverage of every test (twice as long)
+coverage: setup  ## the same, with the coverage of every test (a quarter longer)
 	AUTOMODE_COVERAGE=all $(PY) -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 nightly: setup  ## run the tests that take too long for every time: every cut, hundreds of kills, new examples

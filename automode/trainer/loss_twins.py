@@ -101,14 +101,19 @@ def _takes_reduction(loss_fn: Any) -> bool:
         return False
 
 
+def _reader(loss_fn: Any) -> Callable[[str, Any], Any] | None:
+    """What reads an option (or its default) of a loss over class indices; None for other losses."""
+    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        return functools.partial(getattr, loss_fn)
+    if base_of(loss_fn) in (F.cross_entropy, F.nll_loss):
+        return (loss_fn.keywords if isinstance(loss_fn, functools.partial) else dict[str, Any]()).get
+    return None
+
+
 def _weigher(loss_fn: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     """For losses over class indices, how much each target adds to the divisor of their mean."""
-    read: Callable[[str, Any], Any]
-    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
-        read = functools.partial(getattr, loss_fn)
-    elif base_of(loss_fn) in (F.cross_entropy, F.nll_loss):
-        read = (loss_fn.keywords if isinstance(loss_fn, functools.partial) else dict[str, Any]()).get
-    else:
+    read = _reader(loss_fn)
+    if read is None:
         return None
 
     def weigh(targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,12 +140,8 @@ def class_weights(loss_fn: Any, targets: Tensor) -> Tensor | None:
         if more is None or more.numel() != 1:
             return None
         return torch.where(targets.reshape(-1) > 0.5, more.detach().reshape(()), 1.0)
-    if isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
-        weight = loss_fn.weight
-    elif base_of(loss_fn) in (F.cross_entropy, F.nll_loss) and isinstance(loss_fn, functools.partial):
-        weight = loss_fn.keywords.get("weight")
-    else:
-        return None
+    read = _reader(loss_fn)
+    weight = None if read is None else read("weight", None)
     if weight is None or targets.is_floating_point():
         return None
     found: Tensor = weight.detach()[targets.clamp(0, len(weight) - 1)]
